@@ -1,0 +1,168 @@
+"""The values every stage hands on: a pair of LoRA factors, an adapter, a site's update.
+
+Tensor names are PEFT's own saved names, so what travels is what `PeftModel.from_pretrained` reads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .config import RoundPlan
+from .errors import WireError
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The change LoRA makes to one linear layer: ΔW = scale · B @ A (LoRA, arXiv:2106.09685).
+
+    `scale` is α/r, or α/√r with rsLoRA (arXiv:2312.03732).
+    """
+
+    A: Float[Tensor, "rank fan_in"]
+    B: Float[Tensor, "fan_out rank"]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(fan_out, fan_in) of the layer."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Float[Tensor, "fan_out fan_in"]:
+        """The dense ΔW. For tests and export; the server never forms it."""
+        return self.scale * (self.B @ self.A)
+
+    def to(self, dtype: torch.dtype) -> "LoraPair":
+        return LoraPair(self.A.to(dtype), self.B.to(dtype), self.scale)
+
+    def rescaled(self, scale: float) -> "LoraPair":
+        """The same ΔW at another scale: B takes up the difference."""
+        return LoraPair(self.A, self.B * (self.scale / scale), scale)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All that PEFT trains: `{layer: LoraPair}`, and `{name: tensor}` for everything without factors
+    (classifier head, IA³ vectors, prompt embeddings, DoRA magnitudes).
+
+    Either mapping may load its values on access, so that a server holds one layer of a site at a time.
+    """
+
+    lora: Mapping[str, LoraPair] = field(default_factory=dict)
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.lora or self.dense)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat `{PEFT name: tensor}`; the scales are not in it."""
+        flat = dict(self.dense)
+        for layer in self.lora:
+            pair = self.lora[layer]
+            flat[layer + LORA_A], flat[layer + LORA_B] = pair.A, pair.B
+        return flat
+
+    def scales(self) -> dict[str, float]:
+        return {layer: self.lora[layer].scale for layer in self.lora}
+
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def from_tensors(tensors: Mapping[str, Tensor], scales: Mapping[str, float], sender: str) -> Adapter:
+    """The inverse of `Adapter.tensors` and `.scales`; tensors are fetched when the adapter is read.
+
+    Raises:
+        WireError: a factor without its other half, or without a scale.
+    """
+    layers = {n.removesuffix(LORA_A) for n in tensors if n.endswith(LORA_A)}
+    halves = {n.removesuffix(LORA_B) for n in tensors if n.endswith(LORA_B)}
+    for layer in sorted(layers ^ halves):
+        raise WireError(f"{sender} sent only one factor of {layer!r}; both lora_A and lora_B must travel")
+    for layer in sorted(layers - set(scales)):
+        raise WireError(f"{sender} sent no scale for {layer!r}; update nvflare_fm at that site")
+    dense = {n for n in tensors if not n.endswith((LORA_A, LORA_B))}
+    return Adapter(
+        Lazy(layers, lambda n: LoraPair(tensors[n + LORA_A], tensors[n + LORA_B], float(scales[n]))),
+        Lazy(dense, tensors.__getitem__),
+    )
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping in name order whose values are made anew at each access, and not kept."""
+
+    def __init__(self, names: Any, load: Any) -> None:
+        self._names, self._load = sorted(names), load
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return self._load(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self._names)
+
+    def __iter__(self) -> Any:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter belongs to. Travels with every adapter, in both directions."""
+
+    base: str  # fingerprint of the base model's configuration and weights
+    task: str  # registered name of the task
+    peft: str  # registered name of the PEFT method
+    adapter_config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, resolved at the site, without paths
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a site tells about one round of training. Nothing else about its data leaves the site."""
+
+    examples: int  # training examples at the site
+    tokens: int = 0  # tokens seen in this round, padding not counted
+    steps: int = 0  # optimizer steps taken
+    loss: float = float("nan")  # mean training loss over the round
+    seconds: float = 0.0  # training alone, without loading or evaluation
+    peak_memory_mib: float = 0.0  # of the training process (GPU memory where there is one)
+    rank: int = 0
+    quantization: str = "fp32"
+    before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
+    after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class AdapterUpdate:
+    """One site's answer to one round."""
+
+    site: str
+    adapter: Adapter
+    manifest: Manifest
+    report: Report
+
+
+@dataclass(frozen=True)
+class RoundTask:
+    """What the server sends: the plan, and the global adapter (empty before the first round)."""
+
+    plan: RoundPlan
+    adapter: Adapter = Adapter()
+    manifest: Manifest | None = None
+    round: int = 0
+    total_rounds: int = 1

@@ -1,0 +1,1 @@
+"""How many adapters become one: a rule a file, with its promises."""

@@ -1,0 +1,109 @@
+"""Who may be merged: every update is held against the federation's base model, layers and values before it counts.
+
+The answer depends on the set of updates, never on the order they came in.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+
+from ..adapter import Adapter, AdapterUpdate, Manifest
+from ..errors import WireError
+
+K = TypeVar("K", bound=Hashable)
+
+
+def check_values(update: AdapterUpdate) -> None:
+    """Refuses an update that cannot be read or is not finite, one tensor at a time.
+
+    Raises:
+        WireError: names the site and the tensor.
+    """
+    for layer, scale in update.adapter.scales().items():
+        if not 0 < scale < float("inf"):
+            raise WireError(f"{update.site} sent scale {scale} for {layer!r}; a scale must be positive and finite")
+    for layer in update.adapter.lora:
+        pair = update.adapter.lora[layer]
+        if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
+            raise WireError(
+                f"{update.site} sent lora_A {tuple(pair.A.shape)} and lora_B {tuple(pair.B.shape)} for {layer!r}; "
+                "the rank of both must agree"
+            )
+        _check_finite(update.site, layer, pair.A, pair.B)
+    for name in update.adapter.dense:
+        _check_finite(update.site, name, update.adapter.dense[name])
+
+
+def _check_finite(site: str, name: str, *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise WireError(
+                f"{site} sent values that are not finite numbers in {name!r}; its training diverged, "
+                "so lower its learning rate or look at its data"
+            )
+
+
+def admit(
+    state: Adapter, manifest: Manifest | None, updates: Sequence[AdapterUpdate], mixed_ranks: bool = True
+) -> tuple[list[AdapterUpdate], dict[str, str]]:
+    """Updates that belong together, sorted by site, and the reason for each that does not.
+
+    The reference is the global adapter, or in the first round what most sites hold (by name where they tie).
+    """
+    updates = sorted(updates, key=lambda u: u.site)
+    refused: dict[str, str] = {}
+
+    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str]) -> None:
+        nonlocal updates
+        reference = _most_common([what(u) for u in updates]) if expected is None else expected
+        refused.update({u.site: say(what(u), reference) for u in updates if what(u) != reference})
+        updates = [u for u in updates if what(u) == reference]
+
+    keep(lambda u: u.manifest.base, manifest and manifest.base, _other_base)
+    keep(lambda u: (u.manifest.task, u.manifest.peft, u.manifest.labels), _kind(manifest), _other_kind)
+    keep(lambda u: shapes(u.adapter), shapes(state) if state else None, _other_layers)
+    if not mixed_ranks:
+        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
+    return updates, refused
+
+
+def shapes(adapter: Adapter) -> frozenset[tuple[str, tuple[int, ...]]]:
+    """What every site of a federation must share: layer → (fan_out, fan_in), dense name → shape. Ranks may differ."""
+    return frozenset({(n, adapter.lora[n].shape) for n in adapter.lora}) | frozenset(
+        {(n, tuple(adapter.dense[n].shape)) for n in adapter.dense}
+    )
+
+
+def _ranks(adapter: Adapter) -> tuple[int, ...]:
+    return tuple(adapter.lora[n].rank for n in sorted(adapter.lora))
+
+
+def _most_common(values: Sequence[K]) -> K | None:
+    counts = Counter(values)
+    return max(values, key=lambda v: counts[v], default=None)
+
+
+def _kind(manifest: Manifest | None) -> tuple[str, str, tuple[str, ...]] | None:
+    return manifest and (manifest.task, manifest.peft, manifest.labels)
+
+
+def _other_base(theirs: str, ours: str) -> str:
+    return f"trained base model {theirs}, the federation trains {ours}; point the alias at the same weights"
+
+
+def _other_kind(theirs: object, ours: object) -> str:
+    return f"trained (task, PEFT method, labels) {theirs}, the federation trains {ours}"
+
+
+def _other_layers(theirs: frozenset[object], ours: frozenset[object]) -> str:
+    missing, extra = sorted(map(str, ours - theirs)), sorted(map(str, theirs - ours))
+    return (
+        f"layers differ: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all); "
+        "use the same target_modules and base model"
+    )
+
+
+def _other_ranks(theirs: tuple[int, ...], ours: tuple[int, ...]) -> str:
+    return f"trained at rank {max(theirs)}, this merge rule needs {max(ours)} at every site; choose merge = exact"

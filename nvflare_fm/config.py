@@ -1,0 +1,130 @@
+"""Every setting: frozen, typed, documented beside the field. A key nobody reads is an error.
+
+After pydantic's own way of saying what is wrong, with the nearest known key added.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+from .registry import nearest
+
+Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Validates `values`.
+
+        Raises:
+            ConfigError: names `where`, the key, what is wrong with it and the nearest known key.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(f"{where}: " + "; ".join(cls._explain(e) for e in error.errors())) from None
+
+    @classmethod
+    def _explain(cls, error: Any) -> str:
+        path = [str(part) for part in error["loc"]]
+        if error["type"] != "extra_forbidden":
+            return f"{'.'.join(path)}: {error['msg']}, got {error['input']!r}"
+        known = list(cls.model_fields)
+        for part in path[:-1]:
+            inner = cls.model_fields[part].annotation if part in cls.model_fields else None
+            known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else known
+        return f"unknown setting {'.'.join(path)!r}; {nearest(path[-1], known)}known: {sorted(known)}"
+
+
+class TrainingSettings(Settings):
+    """How a site trains in one round. Names are those of `transformers.TrainingArguments` where it has them."""
+
+    local_steps: int = Field(20, ge=0, description="optimizer steps a round; 0: count local_epochs instead")
+    local_epochs: float = Field(1.0, gt=0, description="passes over the site's data a round, where local_steps is 0")
+    batch_size: int = Field(8, ge=1, description="examples per step and process")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
+    learning_rate: float = Field(1e-3, gt=0)
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="over all rounds of the federation, not over each"
+    )
+    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps of the federation")
+    optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    proximal_mu: float = Field(0.0, ge=0, description="FedProx (arXiv:1812.06127): μ/2 · ‖w − w_global‖² is added")
+
+
+class EvaluationSettings(Settings):
+    """When a site measures the adapter on its own validation data."""
+
+    before: bool = Field(True, description="the adapter received: what chooses the best round")
+    after: bool = Field(True, description="the adapter after local training")
+    batch_size: int = Field(16, ge=1)
+    max_examples: int = Field(0, ge=0, description="0: all of them")
+
+
+class RoundPlan(Settings):
+    """All that the server asks of a site in a round. Travels with every task: one source of truth.
+
+    `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
+    """
+
+    task: str = Field("causal_lm", description="causal_lm, sequence_classification, token_classification")
+    model: str = Field("base", description="alias in the site's models")
+    data: str = Field("notes", description="alias in the site's data")
+    fingerprint: str = Field("", description="of the base model all sites must hold; empty: the sites must agree")
+    quantization: Quantization = "nf4"
+    double_quant: bool = Field(True, description="quantize the quantization constants too (QLoRA, arXiv:2305.14314)")
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
+    )
+    peft: Mapping[str, Any] = Field(
+        default_factory=lambda: {"method": "lora"}, description="a PEFT method and its settings"
+    )
+    labels: Names = Field((), description="classes, in order, for the classification tasks")
+    max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
+    rest: bool = Field(
+        True, description="directions above the site's rank ride along frozen; chosen by the merge rule"
+    )
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    seed: int = Field(0, ge=0)
+
+
+class Aggregation(Settings):
+    """How many adapters become one."""
+
+    merge: str = Field("exact", description="a merge rule")
+    weigh: Names = Field(("examples",), description="weight factors; a site's weight is their product, normalised")
+    max_rank: int = Field(0, ge=0, description="of the global adapter; 0: the plan's rank")
+    sigma: Literal["B", "balanced", "A"] = Field("B", description="the factor that holds the singular values")
+    seed: int = Field(0, ge=0)
+
+
+class SiteOverrides(Settings):
+    """What a job asks of one site differently from the plan. None: as the plan says."""
+
+    rank: int | None = Field(None, ge=1)
+    lora_alpha: float | None = Field(None, gt=0)
+    quantization: Quantization | None = None
+    batch_size: int | None = Field(None, ge=1)
+    model: str | None = None
+    data: str | None = None
+
+    def applied(self, plan: RoundPlan) -> RoundPlan:
+        """The plan as this site is to carry it out."""
+        given = self.model_dump(exclude_none=True)
+        peft = {**plan.peft, **{k: given.pop(k) for k in ("rank", "lora_alpha") if k in given}}
+        training = {k: given.pop(k) for k in ("batch_size",) if k in given}
+        return plan.model_copy(
+            update={**given, "peft": peft, "training": plan.training.model_copy(update=training)}
+        )

@@ -1,0 +1,109 @@
+"""The algebra of B @ A: sum, shorten, inner product, slice and refill, without ever forming a dense ΔW.
+
+Everything acts on products ΔW = scale · B @ A, which do not change when B and A are rotated inside the rank.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .adapter import LoraPair
+
+Sigma = Literal["B", "balanced", "A"]  # which factor holds the singular values
+_SHARE_OF_B: dict[str, float] = {"B": 1.0, "balanced": 0.5, "A": 0.0}
+
+
+def zero(fan_out: int, fan_in: int, dtype: torch.dtype = torch.float32) -> LoraPair:
+    """ΔW = 0, at rank 0."""
+    return LoraPair(torch.zeros(0, fan_in, dtype=dtype), torch.zeros(fan_out, 0, dtype=dtype))
+
+
+def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
+    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976)."""
+    return LoraPair(
+        A=torch.cat([p.A for p in pairs]),
+        B=torch.cat([w * p.scale * p.B for p, w in zip(pairs, weights, strict=True)], dim=1),
+    )
+
+
+def svd(pair: LoraPair) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, "k m"]]:
+    """U, Σ, Vᵀ of ΔW with k = min(fan_out, rank, fan_in) at most: QR of both factors, SVD of the small core in
+    float64. O((d + m)R² + R³) against O(dm·min(d, m)) for the dense ΔW. Signs are fixed, so equal input gives
+    equal output.
+    """
+    q_b, r_b = torch.linalg.qr(pair.B)
+    q_a, r_a = torch.linalg.qr(pair.A.T)
+    u, sigma, vt = torch.linalg.svd(pair.scale * r_b.double() @ r_a.double().T, full_matrices=False)
+    signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True))) if u.numel() else torch.ones(1, 0)
+    dtype = pair.B.dtype
+    return q_b @ (u * signs).to(dtype), sigma, (vt * signs.T).to(dtype) @ q_a.T
+
+
+def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B") -> tuple[LoraPair, float]:
+    """The closest pair of at most `rank` (Eckart-Young), in canonical form, and the share of ‖ΔW‖² lost.
+
+    Canonical form is ΔW = U Σ Vᵀ with singular values falling; `sigma` says which factor holds Σ. The default,
+    B = UΣ and A = Vᵀ, is the gauge LoRA itself starts in. Directions that are empty are left out.
+    """
+    u, values, vt = svd(pair)
+    energy = values.square()
+    floor = values[:1] * max(pair.shape) * torch.finfo(pair.B.dtype).eps
+    kept = min(rank, int((values > floor).sum()))
+    lost = float(energy[kept:].sum() / energy.sum()) if kept < len(values) and energy.sum() > 0 else 0.0
+    root = values[:kept].to(u.dtype)
+    in_b = _SHARE_OF_B[sigma]
+    return LoraPair(A=root[:, None] ** (1 - in_b) * vt[:kept], B=u[:, :kept] * root**in_b), lost
+
+
+def head(pair: LoraPair, rank: int) -> LoraPair:
+    """The first `rank` directions: of a canonical pair, its best approximation at that rank."""
+    return LoraPair(pair.A[:rank], pair.B[:, :rank], pair.scale)
+
+
+def tail(pair: LoraPair, rank: int) -> LoraPair:
+    """What `head` leaves over: head + tail = pair."""
+    return LoraPair(pair.A[rank:], pair.B[:, rank:], pair.scale)
+
+
+def gram(pairs: Sequence[LoraPair]) -> Float[Tensor, "k k"]:
+    """⟨ΔWᵢ, ΔWⱼ⟩ = tr((BⱼᵀBᵢ)(AᵢAⱼᵀ)) for every two pairs, in float64. One matrix serves weights and guards."""
+    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
+    wide = [p.to(torch.float64) for p in pairs]
+    for i, p in enumerate(wide):
+        for j, q in enumerate(wide[: i + 1]):
+            inner[i, j] = inner[j, i] = p.scale * q.scale * ((q.B.T @ p.B) * (q.A @ p.A.T)).sum()
+    return inner
+
+
+def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor | None = None) -> Float[Tensor, "r m"]:
+    """Orthonormal rows of A for directions that are empty, made from `seed`, the layer's name and the row's index.
+
+    Nested: a site of rank 4 makes bit for bit the first four rows of a site of rank 16. Rows are orthogonal to
+    those in `beside` too, as far as the layer is wide enough; beyond that they are merely unit rows.
+    """
+    basis = torch.empty(0, fan_in) if beside is None else torch.nn.functional.normalize(beside.float(), dim=1)
+    for row in rows:
+        digest = hashlib.sha256(f"{seed}/{layer}/{row}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        fresh = torch.empty(fan_in).uniform_(-1, 1, generator=generator)
+        if len(basis) < fan_in:
+            for _ in range(2):  # twice is enough (Kahan; Parlett, The Symmetric Eigenvalue Problem)
+                for other in basis:
+                    fresh = fresh - (fresh @ other) * other
+        basis = torch.cat([basis, torch.nn.functional.normalize(fresh, dim=0)[None]])
+    return basis[len(basis) - len(rows) :]
+
+
+def refill(pair: LoraPair, rank: int, layer: str, seed: int) -> LoraPair:
+    """The same ΔW at `rank` directions: the missing ones get fresh rows of A and zero columns of B.
+
+    A direction that is zero in both factors would never receive a gradient again.
+    """
+    missing = range(pair.rank, rank)
+    rows = fresh_rows(layer, pair.shape[1], missing, seed, beside=pair.A).to(pair.A)
+    columns = pair.B.new_zeros(pair.shape[0], len(missing))
+    return LoraPair(torch.cat([pair.A, rows]), torch.cat([pair.B, columns], dim=1), pair.scale)
