@@ -92,9 +92,7 @@ class RoundPlan(Settings):
     )
     labels: Names = Field((), description="classes, in order, for the classification tasks")
     max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
-    rest: bool = Field(
-        True, description="directions above the site's rank ride along frozen; chosen by the merge rule"
-    )
+    rest: bool = Field(True, description="directions above the site's rank ride along frozen; chosen by the merge rule")
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(0, ge=0)
@@ -123,8 +121,6 @@ class SiteOverrides(Settings):
     def applied(self, plan: RoundPlan) -> RoundPlan:
         """The plan as this site is to carry it out."""
         given = self.model_dump(exclude_none=True)
-        peft = {**plan.peft, **{k: given.pop(k) for k in ("rank", "lora_alpha") if k in given}}
+        peft = dict(plan.peft) | {k: given.pop(k) for k in ("rank", "lora_alpha") if k in given}
         training = {k: given.pop(k) for k in ("batch_size",) if k in given}
-        return plan.model_copy(
-            update={**given, "peft": peft, "training": plan.training.model_copy(update=training)}
-        )
+        return plan.model_copy(update={**given, "peft": peft, "training": plan.training.model_copy(update=training)})

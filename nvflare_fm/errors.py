@@ -1,12 +1,12 @@
 """What can go wrong, as a small tree; every message names the site or tensor and the remedy.
 
-    FmError
-    ├── ConfigError    a setting nobody knows, or a combination that cannot work
-    ├── PolicyError    the site does not allow what the job asks
-    ├── ModelError     a base model that is missing, unsafe or not the one the federation trains
-    ├── DataError      a file or row that cannot be trained on
-    ├── WireError      a message that is incomplete, malformed or not finite
-    └── TrainingError  training that diverged or ran out of memory
+FmError
+├── ConfigError    a setting nobody knows, or a combination that cannot work
+├── PolicyError    the site does not allow what the job asks
+├── ModelError     a base model that is missing, unsafe or not the one the federation trains
+├── DataError      a file or row that cannot be trained on
+├── WireError      a message that is incomplete, malformed or not finite
+└── TrainingError  training that diverged or ran out of memory
 """
 
 

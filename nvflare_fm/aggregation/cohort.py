@@ -57,11 +57,13 @@ def admit(
 
     def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str]) -> None:
         nonlocal updates
+        if not updates:
+            return
         reference = _most_common([what(u) for u in updates]) if expected is None else expected
         refused.update({u.site: say(what(u), reference) for u in updates if what(u) != reference})
         updates = [u for u in updates if what(u) == reference]
 
-    keep(lambda u: u.manifest.base, manifest and manifest.base, _other_base)
+    keep(lambda u: u.manifest.base, manifest.base if manifest else None, _other_base)
     keep(lambda u: (u.manifest.task, u.manifest.peft, u.manifest.labels), _kind(manifest), _other_kind)
     keep(lambda u: shapes(u.adapter), shapes(state) if state else None, _other_layers)
     if not mixed_ranks:
@@ -80,13 +82,13 @@ def _ranks(adapter: Adapter) -> tuple[int, ...]:
     return tuple(adapter.lora[n].rank for n in sorted(adapter.lora))
 
 
-def _most_common(values: Sequence[K]) -> K | None:
+def _most_common(values: Sequence[K]) -> K:
     counts = Counter(values)
-    return max(values, key=lambda v: counts[v], default=None)
+    return max(values, key=lambda v: counts[v])
 
 
 def _kind(manifest: Manifest | None) -> tuple[str, str, tuple[str, ...]] | None:
-    return manifest and (manifest.task, manifest.peft, manifest.labels)
+    return (manifest.task, manifest.peft, manifest.labels) if manifest else None
 
 
 def _other_base(theirs: str, ours: str) -> str:

@@ -100,6 +100,4 @@ def check(plan: RoundPlan, limits: Limits) -> None:
             "this site allows; ask for less"
         )
     if plan.quantization not in limits.quantizations:
-        raise PolicyError(
-            f"quantization {plan.quantization!r} is not among {list(limits.quantizations)} at this site"
-        )
+        raise PolicyError(f"quantization {plan.quantization!r} is not among {list(limits.quantizations)} at this site")

@@ -1,0 +1,40 @@
+"""Shape annotations of the core are checked at every call in a test run; tests that need public data ask for it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+CORE = ["nvflare_fm.adapter", "nvflare_fm.lora", "nvflare_fm.aggregation"]
+jaxtyping.install_import_hook(CORE, "tests.typechecking.check")
+
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile("search", settings.get_profile("suite"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture
+def malformed_allowed() -> Iterator[None]:
+    """Shape checks off, as in production, where a stranger's tensors may have any shape and type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of public data sets and small models."""
+    folder = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip("no public data here: set NVFLARE_FM_SHARED to the folder that holds data/ and models/")
+    return folder
