@@ -4,7 +4,7 @@ After pydantic's own way of saying what is wrong, with the nearest known key add
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -35,13 +35,22 @@ class Settings(BaseModel):
     @classmethod
     def _explain(cls, error: Any) -> str:
         path = [str(part) for part in error["loc"]]
+        if error["type"] == "missing":  # its input is the whole group, which is not for telling
+            return f"{'.'.join(path)}: {error['msg']}"
         if error["type"] != "extra_forbidden":
             return f"{'.'.join(path)}: {error['msg']}, got {error['input']!r}"
-        known = list(cls.model_fields)
+        group: Any = cls
         for part in path[:-1]:
-            inner = cls.model_fields[part].annotation if part in cls.model_fields else None
-            known = list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else known
+            group = _inside(group, part)
+        known = list(group.model_fields)
         return f"unknown setting {'.'.join(path)!r}; {nearest(path[-1], known)}known: {sorted(known)}"
+
+
+def _inside(group: Any, part: str) -> Any:
+    """The type of `part` of a group of settings, or of the values of a mapping from aliases to such groups."""
+    if isinstance(group, type) and issubclass(group, BaseModel):
+        return group.model_fields[part].annotation
+    return get_args(group)[-1]
 
 
 class TrainingSettings(Settings):

@@ -31,16 +31,16 @@ def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
 
 
 def svd(pair: LoraPair) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, "k m"]]:
-    """U, Σ, Vᵀ of ΔW with k = min(fan_out, rank, fan_in) at most: QR of both factors, SVD of the small core in
-    float64. O((d + m)R² + R³) against O(dm·min(d, m)) for the dense ΔW. Signs are fixed, so equal input gives
-    equal output.
+    """U, Σ, Vᵀ of ΔW with k = min(fan_out, rank, fan_in) at most: QR of both factors, SVD of the small core, in
+    float64. O((d + m)R² + R³) against O(dm·min(d, m)) for the dense ΔW. The largest entry of each
+    left vector is positive, so equal changes have equal signs.
     """
-    q_b, r_b = torch.linalg.qr(pair.B)
-    q_a, r_a = torch.linalg.qr(pair.A.T)
-    u, sigma, vt = torch.linalg.svd(pair.scale * r_b.double() @ r_a.double().T, full_matrices=False)
-    signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True))) if u.numel() else torch.ones(1, 0)
-    dtype = pair.B.dtype
-    return q_b @ (u * signs).to(dtype), sigma, (vt * signs.T).to(dtype) @ q_a.T
+    q_b, r_b = torch.linalg.qr(pair.B.double())
+    q_a, r_a = torch.linalg.qr(pair.A.T.double())
+    u, sigma, vt = torch.linalg.svd(pair.scale * r_b @ r_a.T, full_matrices=False)
+    u, vt = q_b @ u, vt @ q_a.T
+    signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
+    return (u * signs).to(pair.B.dtype), sigma, (vt * signs.T).to(pair.A.dtype)
 
 
 def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B") -> tuple[LoraPair, float]:
@@ -51,7 +51,7 @@ def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B") -> tuple[LoraPair, fl
     """
     u, values, vt = svd(pair)
     energy = values.square()
-    floor = values[:1] * max(pair.shape) * torch.finfo(pair.B.dtype).eps
+    floor = 8 * torch.finfo(pair.B.dtype).eps * values[:1]  # a few rounding errors; not grown with the layer's width
     kept = min(rank, int((values > floor).sum()))
     lost = float(energy[kept:].sum() / energy.sum()) if kept < len(values) and energy.sum() > 0 else 0.0
     root = values[:kept].to(u.dtype)

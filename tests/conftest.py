@@ -8,8 +8,10 @@ import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import typechecking
+
 CORE = ["nvflare_fm.adapter", "nvflare_fm.lora", "nvflare_fm.aggregation"]
-jaxtyping.install_import_hook(CORE, "tests.typechecking.check")
+jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
 settings.register_profile(
     "suite",

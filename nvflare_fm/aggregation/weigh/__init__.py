@@ -18,9 +18,15 @@ def weigh(names: Sequence[str], updates: Sequence[AdapterUpdate]) -> list[float]
     """
     weights = [1.0] * len(updates)
     for name in names:
-        weights = [w * f for w, f in zip(weights, registry[name](updates), strict=True)]
+        factors = registry[name](updates)
+        _refuse_unless(all(0 <= f < float("inf") for f in factors), [name], updates, factors)
+        weights = [w * f for w, f in zip(weights, factors, strict=True)]
     total = sum(weights)
-    if not 0 < total < float("inf") or min(weights) < 0:
-        said = {u.site: w for u, w in zip(updates, weights, strict=True)}
-        raise ConfigError(f"weights {list(names)} give {said}; they must be finite, not negative and not all zero")
+    _refuse_unless(0 < total < float("inf"), names, updates, weights)
     return [w / total for w in weights]
+
+
+def _refuse_unless(sound: bool, names: Sequence[str], updates: Sequence[AdapterUpdate], values: list[float]) -> None:
+    if not sound:
+        said = {u.site: v for u, v in zip(updates, values, strict=True)}
+        raise ConfigError(f"weights {list(names)} give {said}; they must be finite, not negative and not all zero")
