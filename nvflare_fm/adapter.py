@@ -141,6 +141,7 @@ class Report:
     quantization: str = "fp32"
     before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
     after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
+    bad_rows: int = 0  # rows of the site's files that could not be used; the site's own log says which and why
 
     @property
     def tokens_per_s(self) -> float:

@@ -33,6 +33,7 @@ class DataSource(Settings):
         "auto", description="auto: by the file's ending; a folder is a saved `datasets` folder"
     )
     columns: Mapping[str, str] = Field(default_factory=dict, description="the name we use → the name in the file")
+    max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
 
 
 class Limits(Settings):

@@ -9,28 +9,39 @@ from ...errors import ConfigError
 from ...registry import Registry
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+
+    from ..base_model import BaseModel
 
 
 class PeftMethod(Settings):
     """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
 
-    Subclasses set `factored` where the method sends B @ A pairs, and `side_adapter` where directions above the
-    site's rank can ride along frozen (needs ΔW to be additive, which DoRA's is not).
+    Subclasses set `factored` where the method sends B @ A pairs.
     """
 
     factored: ClassVar[bool] = False
-    side_adapter: ClassVar[bool] = False
 
-    def config(self, task_type: str, modules_to_save: tuple[str, ...]) -> "PeftConfig":
-        """PEFT's configuration of the trained adapter."""
-        raise NotImplementedError
+    @property
+    def side_adapter(self) -> bool:
+        """Whether directions above the site's rank can ride along frozen: ΔW must be additive."""
+        return False
 
-    def attach(
-        self, base: "PreTrainedModel", start: Adapter, task_type: str, heads: tuple[str, ...], seed: int, rest: bool
-    ) -> "PeftModel":
-        """`base` with the adapter called "local" trainable, holding `start` (empty: initialised from `seed`)."""
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """Modules that are trained beside the method's own parameters, so they must stay out of quantization."""
+        return ()
+
+    def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
+        """`base.model` with the adapter called "local" trainable, holding `start` (empty: initialised from `seed`).
+
+        Args:
+            rest: directions of `start` above this site's rank ride along frozen; otherwise they are left out.
+
+        Raises:
+            ConfigError: the method cannot be put on this model, or cannot hold `start`.
+            WireError: `start` belongs to another model.
+        """
         raise NotImplementedError
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
@@ -52,3 +63,12 @@ def read(settings: Mapping[str, Any]) -> PeftMethod:
         raise ConfigError(f"peft needs a method, one of {list(registry)}")
     name = values.pop("method")
     return registry[name].read(values, f"peft ({name})")
+
+
+def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with the method's defaults written out, so that whoever reads the rank finds it.
+
+    Raises:
+        ConfigError: as `read`.
+    """
+    return {"method": settings.get("method"), **read(settings).model_dump()}

@@ -1,0 +1,240 @@
+"""A base model in 4, 8, 16 or 32 bits, frozen, loaded once and lent to one adapter at a time.
+
+After QLoRA (arXiv:2305.14314): NF4 with double quantization. Weights are safetensors only and no code comes with them.
+"""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import RoundPlan
+from ..errors import ConfigError, ModelError
+from .fingerprint import fingerprint
+from .policy import ModelSource
+from .tasks import Task
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: weights, tokenizer, no code
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model and what must be known to put an adapter on it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    fingerprint: str
+    quantization: str
+    compute_dtype: torch.dtype
+    heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
+    fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @contextmanager
+    def lent(self) -> Iterator[PreTrainedModel]:
+        """The model, to put an adapter on; afterwards it is bare and frozen again, whatever was put on it.
+
+        PEFT wraps layers in place. Every module gets its own children back, so nothing of the adapter stays.
+        """
+        with self.lock:
+            children = [(module, dict(module._modules)) for module in self.model.modules()]
+            try:
+                yield self.model
+            finally:
+                for module, own in children:
+                    module._modules.clear()
+                    module._modules.update(own)
+                for trace in ("peft_config", "_hf_peft_config_loaded"):
+                    self.model.__dict__.pop(trace, None)
+                if self.model.is_gradient_checkpointing:
+                    self.model.gradient_checkpointing_disable()
+                self.model.requires_grad_(False).eval()
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def compute_dtype(asked: str, quantization: str) -> torch.dtype:
+    """The type matrix products are computed in.
+
+    Raises:
+        ConfigError: fp16 on a CPU, which has no gradient scaling there.
+    """
+    if asked == "auto":
+        asked = quantization if quantization in DTYPES else _natural()
+    if asked == "fp16" and device().type == "cpu":
+        raise ConfigError("fp16 needs a GPU; ask for bf16 or fp32 on this site")
+    return DTYPES[asked]
+
+
+def _natural() -> str:
+    if device().type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+_loaded: dict[tuple[Any, ...], BaseModel] = {}
+_loading = threading.Lock()
+
+
+def load(source: ModelSource, plan: RoundPlan, task: Task, kept: tuple[str, ...] = ()) -> BaseModel:
+    """The base model a plan asks for, from memory where this process holds it already.
+
+    Args:
+        kept: modules that PEFT trains whole and that must stay out of quantization.
+
+    Raises:
+        ModelError: no weights, unsafe weights, or not the weights that were pinned.
+    """
+    dtype = compute_dtype(plan.compute_dtype, plan.quantization)
+    key = (source, plan.quantization, plan.double_quant, dtype, plan.task, plan.labels, kept)
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = _load(locate(source), plan, task, dtype, kept)
+        base = _loaded[key]
+    for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
+        if pin and pin != base.fingerprint:
+            raise ModelError(
+                f"base model {plan.model!r} is {base.fingerprint}, the {whose} pins {pin}; "
+                "point the alias at the pinned weights"
+            )
+    return base
+
+
+def locate(source: ModelSource) -> Path:
+    """The folder of a base model, fetched from the hub first where the site says so; refused where it is unsafe.
+
+    Raises:
+        ModelError: the folder lacks a configuration or safetensors weights, or is an adapter or already quantized.
+    """
+    if bool(source.path) == bool(source.hub_id):
+        raise ConfigError("a model at a site needs one of path and hub_id")
+    folder = Path(source.path) if source.path else _fetch(source)
+    if not (folder / "config.json").is_file():
+        raise ModelError("the base model's folder has no config.json; check the alias's path", str(folder))
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "the base model has no *.safetensors weights, and pickled weights are never loaded; convert them first",
+            str(folder),
+        )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError("the base model's folder holds an adapter; offer the model it was trained on", str(folder))
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        raise ModelError("the base model is quantized already; offer its 16-bit or 32-bit weights", str(folder))
+    return folder
+
+
+def _fetch(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not source.revision:
+        raise ConfigError("a hub_id needs the revision (a commit) the site trusts")
+    try:
+        return Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=_FILES))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the site
+        raise ModelError("the base model cannot be fetched from the hub; fetch it beforehand", str(error)) from None
+
+
+def _load(folder: Path, plan: RoundPlan, task: Task, dtype: torch.dtype, kept: tuple[str, ...]) -> BaseModel:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = load_tokenizer(folder)
+        for name, value in task.model_config(plan).items():
+            setattr(config, name, value)
+        config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
+        model, fresh, heads = _load_weights(folder, config, plan, task, dtype, kept)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            "the base model cannot be loaded; is it a whole model that transformers knows without remote code?",
+            f"{folder}: {error}",
+        ) from error
+    model.requires_grad_(False).eval()
+    _keep_packing(model)
+    return BaseModel(model, tokenizer, task, fingerprint(folder), plan.quantization, dtype, heads, frozenset(fresh))
+
+
+def _load_weights(
+    folder: Path, config: Any, plan: RoundPlan, task: Task, dtype: torch.dtype, kept: tuple[str, ...]
+) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
+    model_class = getattr(transformers, task.auto_class)
+    with torch.device("meta"):
+        on_top = _on_top(model_class.from_config(config, trust_remote_code=False))
+    skipped = {*on_top, *kept}
+    while True:
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES.get(plan.quantization, dtype),
+            quantization_config=_quantization(plan, dtype, sorted(skipped)),
+            device_map={"": device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # a head for other labels is a fresh head
+            output_loading_info=True,
+        )
+        fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        lacking = {name.rpartition(".")[0] for name in fresh}
+        if plan.quantization in DTYPES or lacking <= skipped:
+            break
+        skipped |= lacking  # rare: the checkpoint lacks a layer below the head, which must be trained unquantized too
+    heads = {*(on_top if task.trains_head else ()), *lacking}
+    return model, fresh, tuple(sorted(h for h in heads if not any(h.startswith(f"{o}.") for o in heads)))
+
+
+def _on_top(model: PreTrainedModel) -> set[str]:
+    """What the task's class puts on top of the backbone: classifier, score, lm_head, pre_classifier, …"""
+    parts = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
+    return parts - {model.base_model_prefix}
+
+
+def _quantization(plan: RoundPlan, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig | None:
+    if plan.quantization in DTYPES:
+        return None
+    if plan.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=plan.quantization,
+        bnb_4bit_use_double_quant=plan.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer in place when it is first used for inference:
+    that fails where the layer's width is no multiple of 32, and would change the weights that others share.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a base model, with a token to pad with.
+
+    Raises:
+        ModelError: it is not a fast one, so which characters a token stands for is not known.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
+    if not tokenizer.is_fast:
+        raise ModelError("the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    return tokenizer

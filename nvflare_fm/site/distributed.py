@@ -1,0 +1,45 @@
+"""One site, several processes (`torch.distributed.run`): what they must tell each other. Alone, each is a no-op."""
+
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+T = TypeVar("T")
+
+
+def join() -> None:
+    """Joins the other processes of this site, where a launcher started several and nobody joined them yet."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        from accelerate import PartialState
+
+        on_cpu = not torch.cuda.is_available()
+        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl")
+
+
+def processes() -> tuple[int, int]:
+    """(this process's number, how many there are)."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether any process says so. All must ask at the same place, or they wait for each other forever."""
+    if processes()[1] == 1:
+        return flag
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    said = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(said, op=distributed.ReduceOp.MAX)
+    return bool(said)
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in their order."""
+    world = processes()[1]
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,55 @@
+"""Measuring an adapter on the site's validation rows, exactly: sums over examples and tokens, whatever the batch size."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..config import RoundPlan
+from ..errors import TrainingError
+from .base_model import BaseModel
+from .distributed import any_process, gather, processes
+from .tasks import collate
+
+
+def evaluate(
+    model: Any, base: BaseModel, rows: Dataset, plan: RoundPlan, should_stop: Callable[[], bool]
+) -> dict[str, float]:
+    """The task's metrics of `model` over `rows`. Every process of a distributed trainer measures its share.
+
+    Raises:
+        TrainingError: it was told to stop.
+    """
+    model.eval()
+    settings = plan.evaluation
+    count = min(len(rows), settings.max_examples or len(rows))
+    rank, world = processes()
+    # By length, so that batches hold little padding; ties by place, so that every run makes the same batches.
+    order = sorted(range(count), key=lambda i: (len(rows[i]["input_ids"]), i))[rank::world]
+    parts: list[dict[str, torch.Tensor]] = []
+    steps = -(-count // (world * settings.batch_size))  # the same at every process: they agree on stopping together
+    for start in range(0, steps * settings.batch_size, settings.batch_size):
+        if any_process(should_stop()):
+            raise TrainingError("stopped while evaluating, as told")
+        if chosen := order[start : start + settings.batch_size]:
+            parts.append(_score(model, base, [rows[i] for i in chosen]))
+    everyone = [part for share in gather(parts) for part in share]
+    columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
+    return base.task.metrics(columns, plan)
+
+
+@torch.inference_mode()
+def _score(model: Any, base: BaseModel, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = {k: v.to(base.model.device) for k, v in collate(rows, base.tokenizer.pad_token_id).items()}
+    with autocast(base):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return {name: column.cpu() for name, column in base.task.score(logits, batch).items()}
+
+
+def autocast(base: BaseModel) -> AbstractContextManager[Any]:
+    """Products in the base model's compute type, the adapter itself in float32."""
+    if base.compute_dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(base.model.device.type, base.compute_dtype)

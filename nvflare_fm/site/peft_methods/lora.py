@@ -1,0 +1,118 @@
+"""LoRA (arXiv:2106.09685) with rsLoRA's scale (arXiv:2312.03732) or DoRA's magnitudes (arXiv:2402.09353).
+
+A site of rank r trains the first r directions of the global adapter. The others ride along as a second, frozen LoRA
+adapter, so that every site starts a round at exactly the global adapter, whatever its rank.
+"""
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ...adapter import Adapter, from_tensors
+from ...aggregation.merge.zero_pad import pad
+from ...config import Names
+from ...errors import ConfigError, WireError
+from ...lora import head, refill, stack, tail, zero
+from . import PeftMethod, registry
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from ..base_model import BaseModel
+
+
+@registry.register("lora")
+class Lora(PeftMethod):
+    """Settings by PEFT's own names, but for `rank`, which PEFT calls `r`."""
+
+    factored = True
+
+    rank: int = Field(8, ge=1)
+    lora_alpha: float = Field(16.0, gt=0, description="the scale is lora_alpha / rank, or / √rank with use_rslora")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: Literal["all-linear"] | Names = Field("all-linear", description="ends of module names")
+    modules_to_save: Names = Field((), description="modules trained whole, such as an embedding")
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def side_adapter(self) -> bool:
+        return not self.use_dora  # DoRA normalises W + ΔW: two adapters do not add
+
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        return self.modules_to_save
+
+    def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
+        from ..attach import put, wrap
+
+        model = wrap(base, self._config(base), seed)
+        blank = self.extract(model)
+        start = start or Adapter({layer: zero(*blank.lora[layer].shape) for layer in blank.lora}, blank.dense)
+        _check_layers(start, blank)
+        widest = max(pair.rank for pair in start.lora.values())
+        if self.use_dora and widest not in (0, self.rank):
+            raise ConfigError(f"DoRA needs one rank everywhere: this site trains {self.rank}, the adapter has {widest}")
+        trained = {
+            n: refill(head(p, self.rank), self.rank, n, seed).rescaled(self.scale) for n, p in start.lora.items()
+        }
+        put(model, Adapter(trained, start.dense).tensors())
+        if rest and widest > self.rank:
+            self._add_rest(model, start, widest - self.rank)
+        return model
+
+    def _config(self, base: "BaseModel") -> "LoraConfig":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            task_type=base.task.peft_type,
+            r=self.rank,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            target_modules=self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
+            modules_to_save=sorted({*base.heads, *self.modules_to_save}) or None,
+        )
+
+    def _add_rest(self, model: "PeftModel", start: Adapter, rank: int) -> None:
+        from peft import LoraConfig, PeftModel
+
+        from ..attach import LOCAL, REST, put
+
+        targets = model.peft_config[LOCAL].target_modules
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1, heads stay with "local"
+        PeftModel.add_adapter(model, REST, config)
+        frozen = {n: pad(tail(p, self.rank), rank).rescaled(1.0) for n, p in start.lora.items()}
+        put(model, Adapter(frozen).tensors(), REST)
+        model.base_model.set_adapter([LOCAL, REST])
+        for name, parameter in model.named_parameters():
+            if f".{REST}." in name:
+                parameter.requires_grad_(False)
+
+    def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
+        from ..attach import REST, tensors
+
+        values = tensors(model)
+        layers = {n.rpartition(".lora_A.")[0] for n in values if ".lora_A." in n}
+        adapter = from_tensors(values, dict.fromkeys(layers, self.scale), "this site")
+        pairs = {n: adapter.lora[n] for n in adapter.lora}
+        if whole and REST in model.peft_config:
+            frozen = from_tensors(tensors(model, REST), dict.fromkeys(layers, 1.0), "this site").lora
+            pairs = {n: stack([pairs[n], frozen[n]], [1.0, 1.0]) for n in pairs}
+        return Adapter(pairs, {n: adapter.dense[n] for n in adapter.dense})
+
+
+def _check_layers(start: Adapter, blank: Adapter) -> None:
+    for layer in sorted({*start.lora, *blank.lora}):
+        theirs, ours = (a.lora[layer].shape if layer in a.lora else None for a in (start, blank))
+        if theirs != ours:
+            raise WireError(
+                f"the global adapter has {theirs or 'nothing'} for {layer!r}, this site's model {ours or 'nothing'}; "
+                "do base model and target_modules agree?"
+            )

@@ -1,0 +1,96 @@
+"""Tasks: how a row of data becomes token ids, and how the model's answers become metrics. One file a task."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ...config import RoundPlan
+from ...registry import Registry
+
+IGNORED = -100  # the label of a position that is not learned, by PyTorch's convention
+Columns = Mapping[str, Tensor]
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on. The reason must not repeat any of its content."""
+
+
+class Task:
+    """What a task must say. The model comes from `auto_class`; `trains_head`: its head is trained whole."""
+
+    auto_class: ClassVar[str]
+    peft_type: ClassVar[str]  # PEFT's name of the task
+    trains_head: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = True
+
+    def model_config(self, plan: RoundPlan) -> dict[str, Any]:
+        """What the model's configuration must say for this plan: the labels."""
+        return {
+            "num_labels": len(plan.labels),
+            "id2label": dict(enumerate(plan.labels)),
+            "label2id": {label: i for i, label in enumerate(plan.labels)},
+        }
+
+    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
+        """input_ids, labels and perhaps numbers that only the metrics need.
+
+        Raises:
+            BadRow: says why the row cannot be used.
+        """
+        raise NotImplementedError
+
+    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
+        """What the metrics need of one batch: 1-D columns, concatenated over all batches before `metrics` sees them."""
+        raise NotImplementedError
+
+    def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
+        """Means over all examples or tokens, whatever the batch size was."""
+        raise NotImplementedError
+
+
+registry: Registry[Task] = Registry("task", __name__)
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """A non-empty string column.
+
+    Raises:
+        BadRow: it is missing, of another type or blank.
+    """
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise BadRow(f"{column!r} is missing" if value is None else f"{column!r} is not a text")
+    if not value.strip():
+        raise BadRow(f"{column!r} is empty")
+    return value
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+    """One batch, padded on the right to its longest row."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    width = max(lengths)
+    batch = {"attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths])}
+    for name, first in rows[0].items():
+        filler = pad_id if name == "input_ids" else IGNORED
+        values = [row[name] for row in rows]
+        if isinstance(first, list):
+            values = [v + [filler] * (width - len(v)) for v in values]
+        batch[name] = torch.tensor(values)
+    return batch
+
+
+def classification_metrics(columns: Columns, classes: Sequence[int]) -> dict[str, float]:
+    """Mean loss, accuracy, and the mean F1 over `classes` (those that occur in neither labels nor answers left out)."""
+    from sklearn.metrics import f1_score
+
+    truth, answer = columns["label"].numpy(), columns["answer"].numpy()
+    present = sorted({*truth.tolist(), *answer.tolist()} & set(classes))
+    f1 = f1_score(truth, answer, labels=present, average="macro", zero_division=0) if present else 0.0
+    return {
+        "loss": float(columns["nats"].double().mean()),
+        "accuracy": float((truth == answer).mean()),
+        "macro_f1": float(f1),
+    }

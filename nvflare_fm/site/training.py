@@ -1,0 +1,246 @@
+"""One round of local training with transformers' Trainer.
+
+Schedules run over the whole federation, data are seen in passes that continue from round to round, and FedProx
+(arXiv:1812.06127) pulls towards the global adapter where the plan asks for it. TRL's SFTTrainer is not used: it drops
+fully masked rows without a word and makes the adapter bf16.
+"""
+
+import hashlib
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+
+from ..adapter import RoundTask
+from ..config import RoundPlan, TrainingSettings
+from ..errors import TrainingError
+from .base_model import BaseModel
+from .distributed import any_process, gather, processes
+from .tasks import collate
+
+Log = Callable[[str, float, int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of training did."""
+
+    loss: float
+    tokens: int
+    steps: int
+    seconds: float
+    peak_memory_mib: float
+
+
+def steps_per_round(plan: RoundPlan, examples: int, world: int = 1) -> int:
+    """Optimizer steps a round: as many as the plan says, or as its epochs need."""
+    settings = plan.training
+    per_step = settings.batch_size * settings.gradient_accumulation_steps * world
+    return settings.local_steps or max(1, math.ceil(settings.local_epochs * examples / per_step))
+
+
+def order(examples: int, start: int, count: int, seed: str) -> list[int]:
+    """`count` row numbers from place `start` of an endless sequence of passes, each pass in its own seeded order.
+
+    A round takes up where the round before stopped, so short rounds still see all of a site's rows equally often.
+    """
+    chosen: list[int] = []
+    while len(chosen) < count:
+        this_pass, place = divmod(start + len(chosen), examples)
+        generator = torch.Generator().manual_seed(_number(f"{seed}/{this_pass}"))
+        chosen += torch.randperm(examples, generator=generator)[place : place + count - len(chosen)].tolist()
+    return chosen
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def train(
+    model: Any,
+    base: BaseModel,
+    rows: Dataset,
+    task: RoundTask,
+    site: str,
+    should_stop: Callable[[], bool],
+    log: Log | None = None,
+) -> Trained:
+    """Trains what of `model` is trainable, in place, for one round.
+
+    Raises:
+        TrainingError: the loss is not a number any more, or it was told to stop.
+    """
+    plan, world = task.plan, processes()[1]
+    steps = steps_per_round(plan, len(rows), world)
+    per_round = steps * plan.training.batch_size * plan.training.gradient_accumulation_steps * world
+    chosen = order(len(rows), task.round * per_round, per_round, f"{plan.seed}/{site}")
+    trainer = LocalTrainer(
+        chosen,
+        task,
+        model=model,
+        args=_arguments(plan, base, steps, _number(f"{plan.seed}/{task.round}/{site}"), log is not None),
+        data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
+        train_dataset=rows.select_columns(["input_ids", "labels"]),
+        callbacks=[Watch(should_stop, log, task.round * steps)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if plan.training.proximal_mu:
+        trainer.add_callback(Proximal(plan.training.proximal_mu))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    losses = gather(trainer.train().training_loss)
+    seconds = time.perf_counter() - started
+    loss = sum(losses) / len(losses)
+    _check_finite(loss)
+    return Trained(loss, sum(len(rows[i]["input_ids"]) for i in chosen), steps, seconds, peak_memory_mib())
+
+
+def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: bool) -> TrainingArguments:
+    settings, on_cpu = plan.training, base.model.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # nothing is written there
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        learning_rate=settings.learning_rate,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=seed,
+        bf16=base.compute_dtype == torch.bfloat16,
+        fp16=base.compute_dtype == torch.float16,
+        use_cpu=on_cpu,
+        ddp_backend=("gloo" if on_cpu else "nccl") if processes()[1] > 1 else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=not on_cpu,
+        remove_unused_columns=False,
+        logging_strategy="steps" if logged else "no",
+        logging_steps=max(1, steps // 10),
+        logging_nan_inf_filter=False,  # it would hide a loss that is not a number behind the mean of the others
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        log_level_replica="error",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs are for several processes, not DataParallel
+    return arguments
+
+
+class LocalTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with our order of rows, and a schedule that knows the rounds before and after."""
+
+    def __init__(self, order: list[int], task: RoundTask, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.order, self.task = order, task
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.order
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        settings, task = self.task.plan.training, self.task
+        optimizer = optimizer or self.optimizer
+        self.lr_scheduler = schedule(optimizer, settings, num_training_steps, task.round, task.total_rounds)
+        return self.lr_scheduler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if loss.device.type == "cpu" or self.state.global_step % 10 == 0:  # looking makes a GPU wait
+            _check_finite(float(loss))
+        return loss
+
+
+def schedule(optimizer: Any, settings: TrainingSettings, steps: int, rounds_before: int, rounds: int) -> LambdaLR:
+    """The learning rate's course over `rounds` rounds of `steps` steps each, from where this round begins."""
+    name = settings.lr_scheduler_type
+    whole = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer=optimizer,
+        num_warmup_steps=math.ceil(settings.warmup_ratio * steps * rounds),
+        num_training_steps=steps * rounds,
+    )
+    factor = whole.lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: factor(step + rounds_before * steps))
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Stops within one batch when told to, and hands losses on."""
+
+    def __init__(self, should_stop: Callable[[], bool], log: Log | None, steps_before: int) -> None:
+        self.should_stop, self.log, self.steps_before = should_stop, log, steps_before
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if any_process(self.should_stop()):
+            raise TrainingError("stopped while training, as told")
+
+    on_substep_end = on_step_end = on_train_begin
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        for ours, theirs in (("train_loss", "loss"), ("learning_rate", "learning_rate")):
+            if self.log and theirs in logs:
+                self.log(ours, logs[theirs], self.steps_before + state.global_step)
+
+
+class Proximal(TrainerCallback):  # type: ignore[misc]
+    """FedProx: the gradient μ(w − w_start) of μ/2 · ‖w − w_start‖², over what is trained.
+
+    Added once a step, after clipping: clipping is to tame the data's gradient, not the pull back to the start.
+    """
+
+    def __init__(self, mu: float) -> None:
+        self.mu = mu
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.pairs = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for parameter, start in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.mu)
+
+
+def _check_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            "the training loss is not a number any more; lower learning_rate or max_grad_norm, add warmup_ratio, "
+            "or compute in bf16 or fp32 where it is fp16"
+        )
+
+
+def peak_memory_mib() -> float:
+    """Of the GPU since training began; on a CPU, of the process since it began."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@contextmanager
+def memory_explained(plan: RoundPlan) -> Iterator[None]:
+    """Turns running out of memory into an error with its remedies.
+
+    Raises:
+        TrainingError: in place of the allocator's own error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory at batch_size {plan.training.batch_size} and max_length {plan.max_length}; lower either "
+            "(and raise gradient_accumulation_steps), set gradient_checkpointing, or quantize to nf4",
+            str(error),
+        ) from None

@@ -1,0 +1,158 @@
+"""What a site does with a round's task: check it, train or measure, and answer. The only entry to this room."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
+from ..config import RoundPlan, SiteOverrides
+from ..errors import ConfigError, ModelError, PolicyError, WireError
+from . import base_model, data, distributed, evaluation, peft_methods, training
+from .attach import resolved
+from .base_model import BaseModel
+from .data import SiteData
+from .peft_methods import PeftMethod
+from .policy import SiteConfig, check
+from .tasks import registry as tasks
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task names, found at this site."""
+
+    plan: RoundPlan
+    method: PeftMethod
+    base: BaseModel
+    data: SiteData
+
+
+class Worker:
+    """One site. Holds its base model and tokenized data from round to round; its answers depend on the task alone."""
+
+    def __init__(
+        self,
+        site: str,
+        config: SiteConfig,
+        overrides: SiteOverrides | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        log: training.Log | None = None,
+    ) -> None:
+        self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
+        self.should_stop, self.log = should_stop, log
+        self._data: dict[tuple[Any, ...], SiteData] = {}
+        self._last: tuple[Adapter, Manifest] | None = None
+        quiet()
+        distributed.join()
+        if config.limits.threads:
+            torch.set_num_threads(config.limits.threads)
+
+    def train(self, task: RoundTask) -> AdapterUpdate:
+        """One round of local training, starting from the task's adapter.
+
+        Raises:
+            FmError: the site may not, cannot or was told not to.
+        """
+        job = self._job(task)
+        plan, method, base = job.plan, job.method, job.base
+        task = RoundTask(plan, task.adapter, task.manifest, task.round, task.total_rounds)
+        before = self._measured("before", task, self.validate(task)) if plan.evaluation.before else {}
+        with training.memory_explained(plan), base.lent():
+            model = method.attach(base, task.adapter, plan.seed, plan.rest)
+            done = training.train(model, base, job.data.train, task, self.site, self.should_stop, self.log)
+            after = self._evaluate(model, job) if plan.evaluation.after else {}
+            adapter, whole = method.extract(model), method.extract(model, whole=True)
+            manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
+        self._measured("after", task, after)
+        self._last = whole, manifest
+        report = Report(
+            examples=len(job.data.train),
+            tokens=done.tokens,
+            steps=done.steps,
+            loss=done.loss,
+            seconds=done.seconds,
+            peak_memory_mib=done.peak_memory_mib,
+            rank=plan.peft.get("rank", 0),
+            quantization=plan.quantization,
+            before=before,
+            after=after,
+            bad_rows=job.data.bad_rows,
+        )
+        return AdapterUpdate(self.site, adapter, manifest, report)
+
+    def validate(self, task: RoundTask) -> dict[str, float]:
+        """The metrics of the task's whole adapter on this site's validation rows.
+
+        Raises:
+            FmError: the site may not, cannot or was told not to.
+        """
+        job = self._job(task)
+        with training.memory_explained(job.plan), job.base.lent():
+            model = job.method.attach(job.base, task.adapter, job.plan.seed, rest=True)
+            return self._evaluate(model, job)
+
+    def submit(self) -> tuple[Adapter, Manifest]:
+        """The adapter this site trained last, whole: frozen directions included.
+
+        Raises:
+            WireError: it has not trained yet.
+        """
+        if self._last is None:
+            raise WireError(f"{self.site} has trained no adapter in this job yet; ask again after a round")
+        return self._last
+
+    def _evaluate(self, model: Any, job: Job) -> dict[str, float]:
+        return evaluation.evaluate(model, job.base, job.data.validation, job.plan, self.should_stop)
+
+    def _measured(self, when: str, task: RoundTask, metrics: dict[str, float]) -> dict[str, float]:
+        for name, value in metrics.items():
+            if self.log:
+                self.log(f"{when}/{name}", value, task.round)
+        return metrics
+
+    def _job(self, task: RoundTask) -> Job:
+        plan = self.overrides.applied(task.plan)
+        plan = plan.model_copy(update={"peft": peft_methods.complete(plan.peft)})
+        check(plan, self.config.limits)
+        kind, method = tasks[plan.task], peft_methods.read(plan.peft)
+        if kind.needs_labels and len(plan.labels) < 2:
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least two")
+        base = base_model.load(self.config.model(plan.model), plan, kind, method.trained_whole)
+        self._check_base(base, task)
+        job = Job(plan, method, base, self._tokenized(plan, base))
+        steps = training.steps_per_round(plan, len(job.data.train), distributed.processes()[1])
+        if steps > self.config.limits.max_steps_per_round:
+            raise PolicyError(
+                f"{plan.training.local_epochs:g} epochs are {steps} steps, more than the "
+                f"{self.config.limits.max_steps_per_round} this site allows; ask for local_steps"
+            )
+        return job
+
+    def _check_base(self, base: BaseModel, task: RoundTask) -> None:
+        if task.manifest and task.manifest.base != base.fingerprint:
+            raise ModelError(
+                f"{self.site}: the federation trains base model {task.manifest.base}, the alias "
+                f"{task.plan.model!r} is {base.fingerprint} here; point it at the same weights"
+            )
+
+    def _tokenized(self, plan: RoundPlan, base: BaseModel) -> SiteData:
+        key = (plan.data, plan.task, plan.labels, plan.max_length, base.fingerprint)
+        if key not in self._data:
+            self._data[key] = data.load(self.config.data_set(plan.data), plan, base.task, base.tokenizer)
+        return self._data[key]
+
+
+def quiet() -> None:
+    """Leaves a worker's output to what a person can act on."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
