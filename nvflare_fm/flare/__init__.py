@@ -1,0 +1,1 @@
+"""The shell: carries messages between NVFlare and the core. The only importer of nvflare."""

@@ -1,0 +1,107 @@
+"""The server's aggregator: hands what the sites sent to `aggregation.combine`, and hands the result back.
+
+The same for every merge and weight rule. It loads neither the base model nor transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+
+from ..adapter import AdapterUpdate, Manifest, RoundTask
+from ..aggregation import merge as merge_rules
+from ..aggregation import weigh as weight_factors
+from ..aggregation.cohort import check_values
+from ..aggregation.combine import Combined, combine
+from ..config import Aggregation, RoundPlan
+from . import wire
+from .ledger import mean
+
+_OF_ONE_SITE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+
+
+class AdapterAggregator(ModelAggregator):
+    """How many adapters become one. The arguments are those of `config.Aggregation`.
+
+    Raises:
+        ConfigError: a rule or setting nobody knows; the job is refused while it loads.
+    """
+
+    def __init__(
+        self,
+        merge: str = "exact",
+        weigh: Sequence[str] = ("examples",),
+        max_rank: int = 0,
+        sigma: str = "B",
+        seed: int = 0,
+    ) -> None:
+        FLComponent.__init__(self)
+        super().__init__()
+        self.merge, self.weigh, self.max_rank, self.sigma, self.seed = merge, list(weigh), max_rank, sigma, seed
+        given = {"merge": merge, "weigh": weigh, "max_rank": max_rank, "sigma": sigma, "seed": seed}
+        self.how = Aggregation.read(given, "aggregator")
+        self.rule = merge_rules.registry[self.how.merge]
+        self.factors = [weight_factors.registry[name] for name in self.how.weigh]
+        self.updates: dict[str, AdapterUpdate] = {}
+        self.combined: Combined | None = None
+        self.begin(RoundTask(RoundPlan()), rank=1)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        super().handle_event(event_type, fl_ctx)
+        if event_type == EventType.START_RUN:
+            fobs.register(TensorDecomposer)
+
+    def begin(self, task: RoundTask, rank: int) -> None:
+        """Opens a round in which the sites train from `task`; `rank` is the plan's."""
+        self.task, self.rank = task, self.how.max_rank or rank
+        self.reset_stats()
+
+    def reset_stats(self) -> None:
+        self.updates, self.combined = {}, None
+
+    def accept_model(self, model: FLModel) -> None:
+        """
+        Raises:
+            WireError: names the site and what is wrong; its update does not count.
+        """
+        update = wire.read_update(model, model.meta["client_name"])
+        check_values(update)
+        self.updates[update.site] = update
+
+    def aggregate_model(self) -> FLModel:
+        """
+        Raises:
+            WireError: nothing can be merged.
+        """
+        task = self.task
+        combined = combine(task.adapter, task.manifest, list(self.updates.values()), self.how, self.rank)
+        self.combined = combined
+        self._log(combined)
+        model = wire.write_saved(wire.Saved(combined.adapter, _shared(combined.manifest), task.round, task.plan))
+        before = {site: self.updates[site].report.before for site in combined.weights}
+        model.metrics = mean(before, combined.weights) or None
+        return model
+
+    def _log(self, combined: Combined) -> None:
+        shares = ", ".join(f"{site} {weight:.4f}" for site, weight in sorted(combined.weights.items()))
+        self.logger.info(f"round {self.task.round}: weights {shares}")
+        for site, reason in sorted(combined.refused.items()):
+            self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
+        if lost := combined.energy_lost:
+            worst = max(lost, key=lambda layer: lost[layer])
+            average = sum(lost.values()) / len(lost)
+            self.logger.info(
+                f"round {self.task.round}: shortening to rank {self.rank} lost {average:.2e} of the energy on average, "
+                f"{lost[worst]:.2e} in {worst}"
+            )
+
+
+def _shared(manifest: Manifest) -> Manifest:
+    """Without the rank and alpha of the site whose manifest it is; `export` sets those of the merged adapter."""
+    return replace(manifest, adapter_config={k: v for k, v in manifest.adapter_config.items() if k not in _OF_ONE_SITE})

@@ -1,0 +1,280 @@
+"""Rounds that do not need everyone: FedAvg's loop with a minimum of answers, a grace time and a deadline.
+
+A thin subclass of NVFlare's FedAvg, which alone stops at the first failed trainer, cannot resume, and tells every site the
+others' names and sample counts.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.client import Client
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.workflows.fedavg import FedAvg
+
+from ..adapter import RoundTask
+from ..config import RoundPlan
+from ..errors import ConfigError, FmError
+from ..site import peft_methods
+from . import wire
+from .aggregator import AdapterAggregator
+from .ledger import Ledger, mean
+from .stats import PROGRESS
+
+
+class TooFewAnswers(Exception):
+    """A round ended with less than it needs."""
+
+
+class FedPEFT(FedAvg):
+    """
+    Args:
+        num_rounds: of the whole federation, rounds before a resumed one included.
+        min_responses: usable updates a round needs; with fewer the job stops and says what each site answered.
+        deadline_s: a round ends after so many seconds; 0: it waits for every site.
+        grace_s: a round ends so many seconds after `min_responses` usable updates are in; 0: it waits for every site.
+        plan: what the sites are to do, a `config.RoundPlan`; sent with every task.
+        aggregator: how their adapters become one.
+        persistor_id: of the `AdapterPersistor`.
+        key_metric: decides which round's adapter is the best: its mean over the sites that were sent it, each weighing
+            what it weighs in the merge. Empty: no best is kept.
+        key_metric_mode: "min" or "max".
+        disk_offload: updates wait on the server's disk, not in its memory.
+
+    Raises:
+        ConfigError: a setting nobody knows or a combination that cannot work; the job is refused while it loads.
+    """
+
+    def __init__(
+        self,
+        num_rounds: int = 5,
+        min_responses: int = 1,
+        deadline_s: float = 0,
+        grace_s: float = 0,
+        plan: Mapping[str, Any] | None = None,
+        aggregator: AdapterAggregator | None = None,
+        persistor_id: str = "persistor",
+        key_metric: str = "loss",
+        key_metric_mode: str = "min",
+        disk_offload: bool = False,
+    ) -> None:
+        if num_rounds < 1 or min_responses < 1 or deadline_s < 0 or grace_s < 0:
+            raise ConfigError(
+                f"num_rounds {num_rounds} and min_responses {min_responses} must be at least 1, "
+                f"deadline_s {deadline_s} and grace_s {grace_s} not negative"
+            )
+        if key_metric_mode not in ("min", "max"):
+            raise ConfigError(f'key_metric_mode must be "min" or "max", got {key_metric_mode!r}')
+        aggregator = aggregator or AdapterAggregator()
+        super().__init__(
+            num_rounds=num_rounds,
+            persistor_id=persistor_id,
+            aggregator=aggregator,
+            ignore_result_error=True,
+            allow_empty_global_weights=True,
+            task_check_period=0.2,
+            enable_tensor_disk_offload=disk_offload,
+        )
+        self.min_responses, self.deadline_s, self.grace_s, self.plan = (
+            min_responses,
+            deadline_s,
+            grace_s,
+            dict(plan or {}),
+        )
+        self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
+        self.disk_offload, self.total_rounds = disk_offload, num_rounds
+        self.round_plan, self.rank = checked_plan(self.plan, aggregator)
+        self.ledger = Ledger(0, num_rounds, [], 0)
+        self.latest: dict[str, float] = {}  # the metrics known last
+        self.best: float | None = None
+
+    # --- one round after the other
+
+    def run(self) -> None:
+        try:
+            super().run()
+            if not self.abort_signal.triggered:
+                self._evaluate_last()
+        except TooFewAnswers as reason:
+            self.panic(str(reason))
+
+    def load_model(self) -> FLModel:
+        model = super().load_model()
+        made_by = wire.read_saved(model.params, model.meta, "the persistor").round if model.params else None
+        if made_by is not None:
+            self.start_round = made_by + 1
+            self.num_rounds = self.total_rounds - self.start_round
+            self.info(f"resuming with round {self.start_round} of {self.total_rounds}")
+        if self.num_rounds < 1:
+            raise ConfigError(
+                f"the adapter is of round {made_by} and num_rounds is {self.total_rounds}: raise num_rounds"
+            )
+        return model
+
+    def sample_clients(self, num_clients: int | None = None) -> list[str]:
+        """Every connected site, in the order of their names."""
+        return sorted(client.name for client in self.engine.get_clients())
+
+    def send_model(
+        self,
+        task_name: str = AppConstants.TASK_TRAIN,
+        data: FLModel | None = None,
+        targets: list[str] | None = None,
+        callback: Callable[[FLModel], bool] | None = None,
+        **_: Any,
+    ) -> None:
+        """Sends the round's task to all sites at once, and returns when the round is over."""
+        saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
+        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
+        self.aggregator.begin(task, self.rank)
+        self._ask(task, task_name, targets or self.sample_clients(), callback or self._aggregate_one_result)
+
+    def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
+        message = wire.write_task(task)
+        self.ledger = Ledger(task.round, self.total_rounds, sites, wire.size(message.params))
+        self._show()
+        super().send_model(
+            task_name=name, data=message, targets=sites, timeout=math.ceil(self.deadline_s), callback=callback
+        )
+        self._wait()
+        self.ledger.silent("no answer before the round ended")
+
+    def _wait(self) -> None:
+        """Until all have answered or the deadline has passed, both NVFlare's to see, or the grace time is over."""
+        enough_since = math.inf
+        while self.get_num_standing_tasks() and not self.abort_signal.triggered:
+            if self.ledger.usable() >= self.min_responses:
+                enough_since = min(enough_since, time.monotonic())
+            if self.grace_s and time.monotonic() - enough_since >= self.grace_s:
+                self.cancel_all_tasks(fl_ctx=self.fl_ctx)
+            time.sleep(self._task_check_period)
+
+    # --- one answer after the other
+
+    def _aggregate_one_result(self, result: FLModel) -> bool:
+        site = result.meta["client_name"]
+        if reason := wire.refused(result):
+            return self._leave_out(site, f"refused: {reason}")
+        try:
+            self.aggregator.accept_model(result)
+        except FmError as error:
+            return self._leave_out(site, f"rejected: {error.message}")
+        except Exception as error:  # what a stranger sends must not stop the federation
+            self.exception(f"the update of {site} cannot be read")
+            return self._leave_out(site, f"rejected: malformed update ({type(error).__name__})")
+        self._received_count += 1
+        self.ledger.answered.append(site)
+        self.info(f"round {self.ledger.round}: {site} answered, {self.ledger.usable()} of {len(self.ledger.asked)}")
+        self._show()
+        return True
+
+    def _accept_train_result(
+        self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
+    ) -> bool:
+        code = result.get_return_code()
+        if code and code != ReturnCode.OK:
+            self._leave_out(client_name, f"stopped: its trainer ended or could not start ({code})")
+        return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
+
+    def process_result_of_unknown_task(
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        self.info(f"round {self.ledger.round}: {client.name} answered a {task_name} task too late; it does not count")
+        self.ledger.late.append(client.name)
+
+    def _leave_out(self, site: str, reason: str) -> bool:
+        self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")
+        self.ledger.out[site] = reason
+        self._show()
+        return False
+
+    # --- the end of a round
+
+    def _get_aggregated_result(self) -> FLModel:
+        self._need(self.ledger.usable())
+        result = super()._get_aggregated_result()
+        combined = self.aggregator.combined
+        self.ledger.close(combined, self.aggregator.updates)
+        self._close()
+        self._need(len(combined.weights))
+        if self.aggregator.task.adapter:
+            self._consider(self.ledger.metrics)
+        return result
+
+    def _need(self, usable: int) -> None:
+        if usable < self.min_responses:
+            self._close()
+            raise TooFewAnswers(
+                f"round {self.ledger.round}: {usable} of {len(self.ledger.asked)} sites gave a usable update and "
+                f"min_responses is {self.min_responses}. {self.ledger.reasons()}"
+            )
+
+    def _close(self) -> None:
+        self.ledger.write(Path(self.get_run_dir()))
+        self.latest = self.ledger.metrics or self.latest
+        self._show()
+
+    def _consider(self, metrics: Mapping[str, float]) -> None:
+        """Keeps the adapter that the sites were sent if they measured it to be the best so far."""
+        value = metrics.get(self.key_metric)
+        if value is None or (self.best is not None and not self._better(value, self.best)):
+            return
+        self.info(f"the adapter sent in round {self.ledger.round} is the best so far: {self.key_metric} {value:.6g}")
+        self.best = value
+        self.event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE)
+
+    def _better(self, value: float, than: float) -> bool:
+        return value < than if self.key_metric_mode == "min" else value > than
+
+    def _evaluate_last(self) -> None:
+        """The adapter of the last round has not been measured yet: it may be the best."""
+        if not (self.key_metric and self.round_plan.evaluation.before):
+            return
+        weights = self.aggregator.combined.weights
+        last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+        saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
+        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.total_rounds, self.total_rounds)
+        measured: dict[str, dict[str, float]] = {}
+
+        def take(result: FLModel) -> bool:
+            site = result.meta["client_name"]
+            if reason := wire.refused(result):
+                return self._leave_out(site, f"refused: {reason}")
+            measured[site] = dict(result.metrics or {})
+            self.ledger.answered.append(site)
+            return True
+
+        self._ask(task, AppConstants.TASK_VALIDATION, self.sample_clients(), take)
+        self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
+        self.ledger.metrics = mean(measured, weights)
+        self._close()
+        self._consider(self.ledger.metrics)
+
+    def _show(self) -> None:
+        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
+
+
+def checked_plan(plan: Mapping[str, Any], aggregator: AdapterAggregator) -> tuple[RoundPlan, int]:
+    """The plan as the sites get it, and its rank.
+
+    Raises:
+        ConfigError: an unknown setting, or a merge rule that the PEFT method cannot serve.
+    """
+    if "rest" in plan:
+        raise ConfigError("plan: rest follows from the merge rule; leave it out")
+    read = RoundPlan.read(plan, "plan")
+    method = peft_methods.read(read.peft)
+    if aggregator.rule.rest and method.factored and not method.side_adapter:
+        raise ConfigError(
+            f"merge {aggregator.merge!r} needs sites that carry a frozen adapter beside the trained one, which "
+            f"{dict(read.peft)} cannot; choose merge = svd, factor_mean or zero_pad"
+        )
+    return read.model_copy(update={"rest": aggregator.rule.rest}), int(getattr(method, "rank", 1))

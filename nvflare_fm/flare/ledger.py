@@ -1,0 +1,91 @@
+"""What happened in one round: who answered, who did not and why. One JSON line a round, and what `nvflare job monitor` shows.
+
+It stays on the server: nothing in it is ever sent to a site.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapter import AdapterUpdate
+from ..aggregation.combine import Combined
+from . import wire
+
+FILE_NAME = "rounds.jsonl"
+
+
+@dataclass
+class Ledger:
+    """The account of one round, filled as answers come in."""
+
+    round: int
+    total_rounds: int
+    asked: list[str]
+    bytes_down: int  # of the task's tensors, to each site
+    answered: list[str] = field(default_factory=list)  # sites whose update was accepted, in the order they came
+    out: dict[str, str] = field(default_factory=dict)  # site → why it does not count in this round
+    late: list[str] = field(default_factory=list)  # sites that answered an earlier round during this one
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → what it contributed
+    metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from
+    after: dict[str, float] = field(default_factory=dict)  # of the sites' own adapters, after training
+    energy_lost: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def usable(self) -> int:
+        return len(set(self.answered) - set(self.out))
+
+    def silent(self, reason: str) -> None:
+        """Gives `reason` for everyone who was asked and said nothing."""
+        for site in sorted(set(self.asked) - set(self.answered) - set(self.out)):
+            self.out[site] = f"silent: {reason}"
+
+    def reasons(self) -> str:
+        return "; ".join(f"{site}: {reason}" for site, reason in sorted(self.out.items())) or "none"
+
+    def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate]) -> None:
+        self.out |= {site: f"rejected: {reason}" for site, reason in combined.refused.items()}
+        self.energy_lost = dict(combined.energy_lost)
+        self.sites = {site: _contribution(updates[site], weight) for site, weight in combined.weights.items()}
+        self.metrics = mean({s: updates[s].report.before for s in combined.weights}, combined.weights)
+        self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
+
+    def write(self, run_dir: Path) -> None:
+        line = asdict(self) | {"seconds": round(time.monotonic() - self.started, 3)}
+        del line["started"]
+        with (run_dir / FILE_NAME).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def progress(self, latest: Mapping[str, float]) -> dict[str, Any]:
+        """Flat, because `nvflare job monitor` looks for `round` and for metrics by name."""
+        return {
+            **latest,
+            "round": self.round,
+            "num_rounds": self.total_rounds,
+            "sites_in": ", ".join(sorted(set(self.answered) - set(self.out))) or "none yet",
+            "sites_out": self.reasons(),
+            "late": ", ".join(sorted(self.late)) or "none",
+        }
+
+
+def mean(metrics: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Each metric's weighted mean over the sites that have a finite value of it, in the order of their names."""
+    names = sorted({name for site in metrics for name in metrics[site]})
+    found = {
+        n: [(weights.get(s, 0.0), metrics[s][n]) for s in sorted(metrics) if _finite(metrics[s], n)] for n in names
+    }
+    totals = {n: sum(w for w, _ in pairs) for n, pairs in found.items()}
+    return {n: sum(w * v for w, v in found[n]) / totals[n] for n in names if totals[n] > 0}
+
+
+def _finite(metrics: Mapping[str, float], name: str) -> bool:
+    return math.isfinite(metrics.get(name, math.nan))
+
+
+def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
+    report = asdict(update.report)
+    numbers = {k: v for k, v in report.items() if not isinstance(v, float) or math.isfinite(v)}
+    return {"weight": weight, **numbers, "bytes_up": wire.size(update.adapter.tensors())}

@@ -1,0 +1,101 @@
+"""Keeps the global adapter on the server as PEFT folders: the last, the best and, on request, that of every round.
+
+<run dir>/adapters/{last,best,round-000,…}/    <run dir>/artifact_manifest.json (for `nvflare job download`)
+"""
+
+import json
+import re
+from pathlib import Path
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.model import ModelLearnable, ModelLearnableKey, make_model_learnable
+from nvflare.app_common.abstract.model_persistor import ModelPersistor
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.model_desc import ModelDescriptor
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+
+from ..errors import ConfigError
+from ..export import WEIGHTS, Provenance, read_adapter, write_adapter
+from . import wire
+
+FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
+
+
+class AdapterPersistor(ModelPersistor):
+    """Loads and saves the global adapter.
+
+    Args:
+        keep_rounds: also keep the adapter of every round.
+        initial_adapter: a folder in the job's server config, as this class writes them; empty: start afresh.
+            A name, not a path: a job cannot make the server read anything it did not bring.
+        resume: continue the round count and the schedule after the initial adapter's round; otherwise a new
+            federation starts from it.
+    """
+
+    def __init__(self, keep_rounds: bool = False, initial_adapter: str = "", resume: bool = False) -> None:
+        super().__init__()
+        if initial_adapter and not re.fullmatch(r"\w[\w.-]*", initial_adapter):
+            raise ConfigError(
+                f"initial_adapter {initial_adapter!r} must be the name of a folder in the job, not a path"
+            )
+        if resume and not initial_adapter:
+            raise ConfigError("resume needs an initial_adapter to resume from")
+        self.keep_rounds, self.initial_adapter, self.resume = keep_rounds, initial_adapter, resume
+
+    def handle_event(self, event: str, fl_ctx: FLContext) -> None:
+        if event == EventType.START_RUN:
+            fobs.register(TensorDecomposer)
+        elif event == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE:
+            if learnable := fl_ctx.get_prop(AppConstants.GLOBAL_MODEL):
+                self._write(learnable, BEST, fl_ctx)
+
+    def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
+        """The initial adapter, or nothing: round 0 needs none."""
+        if not self.initial_adapter:
+            return make_model_learnable({}, {})
+        workspace, job = fl_ctx.get_engine().get_workspace(), fl_ctx.get_job_id()
+        saved = _read(Path(workspace.get_app_config_dir(job)) / self.initial_adapter)
+        if self.resume and saved.round is None:
+            raise ConfigError(f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume")
+        self.logger.info(f"starting from {self.initial_adapter!r}, of round {saved.round}, resume={self.resume}")
+        model = wire.write_saved(saved if self.resume else wire.Saved(saved.adapter, saved.manifest))
+        return make_model_learnable(model.params, model.meta)
+
+    def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        self._write(model, LAST, fl_ctx)
+        if self.keep_rounds:
+            self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx)
+
+    def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
+        folders = sorted(f for f in _adapters(fl_ctx).glob("*") if (f / WEIGHTS).is_file())
+        return {f.name: ModelDescriptor(name=f.name, location=str(f), model_format="peft") for f in folders}
+
+    def get_model(self, model_file: str, fl_ctx: FLContext) -> ModelLearnable:
+        if model_file not in self.get_model_inventory(fl_ctx):
+            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(self.get_model_inventory(fl_ctx))}")
+        model = wire.write_saved(_read(_adapters(fl_ctx) / model_file))
+        return make_model_learnable(model.params, model.meta)
+
+    def _write(self, model: ModelLearnable, name: str, fl_ctx: FLContext) -> None:
+        saved = wire.read_saved(model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META], "the server")
+        if saved.manifest is None:
+            return
+        folder = _adapters(fl_ctx) / name
+        write_adapter(folder, saved.adapter, saved.manifest, Provenance(saved.round, saved.plan))
+        self.logger.info(f"saved adapter {name} of round {saved.round}")
+        best = folder.with_name(BEST)
+        chosen = best if best.exists() else folder.with_name(LAST)
+        listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{WEIGHTS}"}}
+        (folder.parent.parent / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
+
+
+def _adapters(fl_ctx: FLContext) -> Path:
+    return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / FOLDER
+
+
+def _read(folder: Path) -> wire.Saved:
+    adapter, manifest, provenance = read_adapter(folder)
+    return wire.Saved(adapter, manifest, provenance.round, provenance.plan)
