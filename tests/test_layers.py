@@ -1,0 +1,112 @@
+"""Who may import whom: the core knows torch, a site knows Hugging Face, only flare/ knows nvflare."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nvflare_fm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
+CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
+BRIDGES = {"combination", "simulate"}  # single files that bring the core and what a site does together
+ROOMS_ABOVE = {
+    "core": {"site", "flare", "demo", *BRIDGES},
+    "site": {"flare", "demo", *BRIDGES},
+    "bridge": {"flare", "demo"},
+    "flare": {"demo"},
+}
+
+
+def room(module: Path) -> str:
+    """site, flare, demo, bridge, or core for all the rest."""
+    first = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "bridge" if first in BRIDGES else first if first in {"site", "flare", "demo"} else "core"
+
+
+def imported(module: Path) -> Iterator[str]:
+    """The dotted names a module imports anywhere in its text, relative ones resolved."""
+    package = ("nvflare_fm", *module.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parent, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def third_party(module: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(module)} - sys.stdlib_module_names
+
+
+def loaded_after(*modules: str) -> set[str]:
+    """What a fresh interpreter has loaded after importing `modules`."""
+    code = "; ".join([f"import {m}" for m in modules] + ["import sys", r"print('\n'.join(sys.modules))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.splitlines()}
+
+
+def dotted(module: Path) -> str:
+    return ".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "core"], ids=dotted)
+def test_the_core_knows_torch_and_little_else(module):
+    assert third_party(module) <= CORE_KNOWS
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "flare"], ids=dotted)
+def test_only_flare_imports_nvflare(module):
+    assert "nvflare" not in third_party(module)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ROOMS_ABOVE], ids=dotted)
+def test_no_room_imports_from_one_above_it(module):
+    forbidden = {f"nvflare_fm.{above}" for above in ROOMS_ABOVE[room(module)]}
+    assert not {name for name in imported(module) if ".".join(name.split(".")[:2]) in forbidden}
+
+
+def test_importing_the_core_loads_neither_hugging_face_nor_nvflare():
+    loaded = loaded_after(*(dotted(m) for m in MODULES if room(m) == "core"))
+    assert "nvflare_fm" in loaded
+    assert not loaded & (HUGGING_FACE | {"nvflare"})
+
+
+def test_importing_what_the_server_runs_loads_no_hugging_face():
+    server = ("wire", "aggregator", "controller", "persistor", "locator", "stats")
+    loaded = loaded_after("nvflare_fm.combination", *(f"nvflare_fm.flare.{name}" for name in server))
+    assert "nvflare" in loaded
+    assert not loaded & HUGGING_FACE
+
+
+def test_every_library_that_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {plain(re.split(r"[\[<>=~! ]", line)[0]) for group in groups for line in group}
+    distributions = packages_distributions()
+    for module in MODULES:
+        for name in third_party(module) - {"nvflare_fm"}:
+            owners = {plain(owner) for owner in distributions.get(name, [name])}
+            assert owners & declared, f"{dotted(module)} imports {name}, which pyproject.toml does not declare"
+
+
+def test_every_requirement_is_pinned_to_the_set_that_is_tested():
+    pinned = {
+        plain(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    named = {plain(re.split(r"[\[<>=~! ]", line)[0]) for group in groups for line in group}
+    assert named - pinned == {"nvflare-fm"}
+
+
+def plain(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
