@@ -1,7 +1,7 @@
-"""An adapter as a standard PEFT folder, and back: what `PeftModel.from_pretrained` loads and a later job continues from.
+"""An adapter as a standard PEFT folder: what `PeftModel.from_pretrained` loads, and a later job continues from.
 
-`adapter_config.json` and `adapter_model.safetensors` are PEFT's own formats; `provenance.json` beside them says which base
-model, task and round the adapter belongs to. No site is named in it.
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's own formats; `provenance.json` beside them says which
+base model, task and round the adapter belongs to. No site is named in it.
 """
 
 import json

@@ -46,8 +46,9 @@ class AdapterAggregator(ModelAggregator):
         self.merge, self.weigh, self.max_rank, self.sigma, self.seed = merge, list(weigh), max_rank, sigma, seed
         given = {"merge": merge, "weigh": weigh, "max_rank": max_rank, "sigma": sigma, "seed": seed}
         self.how = Aggregation.read(given, "aggregator")
-        self.rule = merge_rules.registry[self.how.merge]
-        self.factors = [weight_factors.registry[name] for name in self.how.weigh]
+        merge_rules.registry[self.how.merge]  # unknown names are refused here, before a round is lost
+        for name in self.how.weigh:
+            weight_factors.registry[name]
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
         self.begin(RoundTask(RoundPlan()), rank=1)
@@ -58,8 +59,8 @@ class AdapterAggregator(ModelAggregator):
             fobs.register(TensorDecomposer)
 
     def begin(self, task: RoundTask, rank: int) -> None:
-        """Opens a round in which the sites train from `task`; `rank` is the plan's."""
-        self.task, self.rank = task, self.how.max_rank or rank
+        """Opens a round in which the sites train from `task`; the result has at most `rank` directions."""
+        self.task, self.rank = task, rank
         self.reset_stats()
 
     def reset_stats(self) -> None:

@@ -1,7 +1,7 @@
 """Rounds that do not need everyone: FedAvg's loop with a minimum of answers, a grace time and a deadline.
 
-A thin subclass of NVFlare's FedAvg, which alone stops at the first failed trainer, cannot resume, and tells every site the
-others' names and sample counts.
+A thin subclass of NVFlare's FedAvg, which by itself stops at the first failed trainer, cannot resume, and tells every
+site the others' names and sample counts.
 """
 
 import math
@@ -21,9 +21,9 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from ..adapter import RoundTask
+from ..combination import max_rank, settle
 from ..config import RoundPlan
 from ..errors import ConfigError, FmError
-from ..site import peft_methods
 from . import wire
 from .aggregator import AdapterAggregator
 from .ledger import Ledger, mean
@@ -91,7 +91,9 @@ class FedPEFT(FedAvg):
         )
         self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
         self.disk_offload, self.total_rounds = disk_offload, num_rounds
-        self.round_plan, self.rank = checked_plan(self.plan, aggregator)
+        if "rest" in self.plan:
+            raise ConfigError("plan: rest follows from the merge rule; leave it out")
+        self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how)
         self.ledger = Ledger(0, num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the metrics known last
         self.best: float | None = None
@@ -134,7 +136,7 @@ class FedPEFT(FedAvg):
         """Sends the round's task to all sites at once, and returns when the round is over."""
         saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
         task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
-        self.aggregator.begin(task, self.rank)
+        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how))
         self._ask(task, task_name, targets or self.sample_clients(), callback or self._aggregate_one_result)
 
     def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
@@ -260,21 +262,3 @@ class FedPEFT(FedAvg):
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
-
-
-def checked_plan(plan: Mapping[str, Any], aggregator: AdapterAggregator) -> tuple[RoundPlan, int]:
-    """The plan as the sites get it, and its rank.
-
-    Raises:
-        ConfigError: an unknown setting, or a merge rule that the PEFT method cannot serve.
-    """
-    if "rest" in plan:
-        raise ConfigError("plan: rest follows from the merge rule; leave it out")
-    read = RoundPlan.read(plan, "plan")
-    method = peft_methods.read(read.peft)
-    if aggregator.rule.rest and method.factored and not method.side_adapter:
-        raise ConfigError(
-            f"merge {aggregator.merge!r} needs sites that carry a frozen adapter beside the trained one, which "
-            f"{dict(read.peft)} cannot; choose merge = svd, factor_mean or zero_pad"
-        )
-    return read.model_copy(update={"rest": aggregator.rule.rest}), int(getattr(method, "rank", 1))

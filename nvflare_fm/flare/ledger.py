@@ -1,4 +1,4 @@
-"""What happened in one round: who answered, who did not and why. One JSON line a round, and what `nvflare job monitor` shows.
+"""What happened in one round: who answered, who did not and why. A JSON line a round, and what NVFlare's monitor shows.
 
 It stays on the server: nothing in it is ever sent to a site.
 """

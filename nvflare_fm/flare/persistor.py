@@ -49,8 +49,7 @@ class AdapterPersistor(ModelPersistor):
         if event == EventType.START_RUN:
             fobs.register(TensorDecomposer)
         elif event == AppEventType.GLOBAL_BEST_MODEL_AVAILABLE:
-            if learnable := fl_ctx.get_prop(AppConstants.GLOBAL_MODEL):
-                self._write(learnable, BEST, fl_ctx)
+            self._write(fl_ctx.get_prop(AppConstants.GLOBAL_MODEL), BEST, fl_ctx)
 
     def load_model(self, fl_ctx: FLContext) -> ModelLearnable:
         """The initial adapter, or nothing: round 0 needs none."""

@@ -4,7 +4,7 @@ Everything under one meta key, with a version; what is missing or of the wrong t
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ _MANIFEST, _REPORT, _ROUND = TypeAdapter(Manifest), TypeAdapter(Report), TypeAda
 class Saved:
     """An adapter at rest: what a file, the global model and a site's submission hold."""
 
-    adapter: Adapter = Adapter()
+    adapter: Adapter = field(default_factory=Adapter)
     manifest: Manifest | None = None
     round: int | None = None  # that made it; None: no round of this federation did
     plan: RoundPlan | None = None

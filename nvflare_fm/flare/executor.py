@@ -1,0 +1,148 @@
+"""Trains in a process of its own: if that dies, the site misses a round and the federation goes on.
+
+A thin `ClientAPIExecutor`. The job chooses values; the command is fixed: the site's installed package chooses the code.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+from nvflare.app_common.executors.client_api.backend_spec import ClientAPIBackendContext
+from nvflare.app_common.executors.client_api.cell_backend import CellSession
+from nvflare.app_common.executors.client_api.external_process_backend import ExternalProcessBackend
+from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.client.config import ExchangeFormat
+from nvflare.fuel.utils import fobs
+
+from ..config import SiteOverrides
+from ..errors import ConfigError, FmError
+from ..site.policy import FILE_NAME, load_site
+
+TRAINER = "nvflare_fm.flare.trainer"
+_HANGS_AFTER_S = 300.0  # loading a large model can hold the interpreter for minutes; a death is seen at once
+_STOPS_WITHIN_S = 10.0  # from SIGTERM to SIGKILL
+
+
+class PeftExecutor(ClientAPIExecutor):
+    """Serves train, validate and submit_model. Arguments left at None are as the plan says.
+
+    Args:
+        processes: trainer processes at the site, one GPU each; more than one run under `torch.distributed.run`.
+        rank, lora_alpha, quantization, batch_size, model, data: see `config.SiteOverrides`.
+        launch_timeout_s: for the trainer to report for duty; it loads the base model only after that.
+
+    Raises:
+        ConfigError: a value that is out of range, or an alias with other characters than letters, digits and _.-
+    """
+
+    def __init__(
+        self,
+        processes: int = 1,
+        rank: int | None = None,
+        lora_alpha: float | None = None,
+        quantization: str | None = None,
+        batch_size: int | None = None,
+        model: str | None = None,
+        data: str | None = None,
+        launch_timeout_s: float = 600.0,
+    ) -> None:
+        if not (isinstance(processes, int) and processes >= 1):
+            raise ConfigError(f"processes must be a whole number of at least 1, got {processes!r}")
+        for alias in (model, data):
+            # NVFlare resolves ${secret:NAME} in a command from the site's environment
+            if alias is not None and not re.fullmatch(r"[\w.-]+", str(alias)):
+                raise ConfigError(f"alias {alias!r} may only hold letters, digits and _.-")
+        self.processes, self.launch_timeout_s = processes, launch_timeout_s
+        self.rank, self.lora_alpha, self.quantization = rank, lora_alpha, quantization
+        self.batch_size, self.model, self.data = batch_size, model, data
+        given = {name: getattr(self, name) for name in SiteOverrides.model_fields}
+        self.overrides = SiteOverrides.read(given, "executor")
+        super().__init__(
+            execution_mode=ExecutionMode.EXTERNAL_PROCESS,
+            command=self._argv(""),
+            launch_timeout=launch_timeout_s,
+            stop_grace_period=_STOPS_WITHIN_S,
+            heartbeat_timeout=_HANGS_AFTER_S,
+            params_exchange_format=ExchangeFormat.PYTORCH,
+            server_expected_format=ExchangeFormat.PYTORCH,
+        )
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        if event_type == EventType.START_RUN:
+            fobs.register(TensorDecomposer)
+            local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
+            site_file = local / f"{fl_ctx.get_identity_name()}.{FILE_NAME}"  # simulated sites share one folder
+            site_file = site_file if site_file.exists() else local / FILE_NAME
+            self._command = self._argv(str(site_file))
+            _limit_threads(site_file)
+        super().handle_event(event_type, fl_ctx)
+
+    def _argv(self, site_file: str) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
+        overrides = json.dumps(self.overrides.model_dump(exclude_none=True))
+        return [
+            sys.executable,
+            *(launcher if self.processes > 1 else []),
+            *("-m", TRAINER, "--site-file", site_file, "--overrides", overrides),
+        ]
+
+    def _create_external_process_backend(self) -> ExternalProcessBackend:
+        return RelaunchingBackend()
+
+
+def _limit_threads(site_file: Path) -> None:
+    """Libraries read these when they load, so they must be there before the trainer starts."""
+    with contextlib.suppress(FmError):  # a faulty site file is the trainer's to report
+        if threads := load_site(site_file).limits.threads:
+            os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
+
+
+class RelaunchingBackend(ExternalProcessBackend):
+    """One trainer for many tasks, and a new one where the last has died, hung or been told to give up a task.
+
+    NVFlare's own either starts a trainer for every task, or lets a site that lost its trainer fail for ever.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._given_up: CellSession | None = None
+
+    def initialize(self, context: ClientAPIBackendContext, fl_ctx: FLContext) -> None:
+        """Without a launch: a trainer that cannot start costs its site a round, and not the whole job."""
+        super().initialize(replace(context, launch_once=False), fl_ctx)
+        self._context = context
+
+    def _send_abort(self, session: CellSession | None, reason: str) -> None:
+        self._given_up = session
+        super()._send_abort(session, reason)
+
+    def _execute_admitted_task(
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        if self._terminal_intent is None and not abort_signal.triggered:
+            self._ensure_trainer(abort_signal)
+        return super()._execute_admitted_task(task_name, shareable, fl_ctx, abort_signal)
+
+    def _ensure_trainer(self, abort_signal: Signal) -> None:
+        trainer: Any = self._active_launch
+        if trainer is not None:
+            error = self._trainer_liveness_error(trainer)
+            if trainer.ready.is_set() and trainer is not self._given_up and not error and not self._abort:
+                return
+            self.logger.info(f"replacing the trainer: {error or self._abort_reason or 'it gave up its last task'}")
+            self._stop_trainer(trainer, natural_exit_wait=0.0)
+        self._abort, self._abort_reason, self._given_up = False, None, None
+        try:
+            self._launch_trainer(timeout=self._context.launch_timeout, abort_signal=abort_signal)
+        except Exception as error:
+            self.logger.error(f"the trainer cannot start: {error}")

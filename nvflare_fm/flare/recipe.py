@@ -1,0 +1,119 @@
+"""The job in ten lines of Python: run it in a simulator or a real federation, or export it for `nvflare job submit`.
+
+The exported folder holds configuration only, so no site needs to grant the right to bring code.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
+from nvflare.job_config.base_fed_job import BaseFedJob
+from nvflare.recipe.spec import Recipe
+
+from .. import export
+from ..combination import settle
+from ..config import RoundPlan, SiteOverrides
+from ..site import peft_methods
+from .aggregator import AdapterAggregator
+from .controller import FedPEFT
+from .executor import PeftExecutor
+from .locator import AdapterLocator
+from .persistor import AdapterPersistor
+from .stats import RoundStats
+
+TASKS = [AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION, AppConstants.TASK_SUBMIT_MODEL]
+INITIAL = "initial_adapter"  # what the folder is called inside the job
+
+
+class FedPEFTRecipe(Recipe):
+    """Federated PEFT fine-tuning.
+
+    Args:
+        name: of the job.
+        num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload: see `FedPEFT`.
+        min_sites: sites the job needs to start, and usable updates it needs in every round.
+        merge, weigh, max_rank, sigma: see `AdapterAggregator`; max_rank 0 is the largest rank any site trains.
+        sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
+            these sites take part.
+        processes, launch_timeout_s: see `PeftExecutor`.
+        keep_rounds: keep the adapter of every round.
+        initial_adapter: a folder as nvflare_fm writes them, copied into the job.
+        resume: continue the round count and the schedule after the initial adapter's round.
+        cross_site_evaluation: measure every site's and the server's adapters at every site at the end.
+        plan: the settings of `config.RoundPlan` (task, model, data, peft, training, …).
+
+    Raises:
+        ConfigError: an unknown setting or a combination that cannot work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        num_rounds: int = 5,
+        min_sites: int = 1,
+        merge: str = "exact",
+        weigh: Sequence[str] = ("examples",),
+        max_rank: int = 0,
+        sigma: str = "B",
+        sites: Mapping[str, Mapping[str, Any]] | None = None,
+        processes: int = 1,
+        launch_timeout_s: float = 600.0,
+        deadline_s: float = 0,
+        grace_s: float = 0,
+        key_metric: str = "loss",
+        key_metric_mode: str = "min",
+        keep_rounds: bool = False,
+        initial_adapter: str | Path = "",
+        resume: bool = False,
+        cross_site_evaluation: bool = False,
+        disk_offload: bool = False,
+        **plan: Any,
+    ) -> None:
+        self.sites, self.processes, self.launch_timeout_s = dict(sites or {}), processes, launch_timeout_s
+        overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in self.sites.items()}
+        asked = RoundPlan.read(plan, "plan")
+        largest = max((o.rank for o in overrides.values() if o.rank), default=0)
+        if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
+            max_rank = largest
+        aggregator = AdapterAggregator(merge, weigh, max_rank, sigma, asked.seed)
+        settle(asked, aggregator.how, overrides)
+        controller = FedPEFT(
+            num_rounds=num_rounds,
+            min_responses=min_sites,
+            deadline_s=deadline_s,
+            grace_s=grace_s,
+            plan=plan,
+            aggregator=aggregator,
+            key_metric=key_metric,
+            key_metric_mode=key_metric_mode,
+            disk_offload=disk_offload,
+        )
+        job = BaseFedJob(name=name, min_clients=min_sites, key_metric="")  # FedPEFT selects the best itself
+        job.set_app_packages(["nvflare_fm"])  # installed at every site: the job brings no code
+        job.to_server(controller)
+        job.to_server(AdapterPersistor(keep_rounds, INITIAL if initial_adapter else "", resume), id="persistor")
+        job.to_server(RoundStats(), id="round_stats")
+        if initial_adapter:
+            self._bring(job, Path(initial_adapter))
+        if cross_site_evaluation:
+            job.to_server(AdapterLocator(), id="locator")
+            job.to_server(CrossSiteModelEval(model_locator_id="locator"))
+        super().__init__(job)
+
+    @staticmethod
+    def _bring(job: BaseFedJob, folder: Path) -> None:
+        export.read_adapter(folder)  # a folder that cannot be read is found out here, not at the server
+        for file in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
+            job.add_file_to_server(str(folder / file), dest_dir=INITIAL, app_folder_type="config")
+
+    def _prepare_client_apps(self) -> None:
+        if not self.sites:
+            self._job.to_clients(self._executor({}), tasks=TASKS)
+        for site, values in self.sites.items():
+            self._job.to(self._executor(values), site, tasks=TASKS)
+
+    def _executor(self, values: Mapping[str, Any]) -> PeftExecutor:
+        return PeftExecutor(processes=self.processes, launch_timeout_s=self.launch_timeout_s, **values)

@@ -1,0 +1,157 @@
+"""The process that trains: `python -m nvflare_fm.flare.trainer`, started by `PeftExecutor`, given orders by NVFlare.
+
+It reports for duty first and loads the base model after, because NVFlare waits for the former only so long. What goes
+wrong becomes a reply with the reason, and the site stays in the federation. Under `torch.distributed.run` the first
+process speaks with NVFlare and shares every order with the others.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import nvflare.client as flare
+from nvflare.apis.analytix import AnalyticsDataType
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.client.api import get_context
+from nvflare.client.cell.attach_session import TrainerSessionError
+from torch import distributed
+
+from ..config import RoundPlan, SiteOverrides
+from ..errors import FmError, TrainingError
+from ..site.policy import load_site
+from . import wire
+
+if TYPE_CHECKING:
+    from ..site.worker import Worker
+
+Order = tuple[str, FLModel]  # NVFlare's name of the task, and what came with it
+logger = logging.getLogger("nvflare_fm.trainer")
+terminated = threading.Event()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--site-file", type=Path, required=True, help="the site's fm_site.yaml")
+    options.add_argument("--overrides", type=json.loads, default={}, help="a config.SiteOverrides, as JSON")
+    given = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    flare.init()
+    crew = Crew() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    post = Post(given.site_file, given.overrides)
+    while (order := _next_order(crew)) is not None:
+        answer = post.answer(*order)
+        if speaks() and not should_stop():
+            flare.send(answer)
+        if crew and post.unwell:
+            raise SystemExit(
+                1
+            )  # processes that failed apart wait for each other for ever; the executor starts new ones
+    flare.shutdown()
+
+
+def speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def should_stop() -> bool:
+    """Whether NVFlare has ended this session or the task in hand, seen without waiting."""
+    return terminated.is_set() or (speaks() and get_context().api._abort_signal.triggered)
+
+
+def _next_order(crew: "Crew | None") -> Order | None:
+    order = _receive() if speaks() else None
+    return crew.share(order) if crew else order
+
+
+def _receive() -> Order | None:
+    try:
+        while not should_stop():
+            if (message := flare.receive(timeout=1.0)) is not None:
+                return flare.get_task_name(), message
+    except TrainerSessionError as end:
+        logger.info("the session is over: %s", end)
+    return None
+
+
+def _report(name: str, value: float, step: int) -> None:
+    """To the trackers the job has: NVFlare's TensorBoard, MLflow and Weights & Biases receivers."""
+    flare.log(name, value, AnalyticsDataType.SCALAR, global_step=step)
+
+
+class Post:
+    """Carries out orders, and answers each whatever happens."""
+
+    def __init__(self, site_file: Path, overrides: Mapping[str, Any]) -> None:
+        self.site_file, self.overrides = site_file, overrides
+        self.unwell = False  # failed in a way that other processes of the site need not have noticed
+        self._worker: Worker | None = None
+        self._plan: RoundPlan | None = None  # what the adapter we may be asked to submit was trained by
+
+    def answer(self, name: str, message: FLModel) -> FLModel:
+        try:
+            return self._carry_out(name, message)
+        except FmError as error:
+            logger.error("%s refused: %s", name, error)
+            self.unwell |= isinstance(error, TrainingError)
+            return wire.write_refusal(error.message)
+        except Exception as error:
+            logger.exception("%s failed", name)
+            self.unwell = True
+            return wire.write_refusal(f"internal error: {type(error).__name__}; see the site's log")
+
+    def _carry_out(self, name: str, message: FLModel) -> FLModel:
+        worker = self._hire()
+        if name == AppConstants.TASK_SUBMIT_MODEL:
+            adapter, manifest = worker.submit()
+            return wire.write_saved(wire.Saved(adapter, manifest, plan=self._plan))
+        task = wire.read_task(message)
+        if name == AppConstants.TASK_VALIDATION:
+            return wire.write_metrics(worker.validate(task))
+        update = worker.train(task)
+        self._plan = task.plan
+        return wire.write_update(update)
+
+    def _hire(self) -> "Worker":
+        """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
+        if self._worker is None:
+            from ..site.worker import Worker
+
+            config, overrides = load_site(self.site_file), SiteOverrides.read(self.overrides, "overrides")
+            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report if speaks() else None)
+        return self._worker
+
+
+class Crew:
+    """The processes of one site. What they tell each other never leaves the machine."""
+
+    def __init__(self) -> None:
+        from ..site.distributed import join
+
+        threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
+        join()
+        self.group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))  # the next order may take a while
+
+    def share(self, order: Order | None) -> Order | None:
+        box = [order]
+        distributed.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+def _leave_with_launcher(launcher: int) -> None:
+    """Each process has a session of its own and would outlive a launcher that was killed."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
