@@ -94,7 +94,7 @@ class RoundPlan(Settings):
     quantization: Quantization = "nf4"
     double_quant: bool = Field(True, description="quantize the quantization constants too (QLoRA, arXiv:2305.14314)")
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it, fp32 on a CPU"
+        "auto", description="auto: bf16 where the GPU, or a CPU with AMX, is fast in it; fp32 on other CPUs"
     )
     peft: Mapping[str, Any] = Field(
         default_factory=lambda: {"method": "lora"}, description="a PEFT method and its settings"

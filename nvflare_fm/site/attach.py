@@ -37,19 +37,37 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
             _fill_fresh(name, parameter, base, seed)
+    _check_heads(model, base)
     return model
+
+
+def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for head in base.heads:
+        if not any(f".{head}." in name for name in trained):
+            raise ConfigError(f"PEFT does not train the new layer {head!r} with this method; use lora or ia3")
 
 
 def _fill_fresh(name: str, parameter: Tensor, base: "BaseModel", seed: int) -> None:
     plain = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(f"modules_to_save.{LOCAL}.", "")
     if plain not in base.fresh:
         return
-    std = getattr(base.model.config, "initializer_range", None) or 0.02
     with torch.no_grad():
         if parameter.ndim > 1:
-            parameter.copy_(seeded_normal(plain, tuple(parameter.shape), std, seed))
+            parameter.copy_(seeded_normal(plain, tuple(parameter.shape), _spread(base.model), seed))
         else:
             parameter.fill_(1.0 if plain.endswith("weight") else 0.0)
+
+
+def fill_prompt(model: "PeftModel", seed: int) -> None:
+    """Small seeded values for a learned prompt; PEFT's standard normal ones drown a model's own embeddings."""
+    with torch.no_grad():
+        for name, parameter in model.prompt_encoder[LOCAL].named_parameters():
+            parameter.copy_(seeded_normal(f"prompt/{name}", tuple(parameter.shape), _spread(model), seed))
+
+
+def _spread(model: Any) -> float:
+    return getattr(model.config, "initializer_range", None) or 0.02
 
 
 def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -77,8 +95,9 @@ def put(model: "PeftModel", values: Mapping[str, Tensor], adapter: str = LOCAL) 
     if differing := sorted(n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)):
         name = differing[0]
         raise WireError(
-            f"the global adapter does not fit this site's model: {name!r} is {theirs.get(name, 'missing')} there and "
-            f"{mine.get(name, 'unknown')} here ({len(differing)} tensors differ); do base model and PEFT settings agree?"
+            f"the global adapter does not fit this site's model: {name!r} is {theirs.get(name, 'missing')} there, "
+            f"{mine.get(name, 'unknown')} here ({len(differing)} tensors differ); do base model and PEFT settings "
+            "agree?"
         )
     set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
 
@@ -88,6 +107,8 @@ def resolved(model: "PeftModel") -> dict[str, Any]:
     values = model.peft_config[LOCAL].to_dict()
     for key in ("base_model_name_or_path", "revision", "auto_mapping"):
         values.pop(key, None)
+    if saved := values.get("modules_to_save"):
+        values["modules_to_save"] = set(saved)  # PEFT adds its own names for a task's head, without looking
     return {key: _plain(value) for key, value in sorted(values.items())} | {"inference_mode": True}
 
 

@@ -56,7 +56,7 @@ class BaseModel:
                     module._modules.update(own)
                 for trace in ("peft_config", "_hf_peft_config_loaded"):
                     self.model.__dict__.pop(trace, None)
-                if self.model.is_gradient_checkpointing:
+                if self.model.supports_gradient_checkpointing:
                     self.model.gradient_checkpointing_disable()
                 self.model.requires_grad_(False).eval()
 
@@ -68,22 +68,29 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def compute_dtype(asked: str, quantization: str) -> torch.dtype:
+def compute_dtype(asked: str, quantization: str, width: int) -> torch.dtype:
     """The type matrix products are computed in.
 
+    Args:
+        asked: as in the plan; auto: the type of the weights where they are not quantized, else what is fast here.
+        width: the model's hidden size.
+
     Raises:
-        ConfigError: fp16 on a CPU, which has no gradient scaling there.
+        ConfigError: fp16 on a CPU, where there is no gradient scaling.
     """
     if asked == "auto":
-        asked = quantization if quantization in DTYPES else _natural()
+        asked = quantization if quantization in DTYPES else _natural(width)
     if asked == "fp16" and device().type == "cpu":
         raise ConfigError("fp16 needs a GPU; ask for bf16 or fp32 on this site")
     return DTYPES[asked]
 
 
-def _natural() -> str:
+def _natural(width: int) -> str:
+    """bf16 where the hardware multiplies it: without AMX a CPU is 30 times slower in it. On one core with AMX and NF4,
+    a step of MiniLM (width 384) takes 0.55 s in bf16 and 0.82 s in fp32, one of stories260k (64) 0.21 s and 0.12 s.
+    """
     if device().type == "cpu":
-        return "fp32"
+        return "bf16" if width >= 256 and torch.cpu.get_capabilities().get("amx_bf16", False) else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
@@ -100,11 +107,10 @@ def load(source: ModelSource, plan: RoundPlan, task: Task, kept: tuple[str, ...]
     Raises:
         ModelError: no weights, unsafe weights, or not the weights that were pinned.
     """
-    dtype = compute_dtype(plan.compute_dtype, plan.quantization)
-    key = (source, plan.quantization, plan.double_quant, dtype, plan.task, plan.labels, kept)
+    key = (source, plan.quantization, plan.double_quant, plan.compute_dtype, plan.task, plan.labels, kept)
     with _loading:
         if key not in _loaded:
-            _loaded[key] = _load(locate(source), plan, task, dtype, kept)
+            _loaded[key] = _load(locate(source), plan, task, kept)
         base = _loaded[key]
     for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
         if pin and pin != base.fingerprint:
@@ -149,9 +155,10 @@ def _fetch(source: ModelSource) -> Path:
         raise ModelError("the base model cannot be fetched from the hub; fetch it beforehand", str(error)) from None
 
 
-def _load(folder: Path, plan: RoundPlan, task: Task, dtype: torch.dtype, kept: tuple[str, ...]) -> BaseModel:
+def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        dtype = compute_dtype(plan.compute_dtype, plan.quantization, getattr(config, "hidden_size", 0))
         tokenizer = load_tokenizer(folder)
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)

@@ -1,4 +1,4 @@
-"""A site's rows as token ids. A bad row is never dropped in silence: it is counted, and the site's log says why.
+"""A site's rows as token ids. A bad row is never dropped in silence: it is counted, and the log says why.
 
 The rule: rows that cannot be used are left out, counted in the site's report and listed in its log by file, line and
 reason. More than `max_bad_rows` of a file, or no good row at all, stops the site. Messages never repeat a row's content.
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RoundPlan
 from ..errors import DataError
-from .policy import DataSource
+from .policy import DataSource, held_in
 from .rows import rows
 from .tasks import BadRow, Task
 
@@ -62,7 +62,7 @@ def _read(
 ) -> tuple[list[dict[str, Any]], int]:
     good: list[dict[str, Any]] = []
     bad: list[tuple[int, str]] = []
-    for line, row in rows(Path(file), source.format, split):
+    for line, row in rows(held_in(Path(file), source.folder), source.format, split):
         try:
             if isinstance(row, BadRow):
                 raise row

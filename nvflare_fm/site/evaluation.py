@@ -1,4 +1,4 @@
-"""Measuring an adapter on the site's validation rows, exactly: sums over examples and tokens, whatever the batch size."""
+"""Measuring an adapter on the site's validation rows, exactly: the batch size does not show."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""The identity of a base model: a digest of what it computes, whatever its folder is called and however it is sharded."""
+"""The identity of a base model: a digest of what it computes, however it is named and sharded."""
 
 import hashlib
 import json

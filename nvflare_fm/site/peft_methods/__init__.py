@@ -9,7 +9,7 @@ from ...errors import ConfigError
 from ...registry import Registry
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     from ..base_model import BaseModel
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class PeftMethod(Settings):
     """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
 
-    Subclasses set `factored` where the method sends B @ A pairs.
+    Subclasses set `factored` where the method sends B @ A pairs, and `not_for` where PEFT cannot do a task.
     """
 
     factored: ClassVar[bool] = False
+    not_for: ClassVar[tuple[str, ...]] = ()  # tasks that PEFT cannot train with this method
 
     @property
     def side_adapter(self) -> bool:
@@ -32,6 +33,13 @@ class PeftMethod(Settings):
         """Modules that are trained beside the method's own parameters, so they must stay out of quantization."""
         return ()
 
+    def config(self, base: "BaseModel") -> "PeftConfig":
+        """PEFT's configuration of the trained adapter."""
+        raise NotImplementedError
+
+    def initialise(self, model: "PeftModel", seed: int) -> None:
+        """Makes the start that all sites share, where PEFT's own is random."""
+
     def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
         """`base.model` with the adapter called "local" trainable, holding `start` (empty: initialised from `seed`).
 
@@ -42,33 +50,44 @@ class PeftMethod(Settings):
             ConfigError: the method cannot be put on this model, or cannot hold `start`.
             WireError: `start` belongs to another model.
         """
-        raise NotImplementedError
+        from ..attach import put, wrap
+
+        model = wrap(base, self.config(base), seed)
+        self.initialise(model, seed)
+        if start:
+            put(model, start.tensors())
+        return model
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
         """What travels: the trained adapter, on the CPU in float32. `whole`: frozen directions included."""
-        raise NotImplementedError
+        from ..attach import tensors
+
+        return Adapter(dense=tensors(model))
 
 
 registry: Registry[type[PeftMethod]] = Registry("PEFT method", __name__)
 
 
-def read(settings: Mapping[str, Any]) -> PeftMethod:
-    """The method that `{"method": name, …}` describes.
+def read(settings: Mapping[str, Any], task: str = "") -> PeftMethod:
+    """The method that `{"method": name, …}` describes; with `task`, only if it can do that task.
 
     Raises:
-        ConfigError: an unknown method or setting, with the nearest known one.
+        ConfigError: an unknown method or setting, with the nearest known one, or a task it cannot do.
     """
     values = dict(settings)
     if "method" not in values:
         raise ConfigError(f"peft needs a method, one of {list(registry)}")
     name = values.pop("method")
-    return registry[name].read(values, f"peft ({name})")
+    method = registry[name].read(values, f"peft ({name})")
+    if task in method.not_for:
+        raise ConfigError(f"PEFT cannot train {task} with {name}; use lora, ia3 or prefix_tuning")
+    return method
 
 
-def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
+def complete(settings: Mapping[str, Any], task: str = "") -> dict[str, Any]:
     """`settings` with the method's defaults written out, so that whoever reads the rank finds it.
 
     Raises:
         ConfigError: as `read`.
     """
-    return {"method": settings.get("method"), **read(settings).model_dump()}
+    return {"method": settings.get("method"), **read(settings, task).model_dump()}

@@ -51,7 +51,7 @@ class Lora(PeftMethod):
     def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
         from ..attach import put, wrap
 
-        model = wrap(base, self._config(base), seed)
+        model = wrap(base, self.config(base), seed)
         blank = self.extract(model)
         start = start or Adapter({layer: zero(*blank.lora[layer].shape) for layer in blank.lora}, blank.dense)
         _check_layers(start, blank)
@@ -66,7 +66,7 @@ class Lora(PeftMethod):
             self._add_rest(model, start, widest - self.rank)
         return model
 
-    def _config(self, base: "BaseModel") -> "LoraConfig":
+    def config(self, base: "BaseModel") -> "LoraConfig":
         from peft import LoraConfig
 
         return LoraConfig(

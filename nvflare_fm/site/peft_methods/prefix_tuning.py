@@ -1,0 +1,29 @@
+"""Prefix tuning (arXiv:2101.00190): learned keys and values before the text, in every layer. Averaged entry by entry."""
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from . import PeftMethod, registry
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from ..base_model import BaseModel
+
+
+@registry.register("prefix_tuning")
+class PrefixTuning(PeftMethod):
+    """The prefix itself is trained, not a projection that makes it: what PEFT saves of a projection cannot go on."""
+
+    num_virtual_tokens: int = Field(20, ge=1)
+
+    def config(self, base: "BaseModel") -> "PeftConfig":
+        from peft import PrefixTuningConfig
+
+        return PrefixTuningConfig(task_type=base.task.peft_type, num_virtual_tokens=self.num_virtual_tokens)
+
+    def initialise(self, model: "PeftModel", seed: int) -> None:
+        from ..attach import fill_prompt
+
+        fill_prompt(model, seed)

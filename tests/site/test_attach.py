@@ -1,0 +1,192 @@
+"""An adapter goes on and comes off without a trace, and every site starts a round at exactly the global adapter."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
+from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.lora import shorten
+from nvflare_fm.site import base_model, peft_methods
+from nvflare_fm.site.base_model import BaseModel
+from nvflare_fm.site.peft_methods import PeftMethod
+from nvflare_fm.site.policy import ModelSource
+from nvflare_fm.site.tasks import registry as tasks
+from tests.site import tiny
+
+IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 7, 5]])
+
+
+def base_of(folder: Path, task: str = "causal_lm", quantization: str = "nf4") -> BaseModel:
+    plan = tiny.plan(task, quantization=quantization)
+    return base_model.load(ModelSource(path=str(folder)), plan, tasks[task])
+
+
+def method(rank: int, **more: Any) -> PeftMethod:
+    return peft_methods.read({"method": "lora", "rank": rank, "lora_alpha": 16, **more}, "causal_lm")
+
+
+def global_adapter(base: BaseModel, rank: int) -> Adapter:
+    """A canonical adapter of size to matter."""
+    with base.lent():
+        blank = method(1).extract(method(1).attach(base, Adapter(), 0, rest=True))
+    torch.manual_seed(1)
+    made = {n: LoraPair(torch.randn(rank, p.shape[1]), torch.randn(p.shape[0], rank)) for n, p in blank.lora.items()}
+    return Adapter({n: shorten(p, rank)[0].rescaled(0.1) for n, p in made.items()})
+
+
+def weights(base: BaseModel) -> dict[str, bytes]:
+    """Every value of the base model, quantization constants included."""
+    return {n: v.detach().contiguous().view(torch.uint8).numpy().tobytes() for n, v in base.model.state_dict().items()}
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 9])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_every_site_starts_at_exactly_the_global_adapter_whatever_its_rank(
+    llama: Path, rank: int, use_rslora: bool
+) -> None:
+    base = base_of(llama, quantization="fp32")
+    start = global_adapter(base, 6)
+    merged = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with torch.no_grad():
+        for layer, pair in start.lora.items():
+            merged.get_submodule(layer.removeprefix("base_model.model.")).weight.add_(pair.delta())
+    with base.lent():
+        model = method(rank, use_rslora=use_rslora).attach(base, start, 0, rest=True).eval()
+        torch.testing.assert_close(logits(model), logits(merged), atol=2e-4, rtol=1e-4)
+
+
+def test_without_rest_a_site_starts_from_the_first_directions_alone(llama: Path) -> None:
+    base = base_of(llama, quantization="fp32")
+    start = global_adapter(base, 6)
+    with base.lent():
+        alone = method(2).extract(method(2).attach(base, start, 0, rest=False), whole=True)
+    for layer, pair in alone.lora.items():
+        first = LoraPair(start.lora[layer].A[:2], start.lora[layer].B[:, :2], start.lora[layer].scale)
+        torch.testing.assert_close(pair.delta(), first.delta(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_whole_adapter_of_an_untrained_site_is_the_global_one(llama: Path) -> None:
+    base = base_of(llama)
+    start = global_adapter(base, 6)
+    with base.lent():
+        model = method(2).attach(base, start, 0, rest=True)
+        whole, part = method(2).extract(model, whole=True), method(2).extract(model)
+    assert {p.rank for p in part.lora.values()} == {2} and {p.rank for p in whole.lora.values()} == {6}
+    for layer, pair in start.lora.items():
+        torch.testing.assert_close(whole.lora[layer].delta(), pair.delta(), atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_local_adapter_is_trained_and_it_is_float32(llama: Path) -> None:
+    base = base_of(llama)
+    with base.lent():
+        model = method(2).attach(base, global_adapter(base, 6), 0, rest=True)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        assert trained and all(".local." in n and p.dtype == torch.float32 for n, p in trained.items())
+        assert any(".rest." in n for n, _ in model.named_parameters())
+
+
+def test_fresh_adapters_are_nested_by_rank_and_change_nothing(llama: Path) -> None:
+    base = base_of(llama)
+    adapters = {}
+    for rank in (2, 5):
+        with base.lent():
+            adapters[rank] = method(rank).extract(method(rank).attach(base, Adapter(), 7, rest=True))
+    for layer, small in adapters[2].lora.items():
+        assert torch.equal(small.A, adapters[5].lora[layer].A[:2])
+        assert not small.B.any() and small.A.norm() > 1
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
+def test_the_base_is_byte_identical_and_bare_after_an_adapter_came_off(
+    llama: Path, tmp_path: Path, quantization: str
+) -> None:
+    base = base_of(llama, "sequence_classification", quantization)
+    before, names = weights(base), [n for n, _ in base.model.named_modules()]
+    tiny.worker(tmp_path, llama, "sequence_classification").train(
+        RoundTask(tiny.plan("sequence_classification", quantization=quantization))
+    )
+    assert base_of(llama, "sequence_classification", quantization) is base
+    assert weights(base) == before and [n for n, _ in base.model.named_modules()] == names
+    assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
+
+
+def test_the_base_is_bare_again_after_a_failure(llama: Path) -> None:
+    base = base_of(llama)
+    names = [n for n, _ in base.model.named_modules()]
+    with pytest.raises(RuntimeError), base.lent():
+        method(2).attach(base, Adapter(), 0, rest=True)
+        raise RuntimeError
+    assert [n for n, _ in base.model.named_modules()] == names
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path: Path, name: str, task: str) -> None:
+    plan = tiny.plan(task, peft={"method": name}, training={"local_steps": 12, "batch_size": 12, "learning_rate": 0.01})
+    worker = tiny.worker(tmp_path, llama, task)
+    update = worker.train(RoundTask(plan))
+    assert update.report.after["loss"] < update.report.before["loss"]
+    base = base_of(llama, task, "fp32")
+    travelled = from_tensors(update.adapter.tensors(), update.adapter.scales(), "site-1")
+    plain = {"base_model_name_or_path": str(llama), **update.manifest.adapter_config}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(plain))
+    save_file(dict(travelled.tensors()), tmp_path / "adapter_model.safetensors")
+    with base.lent():
+        ours = logits(peft_methods.read(plan.peft, task).attach(base, travelled, 0, rest=True).eval())
+    with base.lent() as bare:
+        theirs = logits(PeftModel.from_pretrained(bare, tmp_path).eval())
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    again = worker.validate(RoundTask(plan, travelled, update.manifest))
+    assert again["loss"] == pytest.approx(update.report.after["loss"], rel=1e-5)
+
+
+def test_dora_trains_with_its_magnitudes_and_refuses_another_rank(llama: Path, tmp_path: Path) -> None:
+    plan = tiny.plan(peft={"method": "lora", "rank": 4, "use_dora": True}, quantization="nf4")
+    worker = tiny.worker(tmp_path, llama, "causal_lm")
+    update = worker.train(RoundTask(plan))
+    assert any("magnitude" in name for name in update.adapter.dense)
+    assert worker.validate(RoundTask(plan, update.adapter))["loss"] == pytest.approx(update.report.after["loss"])
+    wider = tiny.plan(peft={"method": "lora", "rank": 2, "use_dora": True}, quantization="nf4")
+    with pytest.raises(ConfigError, match="one rank everywhere: this site trains 2, the adapter has 4"):
+        worker.train(RoundTask(wider, update.adapter))
+
+
+def test_an_adapter_for_other_layers_is_refused_by_name(llama: Path) -> None:
+    base = base_of(llama)
+    start = global_adapter(base, 2)
+    layer = sorted(start.lora)[0]
+    fewer = replace(start, lora={n: p for n, p in start.lora.items() if n != layer})
+    with base.lent(), pytest.raises(WireError, match=layer):
+        method(2).attach(base, fewer, 0, rest=True)
+    wider = replace(start, lora={**start.lora, layer: LoraPair(torch.ones(2, 3), torch.ones(5, 2))})
+    with base.lent(), pytest.raises(WireError, match=layer):
+        method(2).attach(base, wider, 0, rest=True)
+
+
+def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:
+    base = base_of(llama)
+    with base.lent(), pytest.raises(ConfigError, match="nothing_like_it"):
+        method(2, target_modules="nothing_like_it").attach(base, Adapter(), 0, rest=True)
+
+
+def test_the_resolved_settings_are_plain_json_without_a_path(llama: Path, tmp_path: Path) -> None:
+    update = tiny.worker(tmp_path, llama, "sequence_classification").train(
+        RoundTask(tiny.plan("sequence_classification"))
+    )
+    said = json.dumps(update.manifest.adapter_config)
+    assert json.loads(said) == update.manifest.adapter_config and str(llama) not in said
+    assert "model.layers.0.self_attn.q_proj" in update.manifest.adapter_config["target_modules"]
+    assert update.manifest.adapter_config["modules_to_save"] == ["classifier", "score"]
