@@ -142,6 +142,7 @@ class Report:
     before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
     after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
     bad_rows: int = 0  # rows of the site's files that could not be used; the site's own log says which and why
+    lowered: tuple[str, ...] = ()  # settings of the plan the site gave less of, such as "rank 16 → 8"
 
     @property
     def tokens_per_s(self) -> float:

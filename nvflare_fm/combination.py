@@ -27,6 +27,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     if method.factored:
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
+        if "rank" in plan.negotiable and not (rule.mixed_ranks and method.side_adapter):
+            raise ConfigError(f"{how.merge} with {plan.peft} needs one rank everywhere; take rank out of negotiable")
         if not method.side_adapter and max_rank(plan, how) != plan.peft["rank"]:
             raise ConfigError(
                 f"max_rank {max_rank(plan, how)} needs directions frozen beside the trained ones, which DoRA cannot "

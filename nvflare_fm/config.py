@@ -12,7 +12,9 @@ from .errors import ConfigError
 from .registry import nearest
 
 Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+_one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+Names = Annotated[tuple[str, ...], _one]
+Negotiable = Annotated[tuple[Literal["rank", "batch_size", "local_steps"], ...], _one]
 
 
 class Settings(BaseModel):
@@ -105,6 +107,10 @@ class RoundPlan(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(0, ge=0)
+    negotiable: Negotiable = Field(
+        (), description="of rank, batch_size and local_steps, what a site may lower to its limits; the rest it refuses"
+    )
+    template: str = Field("", description="the job template this plan came from; sites may welcome some and not others")
 
 
 class Aggregation(Settings):

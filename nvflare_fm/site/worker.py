@@ -1,6 +1,7 @@
 """What a site does with a round's task: check it, train or measure, and answer. The only entry to this room."""
 
 import logging
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ import torch
 
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides
-from ..errors import ConfigError, ModelError, PolicyError, WireError
+from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from . import base_model, data, distributed, evaluation, peft_methods, training
 from .attach import resolved
 from .base_model import BaseModel
 from .data import SiteData
 from .peft_methods import PeftMethod
-from .policy import SiteConfig, check
+from .policy import SiteConfig, accept, check_examples, fit
 from .tasks import registry as tasks
 
 
@@ -28,6 +29,7 @@ class Job:
     method: PeftMethod
     base: BaseModel
     data: SiteData
+    lowered: tuple[str, ...]  # what the site gave less of than the plan asked
 
 
 class Worker:
@@ -57,19 +59,19 @@ class Worker:
             FmError: the site may not, cannot or was told not to.
         """
         job = self._job(task)
-        plan, method, base = job.plan, job.method, job.base
+        plan, method, base, rows = job.plan, job.method, job.base, job.data.train
         task = RoundTask(plan, task.adapter, task.manifest, task.round, task.total_rounds)
         before = self._measured("before", task, self.validate(task)) if plan.evaluation.before else {}
         with training.memory_explained(plan), base.lent():
             model = method.attach(base, task.adapter, plan.seed, plan.rest)
-            done = training.train(model, base, job.data.train, task, self.site, self.should_stop, self.log)
+            done = self._within_time(lambda stop: training.train(model, base, rows, task, self.site, stop, self.log))
             after = self._evaluate(model, job) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
             manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
         self._measured("after", task, after)
         self._last = whole, manifest
         report = Report(
-            examples=len(job.data.train),
+            examples=len(rows),
             tokens=done.tokens,
             steps=done.steps,
             loss=done.loss,
@@ -80,6 +82,7 @@ class Worker:
             before=before,
             after=after,
             bad_rows=job.data.bad_rows,
+            lowered=job.lowered,
         )
         return AdapterUpdate(self.site, adapter, manifest, report)
 
@@ -104,6 +107,21 @@ class Worker:
             raise WireError(f"{self.site} has trained no adapter in this job yet; ask again after a round")
         return self._last
 
+    def _within_time(self, train: Callable[[Callable[[], bool]], training.Trained]) -> training.Trained:
+        limit_s, started = self.config.limits.max_seconds_per_round, time.monotonic()
+
+        def late() -> bool:
+            return 0 < limit_s < time.monotonic() - started
+
+        try:
+            return train(lambda: late() or self.should_stop())
+        except TrainingError:
+            if not late():
+                raise
+            raise PolicyError(
+                f"training took longer than the {limit_s:g} s a round this site gives; ask for fewer local_steps"
+            ) from None
+
     def _evaluate(self, model: Any, job: Job) -> dict[str, float]:
         return evaluation.evaluate(model, job.base, job.data.validation, job.plan, self.should_stop)
 
@@ -114,15 +132,15 @@ class Worker:
         return metrics
 
     def _job(self, task: RoundTask) -> Job:
-        plan = self.overrides.applied(task.plan)
-        plan = plan.model_copy(update={"peft": peft_methods.complete(plan.peft)})
-        check(plan, self.config.limits)
-        kind, method = tasks[plan.task], peft_methods.read(plan.peft)
+        decision = accept(fit(self.overrides.applied(task.plan), self.config))
+        plan = decision.plan
+        kind, method = tasks[plan.task], peft_methods.read(plan.peft, plan.task)
         if kind.needs_labels and len(plan.labels) < 2:
             raise ConfigError(f"{plan.task} needs the plan's labels, at least two")
         base = base_model.load(self.config.model(plan.model), plan, kind, method.trained_whole)
         self._check_base(base, task)
-        job = Job(plan, method, base, self._tokenized(plan, base))
+        job = Job(plan, method, base, self._tokenized(plan, base), decision.lowered)
+        check_examples(len(job.data.train), self.config)
         steps = training.steps_per_round(plan, len(job.data.train), distributed.processes()[1])
         if steps > self.config.limits.max_steps_per_round:
             raise PolicyError(
