@@ -1,0 +1,183 @@
+"""Startup kits that accept this package: a builder for `project.yml`, and the same for kits that exist already.
+
+    builders:
+      - path: nvflare.lighter.impl.workspace.WorkspaceBuilder
+      - path: nvflare.lighter.impl.static_file.StaticFileBuilder
+      - path: nvflare_fm.flare.provision.FmBuilder          # here: after the files it adds to, before they are signed
+        args: {forbid_byoc: true}
+      - path: nvflare.lighter.impl.cert.CertBuilder
+      - path: nvflare.lighter.impl.signature.SignatureBuilder
+
+A participant's property `fm_site` is what its `local/fm_site.yaml` is to say.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvflare.lighter.constants import PropKey, ProvFileName
+from nvflare.lighter.ctx import ProvisionContext
+from nvflare.lighter.entity import Participant, Project
+from nvflare.lighter.spec import Builder
+
+from ..errors import ConfigError
+from ..site import site_file
+from ..site.policy import FILE_NAME, SiteConfig
+from . import allow_list
+
+PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
+
+_README = """\
+nvflare_fm at {name}
+{underline}
+This kit lets jobs fine-tune language models here with adapters (LoRA and its kin). What it adds to NVFlare's own kit:
+
+  local/{resources}   "{package}" is in class_allow_list, beside NVFlare's own entries: jobs may use the
+                        components of the Python package nvflare_fm that IT installs here, and bring no code.
+  local/{site_file}       which models and data exist here under which alias, limits, who is welcome. Yours to edit.
+
+Before the first job
+  1. pip install "nvflare_fm[site]" into the Python that start.sh finds. Your installed copy decides what runs.
+  2. Edit local/{site_file}; each setting is explained in it.
+  3. nvflare-fm site check        loads the model, reads the data, trains one step, says what is wrong and what to do.
+
+What leaves this site: the adapter's tensors, the metrics, counts and settings of each round, and the reason when the
+site refuses. Never rows, texts, paths or host names. Logs stay here too: allow_log_streaming is {streaming}.
+Every job the site accepts, cuts down or refuses is in NVFlare's audit log, with the reason.
+To take all this out again: nvflare-fm site allow --remove
+"""
+
+
+class FmBuilder(Builder):
+    """Prepares the kits of the server and of every client.
+
+    Args:
+        forbid_byoc: no role may submit jobs that bring code, at the server and at every client.
+    """
+
+    def __init__(self, forbid_byoc: bool = False) -> None:
+        super().__init__()
+        self.forbid_byoc = forbid_byoc
+
+    def build(self, project: Project, ctx: ProvisionContext) -> None:
+        """
+        Raises:
+            ConfigError: it is listed before StaticFileBuilder, or a participant's `fm_site` has an unknown setting.
+        """
+        self._prepare_local(project.get_server(), ctx)
+        for client in project.get_clients():
+            streaming = client.get_prop_fb(PropKey.ALLOW_LOG_STREAMING, default=False)
+            self._prepare_local(client, ctx, {"allow_log_streaming": bool(streaming)})
+            local = Path(ctx.get_local_dir(client))
+            prepare_site(local, client.get_prop(PROPERTY) or {}, client.name)
+            write_readme(local.parent / README, client.name, bool(streaming))
+
+    def _prepare_local(self, participant: Participant, ctx: ProvisionContext, more: Mapping[str, Any] | None = None) -> None:
+        local = Path(ctx.get_local_dir(participant))
+        file = local / allow_list.DEFAULT
+        if not file.exists():
+            raise ConfigError("in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder")
+        allow_list.write(file, allow_list.with_package(json.loads(file.read_text()) | dict(more or {})))
+        if self.forbid_byoc:
+            rules = local / ProvFileName.AUTHORIZATION_JSON_DEFAULT
+            rules.write_text(json.dumps(without_byoc(json.loads(rules.read_text())), indent=2) + "\n")
+
+
+def without_byoc(authorization: Mapping[str, Any]) -> dict[str, Any]:
+    """NVFlare's authorization rules with the right `byoc` taken from every role, and no other."""
+    roles = authorization["permissions"]
+    rights = {right: "any" for rules in roles.values() if isinstance(rules, dict) for right in rules}
+    spelt = {role: rules if isinstance(rules, dict) else dict.fromkeys(rights, rules) for role, rules in roles.items()}
+    return {**authorization, "permissions": {role: {**rules, "byoc": "none"} for role, rules in spelt.items()}}
+
+
+def prepare_site(local: Path, values: Mapping[str, Any], name: str) -> None:
+    """Writes the site file, unless the site has one, and tells the server what the site is willing to do.
+
+    Raises:
+        ConfigError: `values` hold a setting nobody knows.
+    """
+    file = local / FILE_NAME
+    config = SiteConfig.read(values, f"{PROPERTY} of {name}")
+    if not file.exists():
+        file.write_text(site_file.render(values))
+    resources, content = allow_list.read(local)
+    allow_list.write(resources, {**content, CAPABILITIES: capabilities(config)})
+
+
+def capabilities(config: SiteConfig) -> dict[str, Any]:
+    """What NVFlare tells the server as the site's `site_config`: limits, and no alias, path or name."""
+    limits = config.limits
+    return {
+        "max_rank": limits.max_rank,
+        "max_batch_size": limits.max_batch_size,
+        "max_steps_per_round": limits.max_steps_per_round,
+        "memory_gib": limits.memory_gib,
+        "quantizations": list(limits.quantizations),
+    }
+
+
+def write_readme(file: Path, name: str, streaming: bool) -> None:
+    title = f"nvflare_fm at {name}"
+    file.write_text(
+        _README.format(
+            name=name,
+            underline="=" * len(title),
+            resources=allow_list.DEFAULT,
+            package=allow_list.PACKAGE,
+            site_file=FILE_NAME,
+            streaming="on: error logs go to the server" if streaming else "off",
+        )
+    )
+
+
+def allow(kit: Path) -> list[Path]:
+    """Prepares a kit that exists already, server or site; returns the files that are there for it. Harmless when repeated.
+
+    Raises:
+        ConfigError: the folder is no startup kit.
+    """
+    local = _local(kit)
+    written = [allow_list.allow(local)]
+    if not _is_site(kit):
+        return written
+    known = local / FILE_NAME
+    _, resources = allow_list.read(local)
+    if not known.exists() or CAPABILITIES not in resources:
+        from ..site.policy import load_site
+
+        values = load_site(known).model_dump(mode="json") if known.exists() else {}
+        prepare_site(local, values, kit.name)
+        write_readme(kit / README, kit.name, bool(resources.get("allow_log_streaming", True)))
+    return [*written, known, kit / README]
+
+
+def remove(kit: Path) -> list[Path]:
+    """Takes out what `allow` or the builder put in; the site file is kept under another name, for it is the site's own.
+
+    Raises:
+        ConfigError: the folder is no startup kit.
+    """
+    local = _local(kit)
+    changed = allow_list.disallow(local)
+    for file in (local / allow_list.OWN, local / allow_list.DEFAULT):
+        resources = json.loads(file.read_text()) if file.exists() else {}
+        if resources.pop(CAPABILITIES, None):
+            changed.append(allow_list.write(file, resources))
+    if (local / FILE_NAME).exists():
+        changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
+    if (kit / README).exists():
+        (kit / README).unlink()
+        changed.append(kit / README)
+    return sorted(set(changed))
+
+
+def _local(kit: Path) -> Path:
+    if not (kit / "local").is_dir() or not (kit / "startup").is_dir():
+        raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit))
+    return kit / "local"
+
+
+def _is_site(kit: Path) -> bool:
+    return (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists()

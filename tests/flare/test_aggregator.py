@@ -1,0 +1,93 @@
+"""The aggregator adds nothing to the mathematics and lets nothing unsound in."""
+
+import subprocess
+import sys
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from nvflare.app_common.abstract.fl_model import FLModel
+
+from nvflare_fm.adapter import AdapterUpdate, RoundTask
+from nvflare_fm.config import RoundPlan
+from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.flare import wire
+from nvflare_fm.flare.aggregator import AdapterAggregator
+
+from .messages import MANIFEST, adapter, same, update
+
+
+def opened(task: RoundTask | None = None, **settings: Any) -> AdapterAggregator:
+    aggregator = AdapterAggregator(**settings)
+    aggregator.begin(task or RoundTask(RoundPlan()), rank=3)
+    return aggregator
+
+
+def arrival(sent: AdapterUpdate) -> FLModel:
+    model = wire.write_update(sent)
+    model.meta["client_name"] = sent.site
+    return model
+
+
+def test_the_result_is_the_same_bits_for_every_order_of_arrival() -> None:
+    updates = [update(f"site-{i}", seed=i, examples=3 + 7 * i, scale=1.0 + i) for i in range(4)]
+    results = []
+    for order in permutations(updates):
+        aggregator = opened(RoundTask(RoundPlan(), adapter(9), MANIFEST, 1, 2))
+        for one in order:
+            aggregator.accept_model(arrival(one))
+        model = aggregator.aggregate_model()
+        results.append((wire.read_saved(model.params, model.meta, "test").adapter, model.metrics))
+    assert all(same(a, results[0][0]) and m == results[0][1] for a, m in results)
+
+
+def test_metrics_are_means_by_the_weights_of_the_merge() -> None:
+    aggregator = opened()
+    for one in (update("alder", 0, examples=30), update("birch", 1, examples=10)):
+        aggregator.accept_model(arrival(one))
+    assert aggregator.aggregate_model().metrics == {"loss": pytest.approx(0.75 * 3 + 0.25 * 4)}
+
+
+def test_the_description_of_the_adapter_is_attached_every_round_without_any_sites_own_rank() -> None:
+    aggregator = opened()
+    aggregator.accept_model(arrival(update("alder", 0)))
+    model = aggregator.aggregate_model()
+    saved = wire.read_saved(model.params, model.meta, "test")
+    assert saved.manifest
+    assert saved.manifest.base == MANIFEST.base
+    assert not {"r", "lora_alpha", "rank_pattern", "alpha_pattern"} & saved.manifest.adapter_config.keys()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_rejected_by_site_and_tensor(poison: float) -> None:
+    model = arrival(update("alder", 0))
+    model.params["head"] = torch.tensor([1.0, poison])
+    with pytest.raises(WireError, match="alder sent values that are not finite numbers in 'head'"):
+        opened().accept_model(model)
+
+
+def test_a_round_starts_without_the_updates_of_the_last() -> None:
+    aggregator = opened()
+    aggregator.accept_model(arrival(update("alder", 0)))
+    aggregator.begin(RoundTask(RoundPlan()), rank=3)
+    aggregator.accept_model(arrival(update("birch", 1)))
+    aggregator.aggregate_model()
+    assert aggregator.combined
+    assert set(aggregator.combined.weights) == {"birch"}
+
+
+@pytest.mark.parametrize("settings", [{"merge": "exakt"}, {"weigh": ["example"]}, {"sigma": "C"}, {"max_rank": -1}])
+def test_an_unknown_rule_is_refused_while_the_job_loads(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        AdapterAggregator(**settings)
+
+
+def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> None:
+    code = (
+        "import sys; from nvflare_fm.flare import aggregator, controller, persistor, locator, stats, recipe, executor\n"
+        "controller.FedPEFT(plan={'peft': {'method': 'lora'}})\n"
+        "print([m for m in ('transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

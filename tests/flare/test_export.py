@@ -1,0 +1,120 @@
+"""What is written is what PEFT loads and what a later job reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from nvflare_fm import export
+from nvflare_fm.adapter import Adapter, LoraPair
+from nvflare_fm.config import RoundPlan
+from nvflare_fm.errors import ModelError
+
+from .messages import MANIFEST, adapter, same
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(5, 6, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = Attention()
+
+
+class Base(nn.Module):
+    """Two layers under the names of a Llama, and a third one the adapter does not touch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum((block.self_attn.q_proj(x) for block in self.model.layers), torch.zeros(()))
+
+
+def mixed() -> Adapter:
+    """A rank and a scale of its own in every layer."""
+    pairs = adapter(1, rank=3, scale=4.0).lora
+    first, second = sorted(pairs)
+    return Adapter({first: pairs[first], second: LoraPair(torch.randn(2, 5), torch.randn(6, 2), 0.3)})
+
+
+@pytest.mark.parametrize("merged", [Adapter(adapter(1).lora), mixed()], ids=["one rank", "a rank for each layer"])
+def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -> None:
+    folder = export.write_adapter(tmp_path / "last", merged, MANIFEST)
+    base = Base()
+    x = torch.randn(4, 5)
+    before = base(x)
+    model = PeftModel.from_pretrained(base, str(folder))
+    expected = before + sum(x @ merged.lora[n].delta().T for n in merged.lora)
+    torch.testing.assert_close(model(x), expected)
+    assert get_peft_model_state_dict(model).keys() == merged.tensors().keys()
+
+
+def test_sites_with_rslora_get_the_same_delta(tmp_path: Path) -> None:
+    manifest = export.Manifest("b", "causal_lm", "lora", {**MANIFEST.adapter_config, "use_rslora": True})
+    merged = Adapter(adapter(1, scale=0.7).lora)
+    read, _, _ = export.read_adapter(export.write_adapter(tmp_path / "last", merged, manifest))
+    assert read.scales() == pytest.approx(merged.scales())
+
+
+@pytest.mark.parametrize("merged", [adapter(2, scale=4.0), mixed(), Adapter(dense={"v": torch.ones(3)})])
+def test_reading_undoes_writing(tmp_path: Path, merged: Adapter) -> None:
+    where = export.Provenance(7, RoundPlan(seed=5))
+    folder = export.write_adapter(tmp_path / "x" / "last", merged, MANIFEST, where)
+    read, manifest, provenance = export.read_adapter(folder)
+    assert read.tensors().keys() == merged.tensors().keys()
+    assert all(torch.equal(t, merged.tensors()[n]) for n, t in read.tensors().items())
+    assert read.scales() == pytest.approx(merged.scales())
+    assert (manifest.base, manifest.task, manifest.peft, manifest.labels) == ("base-1", "causal_lm", "lora", ())
+    assert provenance == where
+
+
+def test_writing_again_replaces_the_whole_folder_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    (tmp_path / "last" / "stale.txt").write_text("of the old one")
+    export.write_adapter(tmp_path / "last", adapter(2), MANIFEST)
+    assert same(export.read_adapter(tmp_path / "last")[0], adapter(2))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
+    assert not (tmp_path / "last" / "stale.txt").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
+    export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    unwritable = export.Manifest("b", "t", "p", {"x": object()})
+    with pytest.raises(TypeError):
+        export.write_adapter(tmp_path / "last", adapter(2), unwritable)
+    assert same(export.read_adapter(tmp_path / "last")[0], adapter(1))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
+
+
+@pytest.mark.parametrize("missing", [export.CONFIG, export.WEIGHTS, export.PROVENANCE])
+def test_a_folder_that_lacks_a_file_is_refused_without_telling_its_path(tmp_path: Path, missing: str) -> None:
+    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    (folder / missing).unlink()
+    with pytest.raises(ModelError, match="adapter 'last' cannot be read") as caught:
+        export.read_adapter(folder)
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    (folder / export.WEIGHTS).write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="cannot be read"):
+        export.read_adapter(folder)
+
+
+def test_provenance_names_the_base_and_no_site(tmp_path: Path) -> None:
+    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST, export.Provenance(3))
+    told = json.loads((folder / export.PROVENANCE).read_text())
+    assert told["base"] == "base-1"
+    assert told["round"] == 3
+    assert told.keys() == {"nvflare_fm", "base", "task", "peft", "labels", "round", "plan"}

@@ -1,0 +1,207 @@
+"""A job is configuration only, says what the recipe said, and is refused while it loads where it cannot work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.fuel.utils.component_builder import ComponentBuilder
+
+from nvflare_fm import export
+from nvflare_fm.errors import ConfigError, ModelError
+from nvflare_fm.flare.controller import FedPEFT
+from nvflare_fm.flare.environments import allow, write_site
+from nvflare_fm.flare.executor import PeftExecutor
+from nvflare_fm.flare.persistor import AdapterPersistor
+from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.site.policy import SiteConfig, load_site
+
+from .messages import MANIFEST, adapter
+
+
+class Builder(ComponentBuilder):
+    """NVFlare's own, as its server and clients use it."""
+
+    def get_module_scanner(self) -> None:
+        return None
+
+
+def exported(folder: Path, **settings: Any) -> dict[str, Any]:
+    """The configuration of each app, by its file in the job."""
+    FedPEFTRecipe("job", **settings).export(str(folder))
+    files = (folder / "job").glob("*/config/config_fed_*.json")
+    return {str(file.relative_to(folder)): json.loads(file.read_text()) for file in files}
+
+
+def built(apps: dict[str, Any]) -> list[Any]:
+    """Every component of the job, made again from its configuration."""
+    parts = [part for app in apps.values() for part in (*app["components"], *app.get("workflows", []))]
+    parts += [entry["executor"] for app in apps.values() for entry in app.get("executors", [])]
+    return [Builder().build_component(part) for part in parts]
+
+
+def only(components: list[Any], kind: type) -> Any:
+    (found,) = [c for c in components if isinstance(c, kind)]
+    return found
+
+
+def test_what_the_recipe_says_comes_out_of_the_job_again(tmp_path: Path) -> None:
+    apps = exported(
+        tmp_path,
+        num_rounds=7,
+        min_sites=2,
+        merge="svd",
+        weigh=["uniform"],
+        sigma="A",
+        deadline_s=60,
+        grace_s=5,
+        key_metric="accuracy",
+        key_metric_mode="max",
+        keep_rounds=True,
+        sites={"alder": {"rank": 16}, "birch": {"data": "letters", "batch_size": 2}},
+        processes=2,
+        cross_site_evaluation=True,
+        disk_offload=True,
+        data="records",
+        peft={"method": "lora", "rank": 4},
+        training={"local_steps": 9},
+        seed=3,
+    )
+    components = built(apps)
+    controller = only(components, FedPEFT)
+    assert (controller.num_rounds, controller.min_responses, controller.deadline_s, controller.grace_s) == (7, 2, 60, 5)
+    assert (controller.key_metric, controller.key_metric_mode, controller.disk_offload) == ("accuracy", "max", True)
+    plan = controller.round_plan
+    assert (plan.data, plan.peft["rank"], plan.training.local_steps, plan.seed) == ("records", 4, 9, 3)
+    how = controller.aggregator.how
+    assert (how.merge, how.weigh, how.sigma, how.max_rank, how.seed) == ("svd", ("uniform",), "A", 16, 3)
+    assert only(components, AdapterPersistor).keep_rounds
+    executors = [c for c in components if isinstance(c, PeftExecutor)]
+    said = sorted(str(e.overrides.model_dump(exclude_none=True)) for e in executors)
+    assert said == ["{'batch_size': 2, 'data': 'letters'}", "{'rank': 16}"]
+    assert all("torch.distributed.run" in e._command for e in executors)
+
+
+def test_a_job_brings_no_code(tmp_path: Path) -> None:
+    exported(tmp_path, sites={"alder": {}, "birch": {}})
+    assert not list(tmp_path.rglob("custom"))
+    assert not list(tmp_path.rglob("*.py"))
+
+
+def test_an_initial_adapter_travels_inside_the_job(tmp_path: Path) -> None:
+    folder = export.write_adapter(tmp_path / "somewhere", adapter(1), MANIFEST, export.Provenance(2))
+    (folder / "notes.txt").write_text("for nobody else")
+    apps = exported(tmp_path, initial_adapter=folder, resume=True)
+    persistor = only(built(apps), AdapterPersistor)
+    brought = next(tmp_path.rglob("config_fed_server.json")).parent / persistor.initial_adapter
+    assert persistor.resume
+    assert sorted(f.name for f in brought.iterdir()) == sorted([export.CONFIG, export.WEIGHTS, export.PROVENANCE])
+    export.read_adapter(brought)
+
+
+def test_an_initial_adapter_that_cannot_be_read_is_found_out_before_the_job_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be read"):
+        FedPEFTRecipe("job", initial_adapter=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b", ".hidden", ".."])
+def test_a_job_cannot_make_the_server_read_a_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="not a path"):
+        AdapterPersistor(initial_adapter=name)
+
+
+def test_resuming_needs_something_to_resume_from() -> None:
+    with pytest.raises(ConfigError, match="resume needs"):
+        AdapterPersistor(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_rounds": 0}, "num_rounds 0"),
+        ({"min_responses": 0}, "min_responses 0"),
+        ({"deadline_s": -1}, "deadline_s -1"),
+        ({"key_metric_mode": "least"}, "key_metric_mode"),
+        ({"plan": {"lerning_rate": 1}}, "unknown setting 'lerning_rate'"),
+        ({"plan": {"training": {"lerning_rate": 1}}}, 'did you mean "learning_rate"'),
+        ({"plan": {"peft": {"method": "lorra"}}}, 'did you mean "lora"'),
+        ({"plan": {"rest": False}}, "rest follows from the merge rule"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_while_it_loads(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        FedPEFT(**settings)
+
+
+def test_a_merge_rule_that_needs_equal_ranks_is_refused_where_they_differ() -> None:
+    with pytest.raises(ConfigError, match="needs one rank everywhere"):
+        FedPEFTRecipe("job", merge="factor_mean", sites={"alder": {"rank": 2}}, peft={"method": "lora", "rank": 4})
+
+
+def test_a_site_setting_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="sites: alder: unknown setting 'rnk'; did you mean \"rank\""):
+        FedPEFTRecipe("job", sites={"alder": {"rnk": 2}})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "${secret:HOME}"},
+        {"data": "${secret:file:/etc/passwd}"},
+        {"data": "--help"[:2] + " x"},
+        {"quantization": "nf3"},
+        {"rank": 0},
+        {"processes": 0},
+        {"processes": "2; rm"},
+        {"batch_size": "${secret:HOME}"},
+    ],
+)
+def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        PeftExecutor(**settings)
+
+
+def test_the_command_is_fixed_but_for_checked_values() -> None:
+    argv = PeftExecutor(rank=4, data="notes")._argv("/site/local/fm_site.yaml")
+    assert argv[1:] == [
+        *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml"),
+        *("--overrides", '{"rank": 4, "data": "notes"}'),
+    ]
+
+
+def test_allowing_the_package_keeps_nvflares_own_list(tmp_path: Path) -> None:
+    resources = json.loads(allow(tmp_path).read_text())
+    assert resources["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, "nvflare_fm."]
+
+
+def test_allowing_the_package_keeps_what_the_site_has_set_and_is_harmless_twice(tmp_path: Path) -> None:
+    own = {"format_version": 2, "components": [{"id": "x"}], "class_allow_list": ["a.B"]}
+    (tmp_path / "resources.json").write_text(json.dumps(own))
+    allow(tmp_path)
+    resources = json.loads(allow(tmp_path).read_text())
+    assert resources == own | {"class_allow_list": ["a.B", "nvflare_fm."]}
+
+
+def test_a_kit_that_has_only_its_defaults_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "resources.json.default").write_text(json.dumps({"format_version": 2, "client": {"retry": 3}}))
+    assert json.loads(allow(tmp_path).read_text())["client"] == {"retry": 3}
+
+
+def test_a_site_file_means_the_same_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    site = SiteConfig.read(
+        {
+            "models": {"base": {"path": "models/base"}, "hub": {"hub_id": "a/b", "revision": "c" * 40}},
+            "data": {"notes": {"train": "n.jsonl"}, "kept": {"train": "k.jsonl", "folder": "data"}},
+            "limits": {"threads": 0},
+        },
+        "test",
+    )
+    write_site(tmp_path / "elsewhere" / "fm_site.yaml", site, threads=2)
+    read = load_site(tmp_path / "elsewhere" / "fm_site.yaml")
+    assert read.model("base").path == str(tmp_path / "models" / "base")
+    assert read.data_set("notes").train == str(tmp_path / "n.jsonl")
+    assert read.limits.threads == 2
+    (tmp_path / "fm_site.yaml").write_text((tmp_path / "elsewhere" / "fm_site.yaml").read_text())
+    assert load_site(tmp_path / "fm_site.yaml") == read

@@ -1,0 +1,155 @@
+"""What travels arrives unchanged, through NVFlare's own serialisation; what is missing is named."""
+
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.fuel.utils import fobs
+
+from nvflare_fm.adapter import Adapter, LoraPair, RoundTask
+from nvflare_fm.config import RoundPlan
+from nvflare_fm.errors import WireError
+from nvflare_fm.flare import wire
+
+from .messages import MANIFEST, adapter, same, update
+
+
+def posted(model: FLModel) -> FLModel:
+    """The message after NVFlare has packed and unpacked it, as between two machines."""
+    fobs.register(TensorDecomposer)
+    return FLModelUtils.from_shareable(fobs.loads(fobs.dumps(FLModelUtils.to_shareable(model))))
+
+
+def test_an_update_arrives_bit_for_bit_and_under_the_name_nvflare_authenticated() -> None:
+    sent = update("calls-itself-cedar", seed=1)
+    got = wire.read_update(posted(wire.write_update(sent)), "alder")
+    assert same(got.adapter, sent.adapter)
+    assert (got.site, got.manifest, got.report) == ("alder", sent.manifest, sent.report)
+
+
+def test_a_task_arrives_with_its_plan_and_round() -> None:
+    task = RoundTask(RoundPlan(seed=3, peft={"method": "lora", "rank": 2}), adapter(0), MANIFEST, 4, 9)
+    got = wire.read_task(posted(wire.write_task(task)))
+    assert same(got.adapter, task.adapter)
+    assert replace(got, adapter=Adapter()) == replace(task, adapter=Adapter())
+
+
+def test_the_first_task_needs_no_adapter() -> None:
+    got = wire.read_task(posted(wire.write_task(RoundTask(RoundPlan()))))
+    assert not got.adapter
+    assert got.manifest is None
+
+
+def test_a_refusal_arrives_as_a_reply_with_its_reason() -> None:
+    got = posted(wire.write_refusal("rank 64 is more than this site allows"))
+    assert wire.refused(got) == "rank 64 is more than this site allows"
+    assert not got.params
+    assert got.metrics == {}
+
+
+def test_a_refused_submission_cannot_be_mistaken_for_an_adapter() -> None:
+    with pytest.raises(WireError, match="it has not trained"):
+        wire.read_task(posted(wire.write_refusal("it has not trained")))
+
+
+def test_parameters_views_and_gradients_travel_as_plain_tensors() -> None:
+    wide = torch.randn(4, 6, requires_grad=True)
+    pair = LoraPair(wide[:, ::2], torch.nn.Parameter(torch.randn(4, 4)).T, 1.0)
+    got = wire.read_saved(*_parts(posted(wire.write_saved(wire.Saved(Adapter({"l": pair}), MANIFEST)))), "alder")
+    assert torch.equal(got.adapter.lora["l"].A, wide.detach()[:, ::2])
+    assert torch.equal(got.adapter.lora["l"].B, pair.B.detach())
+
+
+@pytest.mark.parametrize("name", ["scales", "manifest", "report"])
+def test_a_site_that_leaves_something_out_is_refused_by_name(name: str) -> None:
+    model = wire.write_update(update("alder", 1))
+    del model.meta[wire.KEY][name]
+    with pytest.raises(WireError, match=f"alder sent no {name}"):
+        wire.read_update(model, "alder")
+
+
+def test_a_missing_scale_names_site_and_layer() -> None:
+    model = wire.write_update(update("alder", 1))
+    layer, _ = model.meta[wire.KEY]["scales"].popitem()
+    with pytest.raises(WireError, match=rf"alder sent no scale for '{layer}'"):
+        wire.read_update(model, "alder")
+
+
+@pytest.mark.parametrize("meta", [{}, {wire.KEY: {"version": 2}}, {wire.KEY: "x"}, {wire.KEY: {}}])
+def test_another_version_is_refused_by_name(meta: dict[str, Any]) -> None:
+    model = wire.write_update(update("alder", 1))
+    model.meta = meta
+    with pytest.raises(WireError, match="alder speaks version"):
+        wire.read_update(model, "alder")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scales", {"l": "wide"}), ("scales", [1]), ("manifest", {"base": 3}), ("report", {"examples": "many"})],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
+    model = wire.write_update(update("alder", 1))
+    model.meta[wire.KEY][name] = value
+    with pytest.raises(WireError, match=f"alder sent {name}"):
+        wire.read_update(model, "alder")
+
+
+@pytest.mark.parametrize("examples", [0, -5])
+def test_an_update_from_no_examples_is_refused(examples: int) -> None:
+    with pytest.raises(WireError, match="alder reports"):
+        wire.read_update(wire.write_update(update("alder", 1, examples=examples)), "alder")
+
+
+def test_something_that_is_not_a_tensor_is_refused_by_name() -> None:
+    model = wire.write_update(update("alder", 1))
+    model.params["head"] = [1.0, 2.0]
+    with pytest.raises(WireError, match="alder sent a list for 'head'"):
+        wire.read_update(model, "alder")
+
+
+class OnDisk:
+    """A tensor NVFlare has left on disk."""
+
+    fetched = 0
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def materialize(self) -> torch.Tensor:
+        OnDisk.fetched += 1
+        return self.tensor
+
+
+@pytest.mark.usefixtures("malformed_allowed")  # the checks of a test run would fetch values to look at them
+def test_tensors_left_on_disk_are_fetched_one_layer_at_a_time() -> None:
+    sent, OnDisk.fetched = update("alder", 1), 0
+    model = wire.write_update(sent)
+    model.params = {name: OnDisk(tensor) for name, tensor in model.params.items()}
+    got = wire.read_update(model, "alder")
+    assert OnDisk.fetched == 0
+    _ = got.adapter.lora[sorted(got.adapter.lora)[0]]
+    assert OnDisk.fetched == 2
+    assert same(got.adapter, sent.adapter)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+def test_meta_holds_plain_python_only() -> None:
+    value = {"a": {Colour.RED, "blue"}, 2: (numpy.float64(0.5), numpy.float32(2.0).item()), "n": None, "b": True}
+    got = wire.plain(value)
+    assert got == {"a": ["blue", "red"], "2": [0.5, 2.0], "n": None, "b": True}
+    assert type(got["2"][0]) is float
+    with pytest.raises(WireError, match="a Tensor cannot travel"):
+        wire.plain({"x": torch.zeros(1)})
+
+
+def _parts(model: FLModel) -> tuple[Any, Any]:
+    return model.params, model.meta

@@ -1,0 +1,133 @@
+"""Two hospitals agree, a third holds other weights, a fourth has no data: one job, seen from every side."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from nvflare.tool.job.job_cli import _discover_job_download_artifacts
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nvflare_fm import export
+from nvflare_fm.flare.environments import allow
+from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
+from tests.site import tiny
+
+from .federation import PLAN, Federation, offers
+from .spy import Spy
+
+SITES = ["alder", "birch", "drift", "hollow"]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    folder = tmp_path_factory.mktemp("federation")
+    model = tiny.save(folder / "model")
+    sites = offers(folder, model, SITES)
+    (folder / "hollow.jsonl").write_text("")
+    torch.manual_seed(1)
+    other = AutoModelForCausalLM.from_pretrained(model)
+    other.lm_head.weight.data += 1.0
+    other.save_pretrained(folder / "other")
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "other")
+    sites["drift"] = tiny.site(folder / "other", folder / "drift.jsonl", limits={"threads": 1})
+    recipe = FedPEFTRecipe(
+        "whole",
+        num_rounds=2,
+        min_sites=2,
+        sites={"alder": {"rank": 2}, "birch": {"rank": 4}, "drift": {}, "hollow": {}},
+        keep_rounds=True,
+        disk_offload=True,
+        cross_site_evaluation=True,
+        **PLAN,
+    )
+    (folder / "spied").mkdir()
+    recipe._job.set_app_packages(["nvflare_fm", "tests"])
+    recipe.add_server_output_filter(Spy(str(folder / "spied")), tasks=TASKS)
+    run = Federation(recipe, sites, folder / "runs")
+    allow(run.root / "local", "tests.integration.spy.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("TMPDIR", str(folder))
+        run.run()
+    return run
+
+
+def test_the_job_completes_without_bringing_code(federation: Federation) -> None:
+    assert federation.error is None
+    assert len(federation.rounds()) == 3
+    assert not list(federation.root.rglob("custom"))
+
+
+def test_a_wrong_base_model_is_refused_by_name_and_the_others_go_on(federation: Federation) -> None:
+    first, second, _ = federation.rounds()
+    assert "trained base model" in first["out"]["drift"]
+    assert second["out"]["drift"].startswith("refused: drift: the federation trains base model")
+    assert set(second["sites"]) == {"alder", "birch"}
+
+
+def test_a_site_without_data_says_so_every_round_and_stays(federation: Federation) -> None:
+    for line in federation.rounds():
+        assert line["out"]["hollow"].startswith("refused: ")
+        assert "hollow" in line["asked"]
+
+
+def test_the_result_loads_in_peft_and_is_better_than_the_base(federation: Federation) -> None:
+    folder = federation.root.parent.parent
+    words = AutoTokenizer.from_pretrained(folder / "model")
+    text = words(tiny.SENTENCES[:8], return_tensors="pt", padding=True)
+    labels = text["input_ids"].masked_fill(text["attention_mask"] == 0, -100)
+    base = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    with torch.no_grad():
+        alone = base(**text, labels=labels).loss.item()
+        adapted = PeftModel.from_pretrained(base, str(federation.server / "adapters" / "best")).eval()
+        together = adapted(**text, labels=labels).loss.item()
+    assert together < alone - 0.5
+
+
+def test_nvflare_finds_the_adapter_to_download(federation: Federation) -> None:
+    artifacts, _ = _discover_job_download_artifacts(str(federation.root))
+    assert artifacts["global_model"].endswith("adapters/best/adapter_model.safetensors")
+
+
+def test_every_weight_loss_and_byte_is_on_record_at_the_server(federation: Federation) -> None:
+    first, second, last = federation.rounds()
+    for line in (first, second):
+        assert math.isclose(sum(site["weight"] for site in line["sites"].values()), 1.0)
+        assert line["energy_lost"]
+        assert all(site["bytes_up"] > 0 and site["seconds"] > 0 for site in line["sites"].values())
+    assert first["bytes_down"] == 0 < second["bytes_down"]
+    assert last["metrics"]["loss"] < first["metrics"]["loss"]
+
+
+def test_each_rounds_adapter_and_the_best_are_kept_with_their_round(federation: Federation) -> None:
+    kept = {f.name: export.read_adapter(f)[2].round for f in (federation.server / "adapters").iterdir()}
+    assert kept == {"round-000": 0, "round-001": 1, "last": 1, "best": 1}
+
+
+def test_cross_site_evaluation_measures_server_and_site_adapters_at_both_sites(federation: Federation) -> None:
+    results = json.loads((federation.server / "cross_site_val" / "cross_val_results.json").read_text())
+    for site in ("alder", "birch"):
+        losses = {owner: metrics["loss"] for owner, metrics in results[site].items() if metrics}
+        assert {"SRV_best", "SRV_last", "alder", "birch"} <= losses.keys()
+        assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_nothing_sent_to_a_site_tells_of_another(federation: Federation) -> None:
+    """Names, weights, sample counts, ranks and losses of the others; cross-site evaluation, which names the owner of
+    the adapter it asks a site to measure, is NVFlare's and left out."""
+    spied = sorted((federation.root.parent.parent / "spied").iterdir())
+    ours = [
+        file for file in spied if b"model_owner" not in file.read_bytes() and b"submit_model" not in file.read_bytes()
+    ]
+    assert {file.suffix[1:] for file in ours} == set(SITES)
+    assert len(ours) >= 3 * len(SITES)
+    for file in ours:
+        said, reader = file.read_bytes(), file.suffix[1:]
+        for other in set(SITES) - {reader}:
+            assert other.encode() not in said
+        for word in (b"weight_key", b"site_weights", b"examples", b"bytes_up", b"refused"):
+            assert word not in said
