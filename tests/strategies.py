@@ -77,7 +77,7 @@ def layers(draw: st.DrawFn, mixed_ranks: bool = True) -> Layer:
     count = draw(st.integers(1, 5))
     rank = draw(ranks)
     of_site = draw(st.lists(ranks, min_size=count, max_size=count)) if mixed_ranks else [rank] * count
-    global_rank = draw(st.sampled_from([0, rank]))
+    global_rank = draw(ranks) if mixed_ranks else draw(st.sampled_from([0, rank]))
     return Layer(draw(pairs(shape, global_rank)), [draw(pairs(shape, r)) for r in of_site], draw(weights(count)))
 
 

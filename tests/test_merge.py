@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nvflare_fm.adapter import LoraPair
 from nvflare_fm.aggregation import merge
+from nvflare_fm.config import Aggregation
 from nvflare_fm.lora import head, shorten, stack, tail
 from tests.strategies import (
     TOLERANCE,
@@ -24,8 +25,15 @@ from tests.strategies import (
 def rules(**promises):
     """Every rule, present and future, that makes these promises."""
     kept = [n for n in merge.registry if all(getattr(merge.registry[n], k) == v for k, v in promises.items())]
-    assert kept, f"no merge rule promises {promises}"
     return pytest.mark.parametrize("name", kept)
+
+
+def test_the_default_rule_promises_all_there_is():
+    rule = merge.registry[Aggregation().merge]
+    assert rule.exact
+    assert rule.mixed_ranks
+    assert rule.rest
+    assert rule.canonical
 
 
 def cohort(data, rule: merge.MergeRule) -> Layer:
@@ -138,6 +146,11 @@ def test_zero_padding_is_the_factor_mean_of_padded_factors(layer):
     padded = merge.registry["zero_pad"].merge(layer.start, layer.pairs, layer.weights)
     assert padded.rank == rank
     close(padded.delta(), expected, 1e-10, layer.size())
+
+
+def test_zero_padding_keeps_the_rank_of_the_global_adapter_where_every_site_is_below_it():
+    start, low = make_pair(6, 5, 4, seed=0), make_pair(6, 5, 2, seed=1)
+    assert merge.registry["zero_pad"].merge(start, [low, low], [0.5, 0.5]).rank == 4
 
 
 @rules(exact=False)

@@ -1,0 +1,242 @@
+"""Bugs planted on purpose, each with the tests that must catch it: a suite that cannot fail proves nothing.
+
+    python tests/planted_bugs.py                    all of them, two at a time
+    python tests/planted_bugs.py --match refill     those whose line holds a word
+    python tests/planted_bugs.py --sample 6         a few, chosen by the state of the source
+
+A line of the list is a bug: file, text that occurs in it exactly once, what to put there, tests. Ends with 1 when a bug
+was missed, or when its text is gone and the list must follow the code.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("nvflare_fm", "tests", "pyproject.toml", "constraints.txt", "job_templates")
+
+
+@dataclass(frozen=True)
+class Bug:
+    file: str  # inside nvflare_fm/
+    old: str
+    new: str
+    tests: str  # names in tests/, separated by spaces
+
+    def fits(self, root: Path = ROOT) -> bool:
+        file = root / "nvflare_fm" / self.file
+        return file.exists() and file.read_text().count(self.old) == 1
+
+
+BUGS = [
+    # adapter: values
+    Bug("adapter.py", "return self.scale * (self.B @ self.A)", "return self.B @ self.A", "test_adapter"),
+    Bug("adapter.py", "self.B * (self.scale / scale)", "self.B * (scale / self.scale)", "test_lora"),
+    Bug(
+        "adapter.py",
+        "return self.B.shape[0], self.A.shape[1]",
+        "return self.A.shape[1], self.B.shape[0]",
+        "test_adapter",
+    ),
+    Bug("adapter.py", "in sorted(layers ^ halves)", "in sorted(layers - halves)", "test_adapter"),
+    Bug("adapter.py", "in sorted(layers - set(scales))", "in []", "test_adapter test_cohort"),
+    Bug("adapter.py", "return bool(self.lora or self.dense)", "return bool(self.lora)", "test_adapter"),
+    Bug(
+        "adapter.py", "self._names, self._load = sorted(names)", "self._names, self._load = list(names)", "test_adapter"
+    ),
+    # lora: the algebra
+    Bug("lora.py", "B=torch.cat([w * p.scale * p.B for", "B=torch.cat([w * p.B for", "test_lora"),
+    Bug("lora.py", "B=torch.cat([w * p.scale * p.B for", "B=torch.cat([p.scale * p.B for", "test_lora"),
+    Bug("lora.py", "A=torch.cat([p.A for p in pairs])", "A=torch.cat([p.A for p in reversed(pairs)])", "test_lora"),
+    Bug("lora.py", "svd(pair.scale * r_b @ r_a.T", "svd(r_b @ r_a.T", "test_lora"),
+    Bug("lora.py", "(vt * signs.T)", "vt", "test_lora"),
+    Bug("lora.py", "signs = torch.sign(u.gather(", "signs = -torch.sign(u.gather(", "test_lora"),
+    Bug(
+        "lora.py",
+        "q_b, r_b = torch.linalg.qr(pair.B.double())",
+        "q_b, r_b = torch.linalg.qr(pair.B.half().double())",
+        "test_lora",
+    ),
+    Bug("lora.py", "vt[:kept], B=u[:, :kept]", "vt[len(vt) - kept :], B=u[:, len(vt) - kept :]", "test_lora"),
+    Bug("lora.py", "* vt[:kept], B=", "* vt[:kept].flip(0), B=", "test_lora"),
+    Bug("lora.py", "root[:, None] ** (1 - in_b)", "root[:, None]", "test_lora"),
+    Bug("lora.py", '"balanced": 0.5', '"balanced": 1.0', "test_lora"),
+    Bug("lora.py", "energy = values.square()", "energy = values", "test_lora"),
+    Bug("lora.py", "energy[kept:].sum() / energy.sum()", "energy[:kept].sum() / energy.sum()", "test_lora"),
+    Bug("lora.py", "eps * values[:1]", "eps * max(pair.shape) * values[:1]", "test_lora"),
+    Bug("lora.py", "(values > floor)", "(values >= 0)", "test_lora"),
+    Bug(
+        "lora.py",
+        "LoraPair(pair.A[rank:], pair.B[:, rank:], pair.scale)",
+        "LoraPair(pair.A[rank:], pair.B[:, rank:])",
+        "test_lora",
+    ),
+    Bug("lora.py", "p.scale * q.scale * ((q.B.T", "p.scale * ((q.B.T", "test_lora"),
+    Bug("lora.py", "inner[i, j] = inner[j, i] =", "inner[i, j] =", "test_lora"),
+    Bug("lora.py", 'f"{seed}/{layer}/{row}"', 'f"{seed}/{row}"', "test_lora"),
+    Bug("lora.py", 'f"{seed}/{layer}/{row}"', 'f"{seed}/{layer}/{len(rows)}/{row}"', "test_lora"),
+    Bug("lora.py", 'f"{seed}/{layer}/{row}"', 'f"{layer}/{row}"', "test_lora test_combine"),
+    Bug("lora.py", "fresh = fresh - (fresh @ other) * other", "fresh = fresh", "test_lora"),
+    Bug("lora.py", "seed, beside=pair.A)", "seed)", "test_lora"),
+    Bug(
+        "lora.py",
+        "missing, seed, beside=pair.A).to(pair.A)",
+        "missing, seed, beside=pair.A).to(pair.A) * 0",
+        "test_lora",
+    ),
+    Bug("lora.py", "pair.B.new_zeros(", "pair.B.new_ones(", "test_lora"),
+    # merge rules
+    Bug("aggregation/merge/exact.py", "kept[: pair.rank] -= weight", "kept -= weight", "test_merge"),
+    Bug("aggregation/merge/exact.py", "kept[: pair.rank] -= weight", "pass", "test_merge"),
+    Bug(
+        "aggregation/merge/exact.py", "kept[: pair.rank] -= weight", "kept[: pair.rank] -= 1 / len(pairs)", "test_merge"
+    ),
+    Bug("aggregation/merge/exact.py", "kept[: pair.rank] -= weight", "kept[-pair.rank :] -= weight", "test_merge"),
+    Bug("aggregation/merge/exact.py", "kept.to(start.B), start.scale)", "kept.to(start.B))", "test_merge"),
+    Bug("aggregation/merge/exact.py", "[1.0, *weights]", "[1.0, *[1.0 for _ in weights]]", "test_merge"),
+    Bug("aggregation/merge/exact.py", "rest=True", "rest=False", "test_merge"),
+    Bug(
+        "aggregation/merge/svd.py", "stack(pairs, weights)", "stack(pairs, [1 / len(pairs)] * len(pairs))", "test_merge"
+    ),
+    Bug("aggregation/merge/svd.py", "rest=False", "rest=True", "test_merge"),
+    Bug("aggregation/merge/factor_mean.py", "[p.rescaled(scale) for p in pairs]", "list(pairs)", "test_merge"),
+    Bug("aggregation/merge/factor_mean.py", "A=sum(w * p.A", "A=sum(p.A / len(aligned)", "test_merge"),
+    Bug("aggregation/merge/factor_mean.py", "mixed_ranks=False", "mixed_ranks=True", "test_merge"),
+    Bug("aggregation/merge/factor_mean.py", "exact=False", "exact=True", "test_merge"),
+    Bug(
+        "aggregation/merge/zero_pad.py",
+        "max(start.rank, *(p.rank for p in pairs))",
+        "max(p.rank for p in pairs)",
+        "test_merge",
+    ),
+    Bug("aggregation/merge/zero_pad.py", "(0, missing)), pair.scale)", "(0, missing)))", "test_merge"),
+    Bug("aggregation/merge/zero_pad.py", "pad_(pair.B, (0, missing))", "pad_(pair.B, (missing, 0))", "test_merge"),
+    # weights
+    Bug("aggregation/weigh/__init__.py", "return [w / total for w in weights]", "return weights", "test_weigh"),
+    Bug("aggregation/weigh/__init__.py", "weights = [w * f for w, f in", "weights = [f for w, f in", "test_weigh"),
+    Bug("aggregation/weigh/__init__.py", "all(0 <= f <", "all(-9 <= f <", "test_weigh"),
+    Bug("aggregation/weigh/__init__.py", "_refuse_unless(0 < total <", "_refuse_unless(0 <= total <", "test_weigh"),
+    Bug("aggregation/weigh/examples.py", "float(u.report.examples)", "float(u.report.examples) ** 0.5", "test_weigh"),
+    Bug(
+        "aggregation/weigh/uniform.py",
+        "[1.0] * len(updates)",
+        "[float(u.report.examples) for u in updates]",
+        "test_weigh",
+    ),
+    # cohort: who may be merged
+    Bug("aggregation/cohort.py", "if not 0 < scale <", "if not 0 <= scale <", "test_cohort"),
+    Bug("aggregation/cohort.py", "or not torch.isfinite(tensor).all()", "or torch.isnan(tensor).any()", "test_cohort"),
+    Bug("aggregation/cohort.py", "or not torch.isfinite(tensor).all()", "or torch.isinf(tensor).any()", "test_cohort"),
+    Bug("aggregation/cohort.py", "not tensor.is_floating_point() or not", "not", "test_cohort"),
+    Bug("aggregation/cohort.py", "layer, pair.A, pair.B)", "layer, pair.A)", "test_cohort"),
+    Bug("aggregation/cohort.py", "or pair.A.shape[0] != pair.B.shape[1]", "", "test_cohort"),
+    Bug("aggregation/cohort.py", "for name in update.adapter.dense:", "for name in ():", "test_cohort"),
+    Bug("aggregation/cohort.py", "lambda u: u.manifest.base,", "lambda u: '',", "test_cohort"),
+    Bug("aggregation/cohort.py", "manifest.base if manifest else None", "None", "test_cohort"),
+    Bug("aggregation/cohort.py", "sorted(updates, key=lambda u: u.site)", "list(updates)", "test_cohort test_combine"),
+    Bug("aggregation/cohort.py", "lambda u: shapes(u.adapter), shapes(state)", "lambda u: 0, 0", "test_cohort"),
+    Bug("aggregation/cohort.py", "if not mixed_ranks:", "if mixed_ranks:", "test_cohort"),
+    Bug("aggregation/cohort.py", "return max(values, key", "return min(values, key", "test_cohort"),
+    Bug("aggregation/cohort.py", "(n, tuple(adapter.dense[n].shape))", "(n, ())", "test_cohort"),
+    # combine: one round
+    Bug("aggregation/combine.py", "u.adapter.lora[layer].to(torch.float32)", "u.adapter.lora[layer]", "test_combine"),
+    Bug(
+        "aggregation/combine.py",
+        "return refill(short, max_rank, layer, how.seed), lost",
+        "return short, lost",
+        "test_combine",
+    ),
+    Bug("aggregation/combine.py", "max_rank, layer, how.seed)", "max_rank, layer, 0)", "test_combine"),
+    Bug("aggregation/combine.py", "shorten(merged, max_rank, how.sigma)", "shorten(merged, max_rank)", "test_combine"),
+    Bug("aggregation/combine.py", "if not rule.canonical:", "if False:", "test_combine"),
+    Bug("aggregation/combine.py", "updates, rule.mixed_ranks)", "updates)", "test_combine"),
+    Bug(
+        "aggregation/combine.py",
+        "w * u.adapter.dense[n].float()",
+        "u.adapter.dense[n].float() / len(pairs)",
+        "test_combine",
+    ),
+    Bug("aggregation/combine.py", "u.adapter.dense[n].float()", "u.adapter.dense[n]", "test_combine"),
+    Bug("aggregation/combine.py", "manifest=manifest or", "manifest=", "test_combine"),
+    Bug("aggregation/combine.py", "state.lora[layer].to(torch.float32) if state else", "", "test_combine"),
+    # settings and registries
+    Bug("config.py", 'extra="forbid"', 'extra="ignore"', "test_config"),
+    Bug("config.py", "frozen=True, extra", "extra", "test_config"),
+    Bug("config.py", "allow_inf_nan=False", "allow_inf_nan=True", "test_config"),
+    Bug("config.py", "group = _inside(group, part)", "pass", "test_config"),
+    Bug("config.py", 'if error["type"] == "missing":', "if False:", "test_config"),
+    Bug("registry.py", "if name in self._entries:", "if False:", "test_registry"),
+    Bug("registry.py", "iter(sorted(self._fill()))", "iter(sorted(self._entries))", "test_registry"),
+    Bug("aggregation/combine.py", "import torch\n", "import torch\nimport transformers\n", "test_layers"),
+]
+
+
+def chosen(match: str, sample: int) -> list[Bug]:
+    """The bugs to plant; a sample is drawn by the state of the source, so that the same source gives the same one."""
+    bugs = [bug for bug in BUGS if match in repr(bug)]
+    if not sample:
+        return bugs
+    state = hashlib.sha256(b"".join(f.read_bytes() for f in sorted((ROOT / "nvflare_fm").rglob("*.py")))).hexdigest()
+    return random.Random(state).sample(bugs, min(sample, len(bugs)))
+
+
+def outcome(bug: Bug) -> str:
+    """caught, missed, or what is wrong with the bug itself."""
+    if not bug.fits():
+        return "its text does not occur exactly once"
+    with tempfile.TemporaryDirectory() as folder:
+        for name in filter(lambda n: (ROOT / n).exists(), COPIED):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        file = Path(folder) / "nvflare_fm" / bug.file
+        file.write_text(file.read_text().replace(bug.old, bug.new))
+        status = tested(Path(folder), [f"tests/{name}.py" for name in bug.tests.split()])
+    return {0: "missed", 1: "caught"}.get(status, f"the tests did not run (pytest ended with {status})")
+
+
+def tested(folder: Path, tests: list[str]) -> int:
+    """pytest's exit status, in a process forked for this bug alone, so that torch is imported only once."""
+    import pytest
+
+    os.chdir(folder)
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
+    os.environ["PYTHONPATH"] = str(folder)  # what the tests start themselves must see the bug too
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=60", *tests]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", default="", help="only bugs whose line holds this text")
+    parser.add_argument("--sample", type=int, default=0, help="only so many")
+    options = parser.parse_args()
+    bugs, began = chosen(options.match, options.sample), time.monotonic()
+    import hypothesis  # noqa: F401  imported once, here, and inherited by every fork
+    import pydantic  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        outcomes = []
+        for bug, what in zip(bugs, pool.imap(outcome, bugs, chunksize=1), strict=True):
+            outcomes.append(what)
+            print(
+                f"{what:7} {bug.file:32} {' '.join(bug.old.split())[:60]:60} → {' '.join(bug.new.split())[:50]}",
+                flush=True,
+            )
+    caught = outcomes.count("caught")
+    print(f"{caught} of {len(bugs)} caught in {time.monotonic() - began:.0f} s")
+    return int(caught < len(bugs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
