@@ -1,0 +1,54 @@
+"""What the federation is held against: each site alone, and all notes in one place. In processes of their own.
+
+All take as many steps as a site takes in the federation. Pooled training sees in each step as many notes as the
+sites see together.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+from .trial import METRIC, Site, Trial
+
+Scores = dict[str, float]  # whose test notes → macro-F1
+POOLED = "pooled"
+
+
+def courteous() -> None:
+    """A worker process gives way to the federation, and to Ctrl-C in the terminal."""
+    import signal
+
+    os.nice(10)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def alone(trial: Trial, site: Site) -> Scores:
+    """One site's own notes, at its own rank."""
+    return _train(trial, site.name, site.folder, site.rank, site.lora_alpha, batch=1)
+
+
+def pooled(trial: Trial) -> Scores:
+    """All notes, at the largest rank. They are brought together in a folder that is gone afterwards."""
+    largest = max(trial.sites, key=lambda site: site.rank)
+    with tempfile.TemporaryDirectory() as folder:
+        together = Path(folder) / "train.jsonl"
+        texts = ((site.folder / "train.jsonl").read_text(encoding="utf-8") for site in trial.sites)
+        together.write_text("".join(text.rstrip("\n") + "\n" for text in texts), encoding="utf-8")
+        return _train(trial, POOLED, Path(folder), largest.rank, largest.lora_alpha, batch=len(trial.sites))
+
+
+def _train(trial: Trial, name: str, folder: Path, rank: int, lora_alpha: float, batch: int) -> Scores:
+    from ..adapter import RoundTask
+    from ..config import SiteOverrides
+    from ..simulate import alone as train_alone
+    from ..site.worker import Worker
+
+    plan = trial.plan()
+    plan = plan.model_copy(update={"evaluation": plan.evaluation.model_copy(update={"before": False})})
+    overrides = SiteOverrides(rank=rank, lora_alpha=lora_alpha, batch_size=batch * plan.training.batch_size)
+    first = trial.sites[0].folder
+    adapter, manifest, _ = train_alone(
+        Worker(name, trial.offer(folder, tested_on=first), overrides), plan, trial.rounds
+    )
+    task = RoundTask(plan, adapter, manifest)
+    return {site.name: Worker(site.name, trial.offer(site.folder)).validate(task)[METRIC] for site in trial.sites}

@@ -1,0 +1,69 @@
+"""What the demo says: the sites, each round as it ends, and the table at the end."""
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from rich.table import Table
+
+from .baselines import Scores
+from .federation import Round
+from .trial import METRIC, Trial
+
+MEAN, WORST = "mean", "worst site"
+
+
+def with_summary(scores: Scores) -> Scores:
+    return {**scores, MEAN: mean(scores.values()), WORST: min(scores.values())}
+
+
+def scores_of(line: Round) -> Scores:
+    """Each site's macro-F1 of the adapter it was sent, measured by the site on its own test notes."""
+    return {site: said["before"][METRIC] for site, said in sorted(line["sites"].items())}
+
+
+def sites_table(trial: Trial) -> Table:
+    table = Table(title="The sites", title_justify="left", title_style="bold")
+    for column in ("site", "training notes", "rank", "mostly about"):
+        table.add_column(column, justify="right" if column in ("training notes", "rank") else "left")
+    for site in trial.sites:
+        labels = [row["label"] for row in site.rows("train")]
+        often = sorted({*labels}, key=lambda label: (-labels.count(label), label))[:2]
+        about = ", ".join(f"{label} {labels.count(label) / len(labels):.0%}" for label in often)
+        table.add_row(site.name, str(len(labels)), str(site.rank), about)
+    return table
+
+
+def round_line(line: Round) -> str:
+    """One finished round, in one line of the terminal."""
+    told = " · ".join(f"{name} {value:.2f}" for name, value in with_summary(scores_of(line)).items())
+    after = "before round 1" if line["round"] == 0 else f"after round {line['round']}"
+    losses = [said["loss"] for said in line["sites"].values() if "loss" in said]
+    trained = f"   (round {line['round'] + 1}: training loss {mean(losses):.2f})" if losses else ""
+    return f"{after:>15}   {told}{trained}"
+
+
+def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
+    kind = "SYNTHETIC notes" if trial.synthetic else "your files"
+    table = Table(title=f"Macro-F1 on each site's own test notes ({kind})", title_justify="left", title_style="bold")
+    table.add_column("trained on")
+    columns = list(with_summary(federated))
+    for name in columns:
+        table.add_column(name, justify="right")
+    for site, scores in alone.items():
+        table.add_row(f"{site} alone", *_cells(scores, columns))
+    table.add_section()
+    table.add_row("federated", *_cells(federated, columns), style="bold")
+    table.add_row("pooled", *_cells(pooled, columns), style="dim")
+    return table
+
+
+def _cells(scores: Scores, columns: Sequence[str]) -> list[str]:
+    return [f"{with_summary(scores)[name]:.2f}" for name in columns]
+
+
+def traffic(lines: Sequence[Round]) -> dict[str, int]:
+    """Bytes of tensors over the whole federation: what the server sent to all sites, and what they sent back."""
+    return {
+        "down": sum(line["bytes_down"] * len(line["asked"]) for line in lines),
+        "up": sum(said.get("bytes_up", 0) for line in lines for said in line["sites"].values()),
+    }

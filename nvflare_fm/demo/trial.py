@@ -1,0 +1,126 @@
+"""What the demo runs: its sites, the plan they carry out, and where everything is written."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..config import EvaluationSettings, RoundPlan, TrainingSettings
+from ..errors import DataError
+from ..site.policy import DataSource, Limits, ModelSource, SiteConfig
+from .generator import STYLES
+
+TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"
+_RANKS = (16, 8, 4, 2)  # of the user's own sites, in turn
+_SCALE = 2.0  # lora_alpha / rank, the same at every site
+
+
+@dataclass(frozen=True)
+class Site:
+    """One folder with train.jsonl and test.jsonl, rows `{"text": …, "label": …}`."""
+
+    name: str
+    folder: Path
+    rank: int
+
+    @property
+    def lora_alpha(self) -> float:
+        return _SCALE * self.rank
+
+    def rows(self, split: str) -> list[dict[str, str]]:
+        """
+        Raises:
+            DataError: names the site, the file and the line.
+        """
+        file = self.folder / f"{split}.jsonl"
+        where = f"site {self.name!r}, {file.name}"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{where} cannot be read; each site needs train.jsonl and test.jsonl", str(error)) from None
+        rows = [_row(line, f"{where}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+        if not rows:
+            raise DataError(f"{where} is empty; add rows", str(file))
+        return rows
+
+
+def _row(line: str, where: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise DataError(f"{where} is not JSON") from None
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("text", "label")):
+        raise DataError(f'{where} must be {{"text": …, "label": …}} with two texts that are not empty')
+    return row
+
+
+def read_sites(folder: Path) -> tuple[Site, ...]:
+    """Every sub-folder that does not start with a dot is a site.
+
+    Raises:
+        DataError: there are fewer than two, or a name NVFlare cannot use.
+    """
+    if not folder.is_dir():
+        raise DataError("--data must name a folder with one folder per site", str(folder))
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    for name in (f.name for f in folders):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "server":
+            raise DataError(f"site {name!r} needs a name of letters, digits, - and _ that is not 'server'; rename it")
+    if len(folders) < 2:
+        raise DataError(f"a federation needs at least two sites, {len(folders)} found", str(folder))
+    made_here = {f.name for f in folders} == set(STYLES)
+    ranks = [STYLES[f.name].rank if made_here else _RANKS[i % len(_RANKS)] for i, f in enumerate(folders)]
+    return tuple(Site(f.name, f.resolve(), rank) for f, rank in zip(folders, ranks, strict=True))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    Args:
+        synthetic: the notes were made by `generator`.
+        rounds, steps: of the federation, and of each site in a round.
+        model: folder of the base model.
+    """
+
+    sites: tuple[Site, ...]
+    output: Path
+    model: Path
+    synthetic: bool = True
+    rounds: int = 8
+    steps: int = 10
+    seed: int = 0
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """
+        Raises:
+            DataError: a row cannot be used, or there is but one label.
+        """
+        found = {row["label"] for site in self.sites for split in ("train", "test") for row in site.rows(split)}
+        if len(found) < 2:
+            raise DataError(f"all rows have the label {found.pop()!r}; a classifier needs at least two")
+        return tuple(sorted(found))
+
+    @property
+    def max_rank(self) -> int:
+        return max(site.rank for site in self.sites)
+
+    def plan(self) -> RoundPlan:
+        return RoundPlan(
+            task=TASK,
+            labels=self.labels,
+            quantization="nf4",
+            max_length=64 if self.synthetic else 128,
+            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": _SCALE * self.max_rank},
+            training=TrainingSettings(local_steps=self.steps, batch_size=8, learning_rate=1.5e-3, warmup_ratio=0.05),
+            evaluation=EvaluationSettings(before=True, after=False, batch_size=32),
+            seed=self.seed,
+        )
+
+    def offer(self, folder: Path, tested_on: Path | None = None) -> SiteConfig:
+        """What a site with these files would write into its `fm_site.yaml`."""
+        data = DataSource(train=str(folder / "train.jsonl"), validation=str((tested_on or folder) / "test.jsonl"))
+        return SiteConfig(
+            models={"base": ModelSource(path=str(self.model))}, data={"notes": data}, limits=Limits(threads=1)
+        )
