@@ -20,10 +20,10 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     Raises:
         ConfigError: an unknown name or setting, or a rule that cannot serve what the plan asks, with the reason.
     """
-    rule, method = merge.registry[how.merge], read(plan.peft, plan.task)
+    rule, method = merge.registry[how.merge], read(plan.peft)
     for name in how.weigh:
         weigh.registry[name]
-    plan = plan.model_copy(update={"peft": complete(plan.peft, plan.task), "rest": rule.rest and method.side_adapter})
+    plan = plan.model_copy(update={"peft": complete(plan.peft), "rest": rule.rest and method.side_adapter})
     if method.factored:
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)

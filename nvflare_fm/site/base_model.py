@@ -156,6 +156,7 @@ def _fetch(source: ModelSource) -> Path:
 
 
 def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
+    identity = fingerprint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         dtype = compute_dtype(plan.compute_dtype, plan.quantization, getattr(config, "hidden_size", 0))
@@ -171,7 +172,7 @@ def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> B
         ) from error
     model.requires_grad_(False).eval()
     _keep_packing(model)
-    return BaseModel(model, tokenizer, task, fingerprint(folder), plan.quantization, dtype, heads, frozenset(fresh))
+    return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
 
 
 def _load_weights(

@@ -1,7 +1,7 @@
-"""A site's rows as token ids. A bad row is never dropped in silence: it is counted, and the log says why.
+"""A site's rows as token ids. A bad row is never dropped in silence: it is counted and logged.
 
-The rule: rows that cannot be used are left out, counted in the site's report and listed in its log by file, line and
-reason. More than `max_bad_rows` of a file, or no good row at all, stops the site. Messages never repeat a row's content.
+The rule: rows that cannot be used are left out, counted in the site's report and listed in its log by line and reason.
+More than `max_bad_rows` of a file, or no good row at all, stops the site. Messages never repeat a row's content.
 """
 
 import logging

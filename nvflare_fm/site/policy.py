@@ -198,7 +198,7 @@ def fit(plan: RoundPlan, site: SiteConfig) -> Decision:
     Raises:
         ConfigError: the plan's PEFT settings say nothing.
     """
-    plan = plan.model_copy(update={"peft": complete(plan.peft, plan.task)})
+    plan = plan.model_copy(update={"peft": complete(plan.peft)})
     plan, lowered, refused = _within(plan, site.limits)
     return Decision(plan, lowered, (*refused, *_not_offered(plan, site)))
 

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
@@ -26,7 +28,7 @@ from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
 from .base_model import BaseModel
 from .distributed import any_process, gather, processes
-from .tasks import collate
+from .tasks import IGNORED, collate
 
 Log = Callable[[str, float, int], None]
 
@@ -87,6 +89,7 @@ def train(
     trainer = LocalTrainer(
         chosen,
         task,
+        base,
         model=model,
         args=_arguments(plan, base, steps, _number(f"{plan.seed}/{task.round}/{site}"), log is not None),
         data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
@@ -143,9 +146,27 @@ def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: 
 class LocalTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with our order of rows, and a schedule that knows the rounds before and after."""
 
-    def __init__(self, order: list[int], task: RoundTask, **kwargs: Any) -> None:
+    def __init__(self, order: list[int], task: RoundTask, base: BaseModel, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.order, self.task = order, task
+        self.order, self.task, self.base = order, task, base
+        self.loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
+        batches = list(islice(epoch_iterator, num_batches))
+        items = sum((self.base.task.targets(batch["labels"]) != IGNORED).sum() for batch in batches)
+        items = torch.as_tensor(items, device=device)
+        return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over all that is learned in a step, however it is cut into batches and spread over processes.
+
+        Models' own losses are no such means: classifiers ignore how many batches make a step.
+        """
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        nats = cross_entropy(*self.base.task.answers(logits, inputs["labels"]), reduction="sum")
+        return nats / num_items_in_batch * self.args.world_size  # DDP takes the mean of the processes' gradients
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order

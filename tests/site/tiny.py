@@ -48,7 +48,7 @@ def save(folder: Path, kind: str = "llama", **sizes: Any) -> Path:
     torch.manual_seed(0)
     words = tokenizer()
     common = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2} | sizes
-    common |= {"num_attention_heads": 4, "pad_token_id": 0, "initializer_range": 0.2}
+    common |= {"num_attention_heads": 4, "pad_token_id": 0, "initializer_range": 0.2, "classifier_dropout": 0.0}
     model: PreTrainedModel
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **common))

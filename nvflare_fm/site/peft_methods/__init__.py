@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 class PeftMethod(Settings):
     """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
 
-    Subclasses set `factored` where the method sends B @ A pairs, and `not_for` where PEFT cannot do a task.
+    Subclasses set `factored` where the method sends B @ A pairs.
     """
 
     factored: ClassVar[bool] = False
-    not_for: ClassVar[tuple[str, ...]] = ()  # tasks that PEFT cannot train with this method
 
     @property
     def side_adapter(self) -> bool:
@@ -68,26 +67,23 @@ class PeftMethod(Settings):
 registry: Registry[type[PeftMethod]] = Registry("PEFT method", __name__)
 
 
-def read(settings: Mapping[str, Any], task: str = "") -> PeftMethod:
-    """The method that `{"method": name, …}` describes; with `task`, only if it can do that task.
+def read(settings: Mapping[str, Any]) -> PeftMethod:
+    """The method that `{"method": name, …}` describes.
 
     Raises:
-        ConfigError: an unknown method or setting, with the nearest known one, or a task it cannot do.
+        ConfigError: an unknown method or setting, with the nearest known one.
     """
     values = dict(settings)
     if "method" not in values:
         raise ConfigError(f"peft needs a method, one of {list(registry)}")
     name = values.pop("method")
-    method = registry[name].read(values, f"peft ({name})")
-    if task in method.not_for:
-        raise ConfigError(f"PEFT cannot train {task} with {name}; use lora, ia3 or prefix_tuning")
-    return method
+    return registry[name].read(values, f"peft ({name})")
 
 
-def complete(settings: Mapping[str, Any], task: str = "") -> dict[str, Any]:
+def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with the method's defaults written out, so that whoever reads the rank finds it.
 
     Raises:
         ConfigError: as `read`.
     """
-    return {"method": settings.get("method"), **read(settings, task).model_dump()}
+    return {"method": settings.get("method"), **read(settings).model_dump()}

@@ -1,4 +1,4 @@
-"""Prefix tuning (arXiv:2101.00190): learned keys and values before the text, in every layer. Averaged entry by entry."""
+"""Prefix tuning (arXiv:2101.00190): learned keys and values before the text, in every layer. Averaged by entry."""
 
 from typing import TYPE_CHECKING
 

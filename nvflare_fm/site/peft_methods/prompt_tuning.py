@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 
 @registry.register("prompt_tuning")
 class PromptTuning(PeftMethod):
-    """The loss of each token does not pass PEFT's prompt, whose positions have no labels."""
-
-    not_for = ("token_classification",)
-
     num_virtual_tokens: int = Field(20, ge=1)
 
     def config(self, base: "BaseModel") -> "PeftConfig":

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -42,9 +43,23 @@ class Task:
         """
         raise NotImplementedError
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """What the model is to answer, position by position; `IGNORED` where nothing is learned."""
+        return labels
+
+    def answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits and the target of everything that is learned in a batch, (items, classes) and (items,)."""
+        targets = self.targets(labels)
+        if targets.ndim > 1:  # prompt tuning answers for its virtual tokens too: the last positions are the text's
+            logits = logits[:, -labels.shape[1] :][:, : targets.shape[1]]
+        learned = targets != IGNORED
+        return logits[learned].float(), targets[learned]
+
     def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
         """What the metrics need of one batch: 1-D columns, concatenated over all batches before `metrics` sees them."""
-        raise NotImplementedError
+        logits, targets = self.answers(logits, batch["labels"])
+        nats = cross_entropy(logits, targets, reduction="none")
+        return {"nats": nats, "answer": logits.argmax(-1), "label": targets}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Means over all examples or tokens, whatever the batch size was."""

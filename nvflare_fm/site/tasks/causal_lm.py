@@ -43,14 +43,17 @@ class CausalLM(Task):
         covered = [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
         return {"input_ids": ids, "labels": labels, "bytes": _bytes(text, answers, covered)}
 
+    def targets(self, labels: Tensor) -> Tensor:
+        return labels[:, 1:]
+
     def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        targets = batch["labels"][:, 1:]
-        # Prompt tuning answers for its virtual tokens too: the last positions are the text's.
-        logits = logits[:, -batch["labels"].shape[1] : -1]
-        learned = targets != IGNORED
-        nats = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
-        nats[learned] = cross_entropy(logits[learned].float(), targets[learned], reduction="none").double()
-        return {"nats": nats.sum(1), "tokens": learned.sum(1), "bytes": batch["bytes"]}
+        logits, targets = self.answers(logits, batch["labels"])
+        nats = cross_entropy(logits, targets, reduction="none").double().sum()
+        return {
+            "nats": nats[None],
+            "tokens": torch.tensor([len(targets)]),
+            "bytes": batch["bytes"].sum()[None],
+        }
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Nats per learned token; perplexity; bits to code the answers, ends of turns included, per UTF-8 byte."""

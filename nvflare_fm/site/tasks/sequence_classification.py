@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -18,10 +16,6 @@ class SequenceClassification(Task):
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
         ids = tokenizer(text_of(row, "text"), truncation=True, max_length=plan.max_length)["input_ids"]
         return {"input_ids": ids, "labels": label_index(row.get("label"), plan.labels)}
-
-    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        nats = cross_entropy(logits.float(), batch["labels"], reduction="none")
-        return {"nats": nats, "answer": logits.argmax(-1), "label": batch["labels"]}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         return classification_metrics(columns, range(len(plan.labels)))

@@ -6,8 +6,6 @@ A word's label stands at its first sub-token; the others are not learned, so a w
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -33,12 +31,6 @@ class TokenClassification(Task):
         if all(label == IGNORED for label in learned):
             raise BadRow("no word is left after tokenizing")
         return {"input_ids": encoded["input_ids"], "labels": learned}
-
-    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        logits = logits[:, -batch["labels"].shape[1] :]
-        learned = batch["labels"] != IGNORED
-        logits, labels = logits[learned].float(), batch["labels"][learned]
-        return {"nats": cross_entropy(logits, labels, reduction="none"), "answer": logits.argmax(-1), "label": labels}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Over words. Macro-F1 leaves out the label "O", which most words bear: a model that says only O scores 0."""

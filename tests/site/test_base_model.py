@@ -1,0 +1,224 @@
+"""Base models: what is loaded, what is refused, and that a fingerprint stands for the weights and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaForCausalLM
+
+from nvflare_fm.adapter import Adapter, Manifest, RoundTask
+from nvflare_fm.errors import ConfigError, ModelError
+from nvflare_fm.site import base_model, peft_methods
+from nvflare_fm.site.base_model import BaseModel
+from nvflare_fm.site.fingerprint import fingerprint
+from nvflare_fm.site.policy import ModelSource
+from nvflare_fm.site.tasks import registry as tasks
+from tests.site import tiny
+
+
+def load(folder: Path, task: str = "causal_lm", pin: str = "", **more: Any) -> BaseModel:
+    return base_model.load(ModelSource(path=str(folder), fingerprint=pin), tiny.plan(task, **more), tasks[task])
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "another-name"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_fingerprint_does_not_see_names_shards_or_who_saved_it(llama: Path, copy: Path) -> None:
+    edit(copy, transformers_version="0.0", _name_or_path="elsewhere", use_cache=False)
+    assert fingerprint(copy) == fingerprint(llama)
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    for i, part in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        save_file({n: weights[n] for n in part}, copy / f"shard-{i}.safetensors")
+    assert fingerprint(copy) == fingerprint(llama)
+
+
+def test_a_fingerprint_sees_one_weight_and_one_setting(llama: Path, copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    first = sorted(weights)[0]
+    weights[first].view(-1)[0] += 1e-3
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    changed = fingerprint(copy)
+    edit(copy, rms_norm_eps=1e-3)
+    assert len({fingerprint(llama), changed, fingerprint(copy)}) == 3
+
+
+def test_two_names_that_swap_their_tensors_are_another_model(llama: Path, copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    weights[up], weights[gate] = weights[gate], weights[up]
+    save_file(weights, copy / "model.safetensors")
+    assert fingerprint(llama) != fingerprint(copy)
+
+
+def test_pickled_weights_are_refused(llama: Path, copy: Path) -> None:
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    refused(copy, "pickled weights are never loaded")
+
+
+def test_an_adapter_a_quantized_model_and_an_empty_folder_are_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "adapter_config.json").write_text("{}")
+    refused(copy, "holds an adapter")
+    (copy / "adapter_config.json").unlink()
+    edit(copy, quantization_config={"quant_method": "bitsandbytes"})
+    refused(copy, "quantized already")
+    refused(tmp_path / "nothing", r"no config\.json")
+
+
+def test_code_that_comes_with_a_model_is_not_run(copy: Path) -> None:
+    edit(copy, model_type="homemade", auto_map={"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"})
+    (copy / "code.py").write_text("raise SystemExit('remote code ran')")
+    refused(copy, "without remote code")
+
+
+def test_half_a_weights_file_is_refused(copy: Path) -> None:
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        fingerprint(copy)
+    with pytest.raises(ModelError):
+        load(copy)
+
+
+def refused(folder: Path, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        load(folder)
+    assert str(folder) not in caught.value.message
+
+
+@pytest.mark.parametrize("whose", ["site", "plan"])
+def test_a_pin_that_does_not_match_is_refused_by_name(llama: Path, whose: str) -> None:
+    pins = {"pin": "0" * 64} if whose == "site" else {"fingerprint": "0" * 64}
+    with pytest.raises(ModelError, match=f"'base' is {fingerprint(llama)}, the {whose} pins 0000"):
+        load(llama, **pins)
+    load(llama, pin=fingerprint(llama), fingerprint=fingerprint(llama))
+
+
+def test_a_federation_on_another_base_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    task = RoundTask(tiny.plan(), Adapter(), Manifest("1" * 64, "causal_lm", "lora"))
+    with pytest.raises(ModelError, match=r"site-1: the federation trains base model 1111.*'base' is"):
+        tiny.worker(tmp_path, llama, "causal_lm").train(task)
+
+
+def test_sites_in_one_process_share_one_copy(llama: Path) -> None:
+    assert load(llama) is load(llama)
+    assert load(llama) is not load(llama, quantization="nf4")
+
+
+def test_the_head_stays_out_of_quantization_and_the_backbone_does_not(bert: Path) -> None:
+    base = load(bert, "sequence_classification", quantization="nf4")
+    assert base.heads == ("classifier",)
+    assert type(base.model.classifier) is torch.nn.Linear
+    assert isinstance(base.model.bert.encoder.layer[0].attention.self.query, Linear4bit)
+
+
+def start(model: Path, **more: Any) -> Adapter:
+    plan = tiny.plan("sequence_classification", **more)
+    base = load(model, "sequence_classification", **more)
+    method = peft_methods.read(plan.peft)
+    with base.lent():
+        return method.extract(method.attach(base, Adapter(), plan.seed, rest=True))
+
+
+def test_a_fresh_head_is_made_from_the_seed_alone(bert: Path, copy: Path, tmp_path: Path) -> None:
+    name = "base_model.model.classifier.weight"
+    torch.manual_seed(1)
+    first = start(bert).dense[name]
+    base_model._loaded.clear()
+    torch.manual_seed(2)
+    assert torch.equal(first, start(bert).dense[name])
+    assert torch.equal(first, start(bert, quantization="nf4").dense[name])
+    assert not torch.equal(first, start(bert, seed=5).dense[name])
+
+
+def classifier(folder: Path, labels: int) -> BertForSequenceClassification:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    model = BertForSequenceClassification(BertConfig(vocab_size=320, num_labels=labels, **sizes))
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_head_that_came_with_the_checkpoint_keeps_its_weights(tmp_path: Path) -> None:
+    model = classifier(tmp_path, labels=len(tiny.LABELS))
+    kept = start(tmp_path).dense["base_model.model.classifier.weight"]
+    assert torch.equal(kept, model.classifier.weight)
+
+
+def test_a_head_for_other_labels_is_made_anew(tmp_path: Path) -> None:
+    classifier(tmp_path, labels=7)
+    assert start(tmp_path).dense["base_model.model.classifier.weight"].shape == (3, 64)
+
+
+def test_a_layer_the_checkpoint_lacks_is_trained_like_the_head(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    BertModel(BertConfig(vocab_size=320, **sizes), add_pooling_layer=False).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    base = load(tmp_path, "sequence_classification", quantization="nf4")
+    assert base.heads == ("bert.pooler.dense", "classifier")
+    assert "base_model.model.bert.pooler.dense.weight" in start(tmp_path, quantization="nf4").dense
+
+
+def test_an_embedding_can_be_trained_whole(llama: Path, tmp_path: Path) -> None:
+    plan = tiny.plan(peft={"method": "lora", "rank": 2, "modules_to_save": ["embed_tokens"]}, quantization="nf4")
+    update = tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))
+    assert "base_model.model.model.embed_tokens.weight" in update.adapter.dense
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
+def test_every_kind_of_weights_trains_on_a_cpu(
+    bert: Path, llama: Path, tmp_path: Path, quantization: str, task: str
+) -> None:
+    model = llama if task == "causal_lm" else bert
+    plan = tiny.plan(task, quantization=quantization, training={"local_steps": 8, "batch_size": 12})
+    report = tiny.worker(tmp_path, model, task).train(RoundTask(plan)).report
+    assert report.after["loss"] < report.before["loss"]
+    assert report.quantization == quantization
+
+
+def test_fp16_without_a_gpu_is_refused(llama: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+            load(llama, quantization="fp16")
+
+
+def test_a_small_model_computes_in_fp32_on_a_cpu(llama: Path) -> None:
+    if not torch.cuda.is_available():
+        assert load(llama, quantization="nf4").compute_dtype == torch.float32
+
+
+def test_a_model_without_its_own_padding_pads_with_its_end(llama: Path, copy: Path) -> None:
+    file = copy / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings.pop("pad_token")
+    file.write_text(json.dumps(settings))
+    tokenizer = base_model.load_tokenizer(copy)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert load(copy).model.config.pad_token_id == tokenizer.eos_token_id
+
+
+def test_a_source_names_exactly_one_place(llama: Path) -> None:
+    for source in (ModelSource(), ModelSource(path=str(llama), hub_id="a/b")):
+        with pytest.raises(ConfigError, match="one of path and hub_id"):
+            base_model.locate(source)
+    with pytest.raises(ConfigError, match="revision"):
+        base_model.locate(ModelSource(hub_id="a/b"))
+
+
+def test_llama_is_what_it_was_before_anyone_trained_on_it(llama: Path) -> None:
+    fresh, shared = LlamaForCausalLM.from_pretrained(llama).state_dict(), load(llama).model.state_dict()
+    assert all(torch.equal(fresh[n], shared[n]) for n in fresh)

@@ -1,0 +1,135 @@
+"""Rows: every format gives the same, bad ones are named by line, and no message repeats what a row says."""
+
+import csv
+import gzip
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from nvflare_fm.errors import DataError
+from nvflare_fm.site import data
+from nvflare_fm.site.data import SiteData
+from nvflare_fm.site.policy import DataSource
+from nvflare_fm.site.tasks import registry
+from tests.site import tiny
+
+WORDS = tiny.tokenizer()
+ROWS = tiny.rows("sequence_classification", 20)
+
+
+def load(file: Path, **more: Any) -> SiteData:
+    task = registry["sequence_classification"]
+    source = DataSource.model_validate({"train": str(file), **more})
+    return data.load(source, tiny.plan("sequence_classification"), task, WORDS)
+
+
+def same(one: SiteData, other: SiteData) -> None:
+    assert list(one.train) == list(other.train)
+    assert list(one.validation) == list(other.validation)
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    expected = load(tiny.jsonl(tmp_path / "a.jsonl", ROWS))
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for name in ("a.csv", "a.parquet", "folder", "b.jsonl.gz"):
+        same(load(tmp_path / name), expected)
+
+
+def test_a_saved_folder_of_splits_is_read_by_split(tmp_path: Path) -> None:
+    splits = {"train": Dataset.from_list(ROWS[:15]), "validation": Dataset.from_list(ROWS[15:])}
+    DatasetDict(splits).save_to_disk(tmp_path / "folder")
+    found = load(tmp_path / "folder", validation=str(tmp_path / "folder"))
+    assert (len(found.train), len(found.validation)) == (15, 5)
+
+
+def test_columns_are_taken_by_the_sites_names(tmp_path: Path) -> None:
+    renamed = [{"note": row["text"], "code": row["label"]} for row in ROWS]
+    found = load(tiny.jsonl(tmp_path / "b.jsonl", renamed), columns={"text": "note", "label": "code"})
+    same(found, load(tiny.jsonl(tmp_path / "a.jsonl", ROWS)))
+
+
+def test_a_tenth_is_held_out_and_always_the_same(tmp_path: Path) -> None:
+    found = load(tiny.jsonl(tmp_path / "a.jsonl", ROWS))
+    assert (len(found.train), len(found.validation)) == (18, 2)
+    same(found, load(tmp_path / "a.jsonl"))
+
+
+def test_bad_rows_are_counted_and_named_by_line_without_their_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tiny.jsonl(tmp_path / "a.jsonl", ROWS)
+    lines = file.read_text().splitlines()
+    lines[2], lines[6] = '{"text": "SECRET", "label": "SECRET"}', "SECRET {"
+    file.write_text("\n\n".join(lines))
+    with caplog.at_level(logging.WARNING):
+        found = load(file, max_bad_rows=0.2)
+    assert found.bad_rows == 2
+    assert len(found.train) + len(found.validation) == 18
+    assert "line 5: 'label' is not among the plan's labels; line 13: the line is not JSON" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+def test_a_line_of_csv_is_counted_where_it_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ["text,label", '"two\nlines",calm', "short", "one,well", *(f"t{i},ill" for i in range(9))]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    with caplog.at_level(logging.WARNING):
+        assert load(tmp_path / "a.csv", max_bad_rows=0.5).bad_rows == 1
+    assert "line 4: the line has more or fewer fields than the header" in caplog.text
+
+
+def test_too_many_bad_rows_stop_the_site_with_the_first_of_them(tmp_path: Path) -> None:
+    file = tiny.jsonl(tmp_path / "a.jsonl", ROWS[:10] + [{"text": "SECRET", "label": "no"}] * 7)
+    with pytest.raises(
+        DataError, match=r"'notes' \(train\): 7 of 17 rows cannot be used: line 11: 'label'.*…"
+    ) as caught:
+        load(file)
+    assert "SECRET" not in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"\n\n", "is empty"),
+        ("a.jsonl", b"[]\n", "1 of 1 rows cannot be used"),
+        ("a.csv", b"text,label\n", "is empty"),
+        ("a.jsonl", b"\xff\xfe\x00", "cannot be read as jsonl"),
+        ("a.parquet", b"PAR1", "cannot be read as parquet"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
+        ("a.docx", b"", "set its format"),
+    ],
+)
+def test_a_file_without_a_usable_row_stops_the_site(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=reason) as caught:
+        load(tmp_path / name)
+    assert str(tmp_path) not in caught.value.message
+
+
+def test_a_missing_file_and_a_missing_split_stop_the_site(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the train file cannot be read as jsonl"):
+        load(tmp_path / "none.jsonl")
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "folder")
+    with pytest.raises(DataError, match="the validation file cannot be read as datasets"):
+        load(tmp_path / "folder", validation=str(tmp_path / "folder"))
+
+
+def test_one_row_cannot_be_both_trained_on_and_held_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one row"):
+        load(tiny.jsonl(tmp_path / "a.jsonl", ROWS[:1]))
+
+
+def test_a_pickle_among_the_data_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(DataError, match="set its format"):
+        load(tmp_path / "a.pkl")

@@ -1,0 +1,89 @@
+"""One site, two processes: the same worker in each, gloo, an NF4 base. Both end with the same adapter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nvflare_fm.adapter import RoundTask
+from nvflare_fm.site import distributed
+from tests.site import tiny
+
+WORK = """
+import json, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from safetensors.torch import save_file
+from nvflare_fm.adapter import RoundTask
+from nvflare_fm.errors import TrainingError
+from nvflare_fm.site.distributed import processes
+from tests.site import tiny
+
+folder, models = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
+training = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
+for task in ("causal_lm", "sequence_classification"):
+    worker = tiny.worker(folder, models.pop(0), task)
+    update = worker.train(RoundTask(tiny.plan(task, quantization="nf4", training=training)))
+    out = f"{task}-{processes()[0]}"
+    save_file(update.adapter.tensors(), folder / f"{out}.safetensors")
+    told = {"before": update.report.before, "after": update.report.after, "loss": update.report.loss}
+    (folder / f"{out}.json").write_text(json.dumps(told | {"tokens": update.report.tokens, "world": processes()[1]}))
+calls = 0
+def stop():
+    global calls
+    calls += 1
+    return processes()[0] == 1 and calls > 9  # only one of them is told to stop
+worker.should_stop = stop
+try:
+    worker.train(RoundTask(tiny.plan(task, quantization="nf4", training=training | {"local_steps": 200})))
+except TrainingError:
+    (folder / f"stopped-{processes()[0]}").touch()
+"""
+TASKS = ("causal_lm", "sequence_classification")
+
+
+def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Path, tmp_path: Path) -> None:
+    for task in TASKS:
+        tiny.jsonl(tmp_path / f"site-1-{task}.jsonl", tiny.rows(task))
+    (tmp_path / "work.py").write_text(WORK)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(tmp_path / "work.py"), str(tmp_path), str(llama), str(bert)],
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / f"stopped-{rank}").exists() for rank in (0, 1))
+    for task, model in zip(TASKS, (llama, bert), strict=True):
+        first, second = (load_file(tmp_path / f"{task}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        reports = [json.loads((tmp_path / f"{task}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert reports[0] == reports[1]
+        assert reports[0]["world"] == 2
+        assert reports[0]["after"]["loss"] < reports[0]["before"]["loss"]
+        one_process_agrees(tmp_path, model, task, first, reports[0])
+
+
+def one_process_agrees(
+    folder: Path, model: Path, task: str, adapter: dict[str, torch.Tensor], report: dict[str, Any]
+) -> None:
+    """One process with batches twice as large takes the same steps over the same rows."""
+    training = {"local_steps": 4, "batch_size": 8, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
+    update = tiny.worker(folder, model, task).train(RoundTask(tiny.plan(task, quantization="nf4", training=training)))
+    assert update.report.tokens == report["tokens"]
+    assert update.report.loss == pytest.approx(report["loss"], rel=1e-4)
+    assert update.report.before == pytest.approx(report["before"], rel=1e-4)
+    for name, tensor in update.adapter.tensors().items():
+        torch.testing.assert_close(tensor, adapter[name], atol=1e-5, rtol=1e-3)
+
+
+def test_alone_a_process_agrees_with_itself() -> None:
+    assert distributed.processes() == (0, 1)
+    assert distributed.gather(3) == [3]
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)

@@ -1,0 +1,221 @@
+"""Local training: schedules and passes that run on from round to round, a stop within one step, a pull to the start."""
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
+from nvflare_fm.config import TrainingSettings
+from nvflare_fm.errors import PolicyError, TrainingError
+from nvflare_fm.site.training import memory_explained, order, schedule, steps_per_round
+from nvflare_fm.site.worker import Worker
+from tests.site import tiny
+
+
+def rates(settings: TrainingSettings, steps: int, rounds: int, first: int = 0) -> list[float]:
+    """The learning rate of each step, over rounds that each begin with a new optimizer, as at a site."""
+    found = []
+    for number in range(first, rounds):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=settings.learning_rate)
+        course = schedule(optimizer, settings, steps, number, rounds)
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            course.step()
+    return found
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.3])
+def test_the_learning_rate_over_many_rounds_is_that_of_one_run(name: Any, warmup: float) -> None:
+    settings = TrainingSettings(lr_scheduler_type=name, warmup_ratio=warmup, learning_rate=1.0)
+    assert rates(settings, 4, 5) == pytest.approx(rates(settings, 20, 1))
+    assert max(rates(settings, 4, 5)) == pytest.approx(1.0)
+    assert len(set(rates(settings, 4, 5))) > 1 or (name == "constant" and not warmup)
+
+
+def test_a_site_trains_at_the_rate_of_its_round(llama: Path, tmp_path: Path) -> None:
+    seen: dict[int, float] = {}
+    training = {"local_steps": 2, "batch_size": 2, "learning_rate": 1.0, "lr_scheduler_type": "linear"}
+
+    def log(name: str, value: float, step: int) -> None:
+        if name == "learning_rate":
+            seen[step] = value
+
+    worker = tiny.worker(tmp_path, llama, "causal_lm", log=log)
+    for number in (0, 1):
+        worker.train(
+            RoundTask(
+                tiny.plan(training=training | {"optim": "sgd", "learning_rate": 1e-4}), round=number, total_rounds=2
+            )
+        )
+    assert seen == pytest.approx({1: 1e-4, 2: 0.75e-4, 3: 0.5e-4, 4: 0.25e-4})
+
+
+def test_passes_over_the_rows_continue_from_round_to_round() -> None:
+    whole = order(7, 0, 28, "seed")
+    assert [order(7, start, 4, "seed") for start in range(0, 28, 4)] == [whole[i : i + 4] for i in range(0, 28, 4)]
+    assert all(sorted(whole[i : i + 7]) == list(range(7)) for i in range(0, 28, 7))
+    assert whole[:7] != whole[7:14]
+    assert order(7, 0, 28, "other") != whole
+
+
+def test_epochs_become_steps_that_cover_the_rows() -> None:
+    plan = tiny.plan(training={"local_steps": 0, "local_epochs": 2, "batch_size": 4, "gradient_accumulation_steps": 2})
+    assert steps_per_round(plan, 24) == 6
+    assert steps_per_round(plan, 25) == 7
+    assert steps_per_round(plan, 24, world=2) == 3
+
+
+def train(folder: Path, model: Path, round: int = 0, task: str = "causal_lm", **training: Any) -> AdapterUpdate:
+    values = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2} | training
+    worker = tiny.worker(folder, model, task)
+    return worker.train(RoundTask(tiny.plan(task, training=values), round=round, total_rounds=3))
+
+
+def equal(one: Adapter, other: Adapter) -> bool:
+    theirs = other.tensors()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.tensors().items())
+
+
+def test_the_same_round_twice_gives_the_same_bits_and_another_round_others(llama: Path, tmp_path: Path) -> None:
+    first = train(tmp_path, llama)
+    assert equal(first.adapter, train(tmp_path, llama).adapter)
+    assert not equal(first.adapter, train(tmp_path, llama, round=1).adapter)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
+def test_accumulated_small_batches_are_one_large_batch(llama: Path, tmp_path: Path, task: str) -> None:
+    large = train(tmp_path, llama, task=task, batch_size=8, optim="sgd", max_grad_norm=1e9)
+    small = train(
+        tmp_path, llama, task=task, batch_size=2, gradient_accumulation_steps=4, optim="sgd", max_grad_norm=1e9
+    )
+    theirs = small.adapter.tensors()
+    for name, tensor in large.adapter.tensors().items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-3)
+    assert small.report.tokens == large.report.tokens
+    assert small.report.loss == pytest.approx(large.report.loss, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(llama: Path, tmp_path: Path) -> None:
+    plain, saving = (train(tmp_path, llama, gradient_checkpointing=on) for on in (False, True))
+    theirs = saving.adapter.tensors()
+    for name, tensor in plain.adapter.tensors().items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_report_counts_what_was_trained_on(llama: Path, tmp_path: Path) -> None:
+    worker = tiny.worker(tmp_path, llama, "causal_lm")
+    plan = tiny.plan(training={"local_steps": 0, "local_epochs": 1, "batch_size": 4})
+    report = worker.train(RoundTask(plan)).report
+    rows = worker._job(RoundTask(plan)).data.train
+    assert report.examples == len(rows) == 24
+    assert report.steps == 6
+    assert report.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert 0 < report.loss < 10
+    assert report.seconds > 0
+    assert report.peak_memory_mib > 0
+    assert report.rank == 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_stop_is_obeyed_within_one_step(llama: Path, tmp_path: Path, accumulation: int) -> None:
+    calls = 0
+
+    def stop() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 3
+
+    worker = tiny.worker(tmp_path, llama, "causal_lm", should_stop=stop)
+    training = {"local_steps": 100, "batch_size": 2, "gradient_accumulation_steps": accumulation}
+    with pytest.raises(TrainingError, match="stopped while training, as told"):
+        worker.train(RoundTask(tiny.plan(training=training, evaluation={"before": False})))
+    assert calls == 4
+
+
+def test_evaluation_stops_too(llama: Path, tmp_path: Path) -> None:
+    worker = tiny.worker(tmp_path, llama, "causal_lm", should_stop=lambda: True)
+    with pytest.raises(TrainingError, match="stopped while evaluating"):
+        worker.validate(RoundTask(tiny.plan()))
+
+
+def test_a_strong_pull_holds_the_adapter_near_its_start(llama: Path, tmp_path: Path) -> None:
+    def moved(mu: float) -> float:
+        update = train(tmp_path, llama, local_steps=20, learning_rate=0.05, optim="sgd", proximal_mu=mu)
+        return math.sqrt(sum(float(pair.B.square().sum()) for pair in update.adapter.lora.values()))
+
+    assert 0 < moved(15.0) < 0.5 * moved(0.0)
+
+
+def test_the_pull_is_mu_times_the_distance_from_the_start(llama: Path, tmp_path: Path) -> None:
+    """With plain SGD, w₁ = w₀ − ηg₀ and w₂ = w₁ − η(g₁ + μ(w₁ − w₀)): the pull alone tells two runs apart."""
+    eta, mu = 0.05, 3.0
+    one, free, held = (
+        train(tmp_path, llama, local_steps=steps, learning_rate=eta, optim="sgd", proximal_mu=m, max_grad_norm=1e9)
+        for steps, m in ((1, 0.0), (2, 0.0), (2, mu))
+    )
+    for layer, pair in held.adapter.lora.items():
+        pulled = free.adapter.lora[layer].B - eta * mu * one.adapter.lora[layer].B  # B starts at zero
+        torch.testing.assert_close(pair.B, pulled, atol=1e-6, rtol=1e-3)
+
+
+def test_training_that_diverges_names_the_remedy(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        train(tmp_path, llama, local_steps=30, learning_rate=1e30, optim="sgd", max_grad_norm=1e30)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: x")]
+)
+def test_running_out_of_memory_names_the_remedies(error: Exception) -> None:
+    with (
+        pytest.raises(TrainingError, match=r"batch_size 4 and max_length 48.*gradient_checkpointing"),
+        memory_explained(tiny.plan()),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), memory_explained(tiny.plan()):
+        raise RuntimeError("another")
+
+
+def test_epochs_beyond_the_sites_limit_are_refused(llama: Path, tmp_path: Path) -> None:
+    file = tiny.jsonl(tmp_path / "a.jsonl", tiny.rows("causal_lm"))
+    worker = Worker("site-1", tiny.site(llama, file, limits={"max_steps_per_round": 5}))
+    plan = tiny.plan(training={"local_steps": 0, "local_epochs": 3, "batch_size": 4})
+    with pytest.raises(PolicyError, match="3 epochs are 17 steps, more than the 5"):
+        worker.train(RoundTask(plan))
+
+
+def test_sites_in_threads_take_turns_on_one_base(llama: Path, tmp_path: Path) -> None:
+    task = RoundTask(tiny.plan())
+    workers = [tiny.worker(tmp_path, llama, "causal_lm", f"site-{i}", shift=i) for i in range(3)]
+    alone = [worker.train(task).adapter for worker in workers]
+    together: dict[str, AdapterUpdate] = {}
+
+    def run(worker: Worker) -> Callable[[], None]:
+        return lambda: together.update({worker.site: worker.train(task)})
+
+    threads = [threading.Thread(target=run(worker)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(equal(mine, together[worker.site].adapter) for mine, worker in zip(alone, workers, strict=True))
+
+
+def test_nothing_is_printed_or_written_while_training(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tiny.worker(tmp_path, llama, "causal_lm", log=lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    capfd.readouterr()
+    worker.train(RoundTask(tiny.plan()))
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
+    assert sorted(tmp_path.rglob("*")) == before
