@@ -147,7 +147,7 @@ class FedPEFT(FedAvg):
             task_name=name, data=message, targets=sites, timeout=math.ceil(self.deadline_s), callback=callback
         )
         self._wait()
-        self.ledger.silent("no answer before the round ended")
+        self._call_off(self.ledger.silent("no answer before the round ended"))
 
     def _wait(self) -> None:
         """Until all have answered or the deadline has passed, both NVFlare's to see, or the grace time is over."""
@@ -158,6 +158,13 @@ class FedPEFT(FedAvg):
             if self.grace_s and time.monotonic() - enough_since >= self.grace_s:
                 self.cancel_all_tasks(fl_ctx=self.fl_ctx)
             time.sleep(self._task_check_period)
+
+    def _call_off(self, sites: list[str]) -> None:
+        """NVFlare tells nobody that a task is over: a slow site would train on, and miss the next round too."""
+        if sites and not self.abort_signal.triggered:
+            over = Shareable()
+            over.set_header(AppConstants.CURRENT_ROUND, self.ledger.round)
+            self.engine.send_aux_request(sites, wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
 
     # --- one answer after the other
 
@@ -189,8 +196,9 @@ class FedPEFT(FedAvg):
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        self.info(f"round {self.ledger.round}: {client.name} answered a {task_name} task too late; it does not count")
-        self.ledger.late.append(client.name)
+        if result.get_return_code() == ReturnCode.OK:
+            self.info(f"round {self.ledger.round}: {client.name} answered a {task_name} task too late for it to count")
+            self.ledger.late.append(client.name)
 
     def _leave_out(self, site: str, reason: str) -> bool:
         self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.client_api.backend_spec import ClientAPIBackendContext
 from nvflare.app_common.executors.client_api.cell_backend import CellSession
 from nvflare.app_common.executors.client_api.external_process_backend import ExternalProcessBackend
@@ -27,6 +29,7 @@ from nvflare.fuel.utils import fobs
 from ..config import SiteOverrides
 from ..errors import ConfigError, FmError
 from ..site.policy import FILE_NAME, load_site
+from . import wire
 
 TRAINER = "nvflare_fm.flare.trainer"
 _HANGS_AFTER_S = 300.0  # loading a large model can hold the interpreter for minutes; a death is seen at once
@@ -67,6 +70,7 @@ class PeftExecutor(ClientAPIExecutor):
         self.batch_size, self.model, self.data = batch_size, model, data
         given = {name: getattr(self, name) for name in SiteOverrides.model_fields}
         self.overrides = SiteOverrides.read(given, "executor")
+        self._at: tuple[int | None, Signal] = None, Signal()  # the round we work at, and what stops it
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
             command=self._argv(""),
@@ -85,7 +89,19 @@ class PeftExecutor(ClientAPIExecutor):
             site_file = site_file if site_file.exists() else local / FILE_NAME
             self._command = self._argv(str(site_file))
             _limit_threads(site_file)
+            fl_ctx.get_engine().register_aux_message_handler(wire.ROUND_OVER, self._call_off)
         super().handle_event(event_type, fl_ctx)
+
+    def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
+        self._at = shareable.get_header(AppConstants.CURRENT_ROUND), abort_signal
+        return super().execute(task_name, shareable, fl_ctx, abort_signal)
+
+    def _call_off(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        """The server has ended a round: if we are still at it, we stop."""
+        at_round, abort_signal = self._at
+        if at_round is not None and at_round == request.get_header(AppConstants.CURRENT_ROUND):
+            abort_signal.trigger("the round is over")
+        return make_reply(ReturnCode.OK)
 
     def _argv(self, site_file: str) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]

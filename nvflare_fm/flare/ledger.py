@@ -38,10 +38,11 @@ class Ledger:
     def usable(self) -> int:
         return len(set(self.answered) - set(self.out))
 
-    def silent(self, reason: str) -> None:
-        """Gives `reason` for everyone who was asked and said nothing."""
-        for site in sorted(set(self.asked) - set(self.answered) - set(self.out)):
-            self.out[site] = f"silent: {reason}"
+    def silent(self, reason: str) -> list[str]:
+        """Those who were asked and said nothing; `reason` is given for them."""
+        sites = sorted(set(self.asked) - set(self.answered) - set(self.out))
+        self.out |= dict.fromkeys(sites, f"silent: {reason}")
+        return sites
 
     def reasons(self) -> str:
         return "; ".join(f"{site}: {reason}" for site, reason in sorted(self.out.items())) or "none"

@@ -17,6 +17,7 @@ from ..config import RoundPlan
 from ..errors import WireError
 
 KEY, VERSION = "nvflare_fm", 1
+ROUND_OVER = "nvflare_fm.round_over"  # the server's word to sites that are still at a round it has ended
 T = TypeVar("T")
 _SCALES = TypeAdapter(dict[str, float])
 _MANIFEST, _REPORT, _ROUND = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(int | None)

@@ -60,7 +60,7 @@ class Federation:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def log(self, site: str) -> str:
-        file = self.root / site / "simulate_job" / "log.txt"
+        file = self.root / site / "log.txt"
         return file.read_text() if file.exists() else ""
 
     def trainers(self, site: str) -> list[psutil.Process]:

@@ -1,0 +1,152 @@
+"""Startup kits as a hospital gets them: this package allowed and nothing else changed, and taken out again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
+from nvflare.lighter.constants import CtxKey
+from nvflare.lighter.prov_utils import prepare_builders
+from nvflare.lighter.provision import prepare_project
+from nvflare.lighter.provisioner import Provisioner
+
+from nvflare_fm.errors import ConfigError
+from nvflare_fm.flare.provision import allow, remove, without_byoc
+from nvflare_fm.site.policy import SiteConfig, load_site
+from nvflare_fm.site.site_file import render
+from tests.deployment.system import SERVER, project, provision
+
+SAID: dict[str, Any] = {
+    "models": {"base": {"path": "/srv/models/llama", "fingerprint": "abc"}},
+    "data": {"notes": {"folder": "/srv/data", "train": "notes.jsonl", "columns": {"text": "note"}}},
+    "limits": {"max_rank": 8, "quantizations": ["nf4"]},
+    "welcome": {"orgs": ["company"]},
+}
+OURS = [*DEFAULT_CLASS_ALLOW_LIST, "nvflare_fm."]
+
+
+def resources(kit: Path) -> dict[str, Any]:
+    own = kit / "local" / "resources.json"
+    return json.loads((own if own.exists() else own.with_suffix(".json.default")).read_text())
+
+
+def quickly(folder: Path, described: dict[str, Any]) -> Path:
+    """`nvflare provision` without starting a process for it."""
+    asked = yaml.safe_load(yaml.safe_dump(described))
+    done = Provisioner(str(folder), prepare_builders(asked)).provision(prepare_project(asked))
+    assert not done.get(CtxKey.BUILD_ERROR), done.get_errors()
+    return Path(done.get_result_location())
+
+
+@pytest.fixture(scope="module")
+def described() -> dict[str, Any]:
+    return project(8002, {"clinic-a": SAID, "clinic-b": {}})
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory, described: dict[str, Any]) -> Path:
+    return provision(tmp_path_factory.mktemp("project"), described)
+
+
+def test_server_and_sites_allow_this_package_beside_nvflares_own_list(kits: Path):
+    for name in (SERVER, "clinic-a", "clinic-b"):
+        assert resources(kits / name)["class_allow_list"] == OURS
+        assert resources(kits / name)["class_list_enforcement_mode"] == "enforce"
+
+
+def test_the_site_file_says_what_project_yml_says(kits: Path):
+    file = kits / "clinic-a" / "local" / "fm_site.yaml"
+    assert load_site(file) == SiteConfig.read(SAID | {"data": {"notes": SAID["data"]["notes"] | {
+        "train": "/srv/data/notes.jsonl"}}}, "test")  # fmt: skip
+    assert load_site(kits / "clinic-b" / "local" / "fm_site.yaml") == SiteConfig()
+
+
+def test_the_server_is_told_limits_and_neither_aliases_nor_paths(kits: Path):
+    told = resources(kits / "clinic-a")["nvflare_fm"]
+    assert (told["max_rank"], told["quantizations"]) == (8, ["nf4"])
+    assert not any(word in json.dumps(told) for word in ("srv", "notes", "base", "company"))
+
+
+def test_error_logs_stay_at_the_site_unless_project_yml_says_otherwise(kits: Path, tmp_path: Path, described: Any):
+    assert resources(kits / "clinic-a")["allow_log_streaming"] is False
+    asked = yaml.safe_load(yaml.safe_dump(described))
+    asked["participants"][1]["allow_log_streaming"] = True
+    open_kits = quickly(tmp_path, asked)
+    assert resources(open_kits / "clinic-a")["allow_log_streaming"] is True
+    assert "error logs go to the server" in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
+
+
+def test_no_role_may_bring_code_and_every_other_right_is_as_before(kits: Path):
+    for name in (SERVER, "clinic-a"):
+        rules = json.loads((kits / name / "local" / "authorization.json.default").read_text())["permissions"]
+        assert {role: rights["byoc"] for role, rights in rules.items()} == dict.fromkeys(rules, "none")
+        assert rules["lead"]["submit_job"] == rules["project_admin"]["submit_job"] == "any"
+    assert without_byoc({"permissions": {"all": "any", "few": {"view": "o:site"}}}) == {
+        "permissions": {"all": {"view": "any", "byoc": "none"}, "few": {"view": "o:site", "byoc": "none"}}
+    }
+
+
+def test_a_client_can_be_added_later_and_the_others_kits_come_out_as_before(kits: Path, described: dict[str, Any]):
+    folder = kits.parents[2]
+    late = {"name": "clinic-d", "org": "clinic_d", "fm_site": {"limits": {"max_rank": 2}}}
+    (folder / "late.yml").write_text(yaml.safe_dump(late))
+    newer = provision(folder, described, "--add-client", "late.yml")
+    assert newer != kits
+    assert load_site(newer / "clinic-d" / "local" / "fm_site.yaml").limits.max_rank == 2
+    for file in ("local/fm_site.yaml", "local/resources.json.default", "readme_nvflare_fm.txt"):
+        assert (newer / "clinic-a" / file).read_text() == (kits / "clinic-a" / file).read_text()
+
+
+def test_a_faulty_project_is_refused_by_name(tmp_path: Path, described: dict[str, Any]):
+    faulty = project(8002, {"clinic-a": {"limits": {"max_rnak": 4}}})
+    with pytest.raises(AssertionError, match=r'fm_site of clinic-a: unknown setting .*did you mean "max_rank"'):
+        quickly(tmp_path, faulty)
+    early = project(8002, {"clinic-a": {}})
+    early["builders"].insert(1, early["builders"].pop(2))
+    with pytest.raises(AssertionError, match="list nvflare_fm's builder after StaticFileBuilder"):
+        quickly(tmp_path, early)
+
+
+def test_kits_that_exist_already_are_allowed_and_cleared_again(tmp_path: Path, described: dict[str, Any]):
+    plain = {**described, "builders": [b for b in described["builders"] if "nvflare_fm" not in b["path"]]}
+    kits = quickly(tmp_path, plain)
+    for name in (SERVER, "clinic-a"):
+        kit = kits / name
+        before = resources(kit)
+        first = {file: file.read_text() for file in allow(kit)}
+        assert {file: file.read_text() for file in allow(kit)} == first
+        assert resources(kit)["class_allow_list"] == OURS
+        remove(kit)
+        assert resources(kit) == before
+        assert remove(kit) == []
+    assert not (kits / SERVER / "local" / "fm_site.yaml").exists()
+    assert (kits / "clinic-a" / "local" / "fm_site.yaml.removed").exists()
+
+
+def test_what_a_site_has_written_is_never_overwritten(kits: Path, tmp_path: Path):
+    (tmp_path / "kit" / "startup").mkdir(parents=True)
+    (tmp_path / "kit" / "local").mkdir()
+    (tmp_path / "kit" / "startup" / "fed_client.json").write_text("{}")
+    file = tmp_path / "kit" / "local" / "fm_site.yaml"
+    file.write_text("limits: {max_rank: 3}\n")
+    (tmp_path / "kit" / "local" / "resources.json").write_text('{"class_allow_list": ["my.own.Thing"], "x": 1}')
+    allow(tmp_path / "kit")
+    assert file.read_text() == "limits: {max_rank: 3}\n"
+    said = resources(tmp_path / "kit")
+    assert (said["class_allow_list"], said["x"]) == (["my.own.Thing", "nvflare_fm."], 1)
+    assert said["nvflare_fm"]["max_rank"] == 3
+    with pytest.raises(ConfigError, match="no startup kit"):
+        allow(tmp_path)
+
+
+def test_each_commented_setting_of_a_site_file_can_be_uncommented(tmp_path: Path):
+    file = tmp_path / "fm_site.yaml"
+    lines = render(SAID).splitlines()
+    settings = [line for line in lines if ": " in line and line.lstrip().startswith("# ") and line.startswith(" ")]
+    assert len(settings) > 15
+    file.write_text("\n".join(line.replace("# ", "", 1) if line in settings else line for line in lines))
+    full, short = load_site(file), tmp_path / "short.yaml"
+    short.write_text(render(SAID))
+    assert full == load_site(short)
