@@ -23,7 +23,7 @@ from nvflare.lighter.spec import Builder
 
 from ..errors import ConfigError
 from ..site import site_file
-from ..site.policy import FILE_NAME, SiteConfig
+from ..site.policy import FILE_NAME, SiteConfig, load_site
 from . import allow_list
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
@@ -68,16 +68,20 @@ class FmBuilder(Builder):
         self._prepare_local(project.get_server(), ctx)
         for client in project.get_clients():
             streaming = client.get_prop_fb(PropKey.ALLOW_LOG_STREAMING, default=False)
-            self._prepare_local(client, ctx, {"allow_log_streaming": bool(streaming)})
+            self._prepare_local(client, ctx, {PropKey.ALLOW_LOG_STREAMING: bool(streaming)})
             local = Path(ctx.get_local_dir(client))
             prepare_site(local, client.get_prop(PROPERTY) or {}, client.name)
             write_readme(local.parent / README, client.name, bool(streaming))
 
-    def _prepare_local(self, participant: Participant, ctx: ProvisionContext, more: Mapping[str, Any] | None = None) -> None:
+    def _prepare_local(
+        self, participant: Participant, ctx: ProvisionContext, more: Mapping[str, Any] | None = None
+    ) -> None:
         local = Path(ctx.get_local_dir(participant))
         file = local / allow_list.DEFAULT
         if not file.exists():
-            raise ConfigError("in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder")
+            raise ConfigError(
+                "in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder"
+            )
         allow_list.write(file, allow_list.with_package(json.loads(file.read_text()) | dict(more or {})))
         if self.forbid_byoc:
             rules = local / ProvFileName.AUTHORIZATION_JSON_DEFAULT
@@ -93,17 +97,17 @@ def without_byoc(authorization: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare_site(local: Path, values: Mapping[str, Any], name: str) -> None:
-    """Writes the site file, unless the site has one, and tells the server what the site is willing to do.
+    """Writes the site file, unless the site has one, and what NVFlare is to tell the server of it.
 
     Raises:
-        ConfigError: `values` hold a setting nobody knows.
+        ConfigError: a setting nobody knows.
     """
     file = local / FILE_NAME
-    config = SiteConfig.read(values, f"{PROPERTY} of {name}")
+    SiteConfig.read(values, f"{PROPERTY} of {name}")
     if not file.exists():
         file.write_text(site_file.render(values))
     resources, content = allow_list.read(local)
-    allow_list.write(resources, {**content, CAPABILITIES: capabilities(config)})
+    allow_list.write(resources, {**content, CAPABILITIES: capabilities(load_site(file))})
 
 
 def capabilities(config: SiteConfig) -> dict[str, Any]:
@@ -133,24 +137,19 @@ def write_readme(file: Path, name: str, streaming: bool) -> None:
 
 
 def allow(kit: Path) -> list[Path]:
-    """Prepares a kit that exists already, server or site; returns the files that are there for it. Harmless when repeated.
+    """Prepares a kit that exists already, of a server or a site, and returns what it wrote. Harmless when repeated.
 
     Raises:
-        ConfigError: the folder is no startup kit.
+        ConfigError: the folder is no startup kit, or its site file has a setting nobody knows.
     """
     local = _local(kit)
     written = [allow_list.allow(local)]
-    if not _is_site(kit):
+    if not (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists():
         return written
-    known = local / FILE_NAME
+    prepare_site(local, {}, kit.name)
     _, resources = allow_list.read(local)
-    if not known.exists() or CAPABILITIES not in resources:
-        from ..site.policy import load_site
-
-        values = load_site(known).model_dump(mode="json") if known.exists() else {}
-        prepare_site(local, values, kit.name)
-        write_readme(kit / README, kit.name, bool(resources.get("allow_log_streaming", True)))
-    return [*written, known, kit / README]
+    write_readme(kit / README, kit.name, bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True)))
+    return [*written, local / FILE_NAME, kit / README]
 
 
 def remove(kit: Path) -> list[Path]:
@@ -177,7 +176,3 @@ def _local(kit: Path) -> Path:
     if not (kit / "local").is_dir() or not (kit / "startup").is_dir():
         raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit))
     return kit / "local"
-
-
-def _is_site(kit: Path) -> bool:
-    return (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists()

@@ -1,0 +1,147 @@
+"""A real NVFlare system on this machine: provisioned kits, mutual TLS, each participant its own process tree."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+PROJECT, SERVER, LEAD, ADMIN = "oncology", "localhost", "lead@company.com", "admin@company.com"
+SITES = {"clinic-a": "clinic_a", "clinic-b": "clinic_b", "clinic-c": "clinic_c"}  # with their organisations
+BUILDERS = "nvflare.lighter.impl"
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+
+
+def project(port: int, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A `project.yml`: a company's server, a clinic for each of `sites` with what its `fm_site.yaml` says."""
+    clients = [
+        {"name": name, "type": "client", "org": SITES.get(name, "clinic"), "fm_site": dict(said)}
+        for name, said in sites.items()
+    ]
+    return {
+        "api_version": 3,
+        "name": PROJECT,
+        "description": "three clinics and a company",
+        "participants": [
+            {"name": SERVER, "type": "server", "org": "company", "fed_learn_port": port},
+            *clients,
+            {"name": LEAD, "type": "admin", "org": "company", "role": "lead"},
+            {"name": ADMIN, "type": "admin", "org": "company", "role": "project_admin"},
+        ],
+        "builders": [
+            {
+                "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
+                "args": {"template_file": "master_template.yml"},
+            },
+            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
+            {"path": "nvflare_fm.flare.provision.FmBuilder", "args": {"forbid_byoc": True}},
+            {"path": f"{BUILDERS}.cert.CertBuilder"},
+            {"path": f"{BUILDERS}.signature.SignatureBuilder"},
+        ],
+    }
+
+
+def provision(folder: Path, described: Mapping[str, Any], *more: str) -> Path:
+    """Runs `nvflare provision`; returns the folder of the newest kits."""
+    file = folder / "project.yml"
+    file.write_text(yaml.safe_dump(dict(described), sort_keys=False))
+    command = [BIN / "nvflare", "provision", "-p", file.name, "-w", "kits", "--force", *more]
+    done = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    made = sorted((folder / "kits" / described["name"]).glob("prod_*"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return made[-1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+class System:
+    """The kits, started and stopped with their own scripts."""
+
+    def __init__(self, kits: Path) -> None:
+        self.kits = kits
+        self.ours: dict[int, psutil.Process] = {}
+        _keep_jobs_in(self.kits / SERVER / "local", kits.parent / "store")
+
+    def start(self, sites: list[str]) -> "System":
+        for name in (SERVER, *sites):
+            with (self.kits / name / "console.txt").open("w") as console:
+                subprocess.run(
+                    [self.kits / name / "startup" / "start.sh"],
+                    env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=console, stderr=console, check=True,
+                    start_new_session=True,
+                )  # fmt: skip
+        self.wait_for(lambda: self._connected() >= set(sites), 60, "all sites to connect")
+        return self
+
+    def _connected(self) -> set[str]:
+        try:
+            session = self.session(ADMIN)
+        except Exception:  # the server is not up yet
+            return set()
+        try:
+            return {client.name for client in session.get_system_info().client_info}
+        finally:
+            session.close()
+
+    def session(self, user: str = LEAD) -> Session:
+        return new_secure_session(user, str(self.kits / user), timeout=5.0)
+
+    def stop(self) -> None:
+        """Asks the system to shut down, and ends whatever of it is still there."""
+        self._see()
+        try:
+            session = self.session(ADMIN)
+            session.shutdown_system()
+            session.close()
+        finally:
+            gone_by = time.monotonic() + 30
+            while time.monotonic() < gone_by and any(p.is_running() for p in self.ours.values()):
+                time.sleep(0.2)
+            for process in self.ours.values():
+                if process.is_running():
+                    process.kill()
+
+    def _see(self) -> None:
+        """Remembers every process of this system: those its own pid files name, and their children."""
+        for file in self.kits.glob("*/*pid.fl"):
+            try:
+                root = psutil.Process(int(file.read_text()))
+                self.ours |= {p.pid: p for p in (root, *root.children(recursive=True))}
+            except (psutil.Error, ValueError, OSError):
+                continue
+
+    def wait_for(self, what: Any, within_s: float, meaning: str) -> None:
+        until = time.monotonic() + within_s
+        while not what():
+            assert time.monotonic() < until, f"waited {within_s} s in vain for {meaning}; see {self.kits}"
+            time.sleep(0.3)
+
+    def audit(self, site: str) -> str:
+        files = [self.kits / site / "audit.log", *(self.kits / site).glob("*/audit.log")]
+        return "".join(file.read_text() for file in files if file.exists())
+
+    def log(self, site: str, job: str = "") -> str:
+        return (self.kits / site / job / "log.txt").read_text()
+
+
+def _keep_jobs_in(local: Path, store: Path) -> None:
+    """NVFlare's server keeps jobs and snapshots under /tmp/nvflare unless told otherwise."""
+    file = local / "resources.json.default"
+    text = file.read_text().replace("/tmp/nvflare/", f"{store}/")
+    json.loads(text)
+    file.write_text(text)
