@@ -84,7 +84,8 @@ def _receive() -> Order | None:
 
 def _report(name: str, value: float, step: int) -> None:
     """To the trackers the job has: NVFlare's TensorBoard, MLflow and Weights & Biases receivers."""
-    flare.log(name, value, AnalyticsDataType.SCALAR, global_step=step)
+    if speaks():  # the others take part in collecting a value, and must be asked as often
+        flare.log(name, value, AnalyticsDataType.SCALAR, global_step=step)
 
 
 class Post:
@@ -126,7 +127,7 @@ class Post:
             from ..site.worker import Worker
 
             config, overrides = load_site(self.site_file), SiteOverrides.read(self.overrides, "overrides")
-            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report if speaks() else None)
+            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report)
         return self._worker
 
 
