@@ -75,13 +75,15 @@ def _introduce(trial: Trial) -> None:
     console.print(report.sites_table(trial))
     console.print(
         f"Task: which of {len(trial.labels)} labels is a note for? Every site holds the same frozen encoder "
-        "(all-MiniLM-L6-v2, NF4) and trains a LoRA adapter\nof its own rank. The notes stay where they are; "
+        "(all-MiniLM-L6-v2, NF4) and trains a LoRA adapter of its own rank. The notes stay where they are; "
         "NVFlare carries the adapters.\n"
     )
 
 
 def _watch(trial: Trial, simulator: BaseProcess) -> list[federation.Round]:
-    lines = []
+    lines: list[federation.Round] = []
+    console.print("Macro-F1 of the shared adapter after each round, on each site's own test notes", style="bold")
+    console.print(report.header(trial), style="dim")
     with console.status("starting a server and the sites, each in a process of its own: about half a minute") as status:
         for line in federation.follow(trial, simulator):
             lines.append(line)

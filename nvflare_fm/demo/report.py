@@ -33,13 +33,16 @@ def sites_table(trial: Trial) -> Table:
     return table
 
 
+def header(trial: Trial) -> str:
+    names = [*sorted(site.name for site in trial.sites), MEAN, WORST]
+    return "  ".join(["round", *(f"{name:>5}" for name in names), "training loss"])
+
+
 def round_line(line: Round) -> str:
-    """One finished round, in one line of the terminal."""
-    told = " · ".join(f"{name} {value:.2f}" for name, value in with_summary(scores_of(line)).items())
-    after = "before round 1" if line["round"] == 0 else f"after round {line['round']}"
+    """The adapter after so many rounds, measured by each site, and the loss of the round that starts from it."""
+    cells = [f"{value:>{max(5, len(name))}.2f}" for name, value in with_summary(scores_of(line)).items()]
     losses = [said["loss"] for said in line["sites"].values() if "loss" in said]
-    trained = f"   (round {line['round'] + 1}: training loss {mean(losses):.2f})" if losses else ""
-    return f"{after:>15}   {told}{trained}"
+    return "  ".join([f"{line['round']:>5}", *cells, f"{mean(losses):>13.2f}" if losses else ""])
 
 
 def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
