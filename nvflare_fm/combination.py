@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from .aggregation import merge, weigh
 from .config import Aggregation, RoundPlan, SiteOverrides
 from .errors import ConfigError
-from .site.peft_methods import complete, read
+from .site.peft_methods import check_training, complete, read
 
 
 def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> RoundPlan:
@@ -21,6 +21,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         ConfigError: an unknown name or setting, or a rule that cannot serve what the plan asks, with the reason.
     """
     rule, method = merge.registry[how.merge], read(plan.peft)
+    check_training(method, plan.training)
     for name in how.weigh:
         weigh.registry[name]
     plan = plan.model_copy(update={"peft": complete(plan.peft), "rest": rule.rest and method.side_adapter})

@@ -57,7 +57,7 @@ class BaseModel:
                 for trace in ("peft_config", "_hf_peft_config_loaded"):
                     self.model.__dict__.pop(trace, None)
                 if self.model.supports_gradient_checkpointing:
-                    self.model.gradient_checkpointing_disable()
+                    self.model.activation_checkpointing_disable()
                 self.model.requires_grad_(False).eval()
 
 

@@ -135,6 +135,7 @@ class Worker:
         decision = accept(fit(self.overrides.applied(task.plan), self.config))
         plan = decision.plan
         kind, method = tasks[plan.task], peft_methods.read(plan.peft)
+        peft_methods.check_training(method, plan.training)
         if kind.needs_labels and len(plan.labels) < 2:
             raise ConfigError(f"{plan.task} needs the plan's labels, at least two")
         base = base_model.load(self.config.model(plan.model), plan, kind, method.trained_whole)

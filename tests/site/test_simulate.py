@@ -113,6 +113,14 @@ def test_what_cannot_work_is_refused_when_a_job_loads(
         settle(plan, Aggregation(**how), {site: SiteOverrides(rank=rank) for site, rank in ranks.items()})
 
 
+def test_prefixes_are_not_trained_with_checkpointing(llama: Path, tmp_path: Path) -> None:
+    plan = tiny.plan(peft={"method": "prefix_tuning"}, training={"gradient_checkpointing": True})
+    with pytest.raises(ConfigError, match="does not go with gradient_checkpointing"):
+        settle(plan, Aggregation())
+    with pytest.raises(ConfigError, match="does not go with gradient_checkpointing"):
+        tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))
+
+
 def test_the_server_settles_a_plan_without_the_hugging_face_stack() -> None:
     program = (
         "import sys; from nvflare_fm.combination import settle; from nvflare_fm.config import RoundPlan, Aggregation\n"

@@ -124,7 +124,7 @@ def test_the_report_counts_what_was_trained_on(llama: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_a_stop_is_obeyed_within_one_step(llama: Path, tmp_path: Path, accumulation: int) -> None:
+def test_a_stop_is_obeyed_within_one_batch(llama: Path, tmp_path: Path, accumulation: int) -> None:
     calls = 0
 
     def stop() -> bool:
@@ -133,7 +133,7 @@ def test_a_stop_is_obeyed_within_one_step(llama: Path, tmp_path: Path, accumulat
         return calls > 3
 
     worker = tiny.worker(tmp_path, llama, "causal_lm", should_stop=stop)
-    training = {"local_steps": 100, "batch_size": 2, "gradient_accumulation_steps": accumulation}
+    training = {"local_steps": 4 // accumulation, "batch_size": 2, "gradient_accumulation_steps": accumulation}
     with pytest.raises(TrainingError, match="stopped while training, as told"):
         worker.train(RoundTask(tiny.plan(training=training, evaluation={"before": False})))
     assert calls == 4

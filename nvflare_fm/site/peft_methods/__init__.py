@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapter import Adapter
-from ...config import Settings
+from ...config import Settings, TrainingSettings
 from ...errors import ConfigError
 from ...registry import Registry
 
@@ -21,6 +21,7 @@ class PeftMethod(Settings):
     """
 
     factored: ClassVar[bool] = False
+    checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
 
     @property
     def side_adapter(self) -> bool:
@@ -78,6 +79,15 @@ def read(settings: Mapping[str, Any]) -> PeftMethod:
         raise ConfigError(f"peft needs a method, one of {list(registry)}")
     name = values.pop("method")
     return registry[name].read(values, f"peft ({name})")
+
+
+def check_training(method: PeftMethod, settings: TrainingSettings) -> None:
+    """
+    Raises:
+        ConfigError: the method cannot be trained so.
+    """
+    if settings.gradient_checkpointing and not method.checkpointing:
+        raise ConfigError("prefix_tuning does not go with gradient_checkpointing; use another method, or turn it off")
 
 
 def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
