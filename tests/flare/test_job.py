@@ -10,8 +10,9 @@ from nvflare.fuel.utils.component_builder import ComponentBuilder
 
 from nvflare_fm import export
 from nvflare_fm.errors import ConfigError, ModelError
+from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
-from nvflare_fm.flare.environments import allow, write_site
+from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import FedPEFTRecipe

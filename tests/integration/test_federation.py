@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvflare_fm import export
-from nvflare_fm.flare.environments import allow
+from nvflare_fm.flare import allow_list
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from tests.site import tiny
 
@@ -48,7 +48,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     recipe._job.set_app_packages(["nvflare_fm", "tests"])
     recipe.add_server_output_filter(Spy(str(folder / "spied")), tasks=TASKS)
     run = Federation(recipe, sites, folder / "runs")
-    allow(run.root / "local", "tests.integration.spy.")
+    listed = allow_list.with_package({})
+    listed["class_allow_list"].append("tests.integration.spy.")
+    allow_list.write(run.root / "local" / allow_list.OWN, listed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("TMPDIR", str(folder))
@@ -125,9 +127,15 @@ def test_nothing_sent_to_a_site_tells_of_another(federation: Federation) -> None
     ]
     assert {file.suffix[1:] for file in ours} == set(SITES)
     assert len(ours) >= 3 * len(SITES)
+    assert any(packed("learning_rate") in file.read_bytes() for file in ours)  # we do look where the words would be
     for file in ours:
         said, reader = file.read_bytes(), file.suffix[1:]
         for other in set(SITES) - {reader}:
             assert other.encode() not in said
-        for word in (b"weight_key", b"site_weights", b"examples", b"bytes_up", b"refused"):
-            assert word not in said
+        for word in ("report", "examples", "weight", "weights", "site_weights", "bytes_up", "refused", "r", "loss"):
+            assert packed(word) not in said
+
+
+def packed(word: str) -> bytes:
+    """A short text in MessagePack, its length before it."""
+    return bytes([0xA0 + len(word)]) + word.encode()
