@@ -129,6 +129,9 @@ class RelaunchingBackend(ExternalProcessBackend):
     NVFlare's own either starts a trainer for every task, or lets a site that lost its trainer fail for ever.
     """
 
+    _abort: bool  # upstream's: nothing more is asked of the trainer, for this reason
+    _abort_reason: str | None
+
     def __init__(self) -> None:
         super().__init__()
         self._given_up: CellSession | None = None

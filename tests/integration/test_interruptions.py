@@ -13,7 +13,7 @@ from tests.site import tiny
 
 from .federation import PLAN, Federation, kill, offers
 
-STEPS_OF_A_ROUND = 60  # long enough to be interrupted, a few seconds
+STEPS_OF_A_ROUND = 30  # long enough to be interrupted, a few seconds
 
 
 @pytest.fixture(scope="module")
