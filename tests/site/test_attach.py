@@ -131,10 +131,9 @@ def test_the_base_is_byte_identical_and_bare_after_an_adapter_came_off(
 def test_the_base_is_bare_again_after_a_failure(llama: Path) -> None:
     base = base_of(llama)
     names = [n for n, _ in base.model.named_modules()]
-    with pytest.raises(ConfigError), base.lent():
-        method(2, target_modules=["q_proj"], modules_to_save=["nothing"], use_dora=True).attach(
-            base, global_adapter(base, 6), 0, rest=True
-        )
+    start, narrow = global_adapter(base, 6), method(2, target_modules="q_proj")
+    with pytest.raises(WireError), base.lent():
+        narrow.attach(base, start, 0, rest=True)
     assert [n for n, _ in base.model.named_modules()] == names
 
 
