@@ -11,7 +11,7 @@ demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
 
 test: lint  ## everything that must hold
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ A thin `ClientAPIExecutor`. The job chooses values; the command is fixed: the si
 import contextlib
 import json
 import os
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..config import SiteOverrides
 from ..errors import ConfigError, FmError
 from ..site.policy import FILE_NAME, load_site
 from . import wire
+from .gate import Gate
 
 TRAINER = "nvflare_fm.flare.trainer"
 _HANGS_AFTER_S = 300.0  # loading a large model can hold the interpreter for minutes; a death is seen at once
@@ -45,7 +45,7 @@ class PeftExecutor(ClientAPIExecutor):
         launch_timeout_s: for the trainer to report for duty; it loads the base model only after that.
 
     Raises:
-        ConfigError: a value that is out of range, or an alias with other characters than letters, digits and _.-
+        ConfigError: a value that is out of range.
     """
 
     def __init__(
@@ -61,10 +61,6 @@ class PeftExecutor(ClientAPIExecutor):
     ) -> None:
         if not (isinstance(processes, int) and processes >= 1):
             raise ConfigError(f"processes must be a whole number of at least 1, got {processes!r}")
-        for alias in (model, data):
-            # NVFlare resolves ${secret:NAME} in a command from the site's environment
-            if alias is not None and not re.fullmatch(r"[\w.-]+", str(alias)):
-                raise ConfigError(f"alias {alias!r} may only hold letters, digits and _.-")
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
         self.rank, self.lora_alpha, self.quantization = rank, lora_alpha, quantization
         self.batch_size, self.model, self.data = batch_size, model, data
@@ -88,13 +84,18 @@ class PeftExecutor(ClientAPIExecutor):
             site_file = local / f"{fl_ctx.get_identity_name()}.{FILE_NAME}"  # simulated sites share one folder
             site_file = site_file if site_file.exists() else local / FILE_NAME
             self._command = self._argv(str(site_file))
+            self._gate = Gate(site_file, self.overrides, self.processes)
             _limit_threads(site_file)
             fl_ctx.get_engine().register_aux_message_handler(wire.ROUND_OVER, self._call_off)
         super().handle_event(event_type, fl_ctx)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         self._at = shareable.get_header(AppConstants.CURRENT_ROUND), abort_signal
-        return super().execute(task_name, shareable, fl_ctx, abort_signal)
+        if refusal := self._gate.refusal(task_name, shareable, fl_ctx):
+            return refusal
+        result = super().execute(task_name, shareable, fl_ctx, abort_signal)
+        self._gate.note(result, fl_ctx)
+        return result
 
     def _call_off(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """The server has ended a round: if we are still at it, we stop."""
@@ -105,7 +106,8 @@ class PeftExecutor(ClientAPIExecutor):
 
     def _argv(self, site_file: str) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        overrides = json.dumps(self.overrides.model_dump(exclude_none=True))
+        # NVFlare would resolve ${secret:NAME} in a command, from the site's environment, whoever wrote it there
+        overrides = json.dumps(self.overrides.model_dump(exclude_none=True)).replace("$", "\\u0024")
         return [
             sys.executable,
             *(launcher if self.processes > 1 else []),

@@ -85,6 +85,17 @@ def read_task(model: FLModel) -> RoundTask:
     )
 
 
+def read_plan(model: FLModel) -> RoundPlan | None:
+    """What a task asks, without its tensors; nothing where it asks for no work, as submit_model.
+
+    Raises:
+        WireError, ConfigError: the message, or a setting in it, is not one we know.
+    """
+    if refused(model) or KEY not in (model.meta or {}):
+        return None
+    return _plan(_content(model.meta, "the server"), "the server")
+
+
 def write_update(update: AdapterUpdate) -> FLModel:
     """What a site sends. The metrics of the adapter it received go where NVFlare's own widgets look for them."""
     meta = _described(update.adapter, update.manifest) | {"report": plain(asdict(update.report))}

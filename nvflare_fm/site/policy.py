@@ -276,6 +276,17 @@ def _unwelcome(plan: RoundPlan, welcome: Welcome, who: Submitter) -> list[str]:
     ]
 
 
+def check_processes(processes: int, site: SiteConfig) -> None:
+    """
+    Raises:
+        PolicyError: a job wants more trainer processes than the site gives.
+    """
+    if processes > site.limits.max_processes:
+        raise PolicyError(
+            f"processes {processes} is more than the {site.limits.max_processes} this site allows; ask for fewer"
+        )
+
+
 def check_examples(examples: int, site: SiteConfig) -> None:
     """
     Raises:

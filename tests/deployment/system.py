@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -73,16 +74,19 @@ class System:
     """The kits, started and stopped with their own scripts."""
 
     def __init__(self, kits: Path) -> None:
-        self.kits = kits
+        self.kits, self.taps = kits, kits.parent / "taps"
         self.ours: dict[int, psutil.Process] = {}
         _keep_jobs_in(self.kits / SERVER / "local", kits.parent / "store")
 
     def start(self, sites: list[str]) -> "System":
         for name in (SERVER, *sites):
+            tap = self.taps / name
+            tap.mkdir(parents=True)
+            environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent / "tap"), "FM_TAP": str(tap)}
             with (self.kits / name / "console.txt").open("w") as console:
                 subprocess.run(
                     [self.kits / name / "startup" / "start.sh"],
-                    env=ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=console, stderr=console, check=True,
+                    env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, check=True,
                     start_new_session=True,
                 )  # fmt: skip
         self.wait_for(lambda: self._connected() >= set(sites), 60, "all sites to connect")
@@ -101,20 +105,21 @@ class System:
     def session(self, user: str = LEAD) -> Session:
         return new_secure_session(user, str(self.kits / user), timeout=5.0)
 
-    def stop(self) -> None:
-        """Asks the system to shut down, and ends whatever of it is still there."""
+    def stop(self) -> list[str]:
+        """Asks the system to shut down; ends whatever of it is still there after that, and names it."""
         self._see()
         try:
             session = self.session(ADMIN)
             session.shutdown_system()
             session.close()
         finally:
-            gone_by = time.monotonic() + 30
+            gone_by = time.monotonic() + 40
             while time.monotonic() < gone_by and any(p.is_running() for p in self.ours.values()):
                 time.sleep(0.2)
-            for process in self.ours.values():
-                if process.is_running():
-                    process.kill()
+            left = [process for process in self.ours.values() if process.is_running()]
+            for process in left:
+                process.kill()
+        return [f"{process.pid}: {process.name()}" for process in left]
 
     def _see(self) -> None:
         """Remembers every process of this system: those its own pid files name, and their children."""
@@ -131,12 +136,25 @@ class System:
             assert time.monotonic() < until, f"waited {within_s} s in vain for {meaning}; see {self.kits}"
             time.sleep(0.3)
 
-    def audit(self, site: str) -> str:
-        files = [self.kits / site / "audit.log", *(self.kits / site).glob("*/audit.log")]
-        return "".join(file.read_text() for file in files if file.exists())
+    def ended(self, job: str) -> str:
+        """How a job ended; empty while it has not."""
+        session = self.session()
+        try:
+            status = str(session.get_job_meta(job)["status"])
+        finally:
+            session.close()
+        return status if status.startswith(("FINISHED", "FAILED")) else ""
+
+    def audit(self, site: str, job: str) -> str:
+        return (self.kits / site / job / "audit.log").read_text()
 
     def log(self, site: str, job: str = "") -> str:
         return (self.kits / site / job / "log.txt").read_text()
+
+    def sent(self, site: str) -> list[bytes]:
+        """Every message the site's NVFlare processes sent to anyone outside the site, before encryption."""
+        messages = [m for f in (self.taps / site).glob("*.sent") for m in f.read_bytes().split(b"\n<message>")]
+        return [m for m in messages if m and not re.search(rb"'cn__destination': '" + site.encode() + rb"[.']", m)]
 
 
 def _keep_jobs_in(local: Path, store: Path) -> None:

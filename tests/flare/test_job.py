@@ -148,9 +148,6 @@ def test_a_site_setting_nobody_knows_is_refused() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"model": "${secret:HOME}"},
-        {"data": "${secret:file:/etc/passwd}"},
-        {"data": "--help"[:2] + " x"},
         {"quantization": "nf3"},
         {"rank": 0},
         {"processes": 0},
@@ -161,6 +158,13 @@ def test_a_site_setting_nobody_knows_is_refused() -> None:
 def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         PeftExecutor(**settings)
+
+
+def test_a_name_that_is_no_alias_reaches_the_site_unresolved_to_be_refused_there() -> None:
+    for name in ("${secret:HOME}", "$${secret:file:/etc/passwd}", "--help", "/srv/other"):
+        argv = PeftExecutor(data=name)._argv("/site/local/fm_site.yaml")
+        assert not any("${" in part for part in argv)
+        assert json.loads(argv[-1]) == {"data": name}
 
 
 def test_the_command_is_fixed_but_for_checked_values() -> None:

@@ -1,0 +1,69 @@
+"""Where a task meets the site's word: decided before a trainer starts, and every decision in NVFlare's audit log."""
+
+from pathlib import Path
+
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from nvflare.apis.utils.fl_context_utils import add_job_audit_event
+from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from ..config import RoundPlan, SiteOverrides
+from ..errors import FmError
+from ..site.policy import Decision, SiteConfig, Submitter, check_processes, decide, load_site
+from . import wire
+
+
+class Gate:
+    """What a site file says to each task of a job.
+
+    Args:
+        site_file: read once, when the job's first task arrives.
+        overrides, processes: what the job asks of this site alone.
+    """
+
+    def __init__(self, site_file: Path, overrides: SiteOverrides, processes: int) -> None:
+        self.site_file, self.overrides, self.processes = site_file, overrides, processes
+        self._config: SiteConfig | None = None
+
+    def refusal(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> Shareable | None:
+        """The reply where the site refuses; nothing where the trainer may have the task."""
+        who, about = submitter(fl_ctx), task_name
+        try:
+            if (asked := wire.read_plan(FLModelUtils.from_shareable(task))) is None:
+                return None
+            plan = self.overrides.applied(asked)
+            about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
+            said = str(self._decide(plan, who))
+        except FmError as error:
+            said = f"refused: {error.message}"
+        self._audit(f"{said} [{about}, for {who.name or 'unknown'} of {who.org or 'unknown'}]", fl_ctx)
+        return _reply(said.removeprefix("refused: ")) if said.startswith("refused: ") else None
+
+    def note(self, result: Shareable, fl_ctx: FLContext) -> None:
+        """Puts on record what the trainer itself refused."""
+        kind = result.get_header(ReservedHeaderKey.CONTENT_TYPE)
+        if kind and (reason := wire.refused(FLModelUtils.from_shareable(result))):
+            self._audit(f"refused by the trainer: {reason}", fl_ctx)
+
+    def _decide(self, plan: RoundPlan, who: Submitter) -> Decision:
+        self._config = self._config or load_site(self.site_file)
+        check_processes(self.processes, self._config)
+        return decide(plan, self._config, who)
+
+    @staticmethod
+    def _audit(what: str, fl_ctx: FLContext) -> None:
+        add_job_audit_event(fl_ctx, msg=f"nvflare_fm {what}")
+
+
+def submitter(fl_ctx: FLContext) -> Submitter:
+    """Who submitted the job, as NVFlare's server authenticated them; nobody in the simulator."""
+    meta = fl_ctx.get_prop(FLContextKey.JOB_META) or {}
+    return Submitter(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""), meta.get(JobMetaKey.SUBMITTER_ORG.value, ""))
+
+
+def _reply(reason: str) -> Shareable:
+    model: FLModel = wire.write_refusal(reason)
+    return FLModelUtils.to_shareable(model)

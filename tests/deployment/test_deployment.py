@@ -1,0 +1,248 @@
+"""A hospital's IT says yes: jobs on provisioned sites, submitted by every route, and each refusal with its words."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.deployment.conftest import SECRET, edited, rows
+from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SITES, System
+from tests.site import tiny
+
+pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file: run with --dist loadfile
+
+# What each clinic is asked in a job, and what it must answer.
+REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "names": {
+        "clinic-a": ({"data": "note"}, "this site offers no data set 'note'; did you mean \"notes\"?"),
+        "clinic-b": ({"model": "/srv/models/base"}, "model '/srv/models/base' is a path; a job names aliases"),
+        "clinic-c": ({"rank": 99}, "rank 99 is more than the 8 this site allows; ask for less"),
+    },
+    "terms": {
+        "clinic-a": ({"model": "unpinned"}, "model 'unpinned' is not pinned at this site; ask its admin"),
+        "clinic-b": ({"quantization": "int8"}, "quantization 'int8' is not among ['nf4', 'fp32'] at this site"),
+        "clinic-c": ({}, "job template 'lora_text_classification' is not welcome at this site"),
+    },
+    "files": {
+        "clinic-a": ({"model": "swapped"}, f"the site pins {'0' * 64}; point the alias at the pinned weights"),
+        "clinic-b": ({"data": "few"}, "this site trains on no fewer than 20 examples and the data set has fewer"),
+        "clinic-c": ({"data": "link"}, "a data file is a link that leads out of its data folder"),
+    },
+    "weights": {
+        "clinic-a": ({"model": "pickled"}, "pickled weights are never loaded; convert them first"),
+        "clinic-b": ({"rank": 2}, ""),
+        "clinic-c": ({}, ""),
+    },
+}
+
+
+@dataclass
+class Jobs:
+    """Jobs by name: their ids, how they ended, and the folders that came back."""
+
+    ids: dict[str, str] = field(default_factory=dict)
+    ended: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Path] = field(default_factory=dict)
+
+    def rounds(self, name: str) -> list[dict[str, Any]]:
+        text = (self.results[name] / "workspace" / "rounds.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def errors(self, name: str) -> str:
+        return (self.results[name] / "workspace" / "error_log.txt").read_text()
+
+
+def asked(name: str) -> dict[str, dict[str, Any]]:
+    return {site: overrides for site, (overrides, _) in REFUSED[name].items()}
+
+
+def bring_code(job: Path) -> Path:
+    custom = next(job.glob("app*")) / "custom"
+    custom.mkdir()
+    (custom / "mine.py").write_text("print('hello')\n")
+    return job
+
+
+def slip_in(config: Any) -> None:
+    config["components"].append({"id": "extra", "path": "subprocess.Popen", "args": {"args": ["true"]}})
+
+
+def ask_for_remote_code(config: Any) -> None:
+    config["workflows"][0]["args"]["plan"]["trust_remote_code"] = True
+
+
+@pytest.fixture(scope="session")
+def console(system: System) -> Iterator[pexpect.spawn]:
+    """The admin console, logged in as the lead data scientist."""
+    command = str(system.kits / LEAD / "startup" / "fl_admin.sh")
+    spawned = pexpect.spawn(command, env=ENVIRONMENT, encoding="utf-8", timeout=60, dimensions=(50, 240))
+    spawned.expect("User Name:")
+    spawned.sendline(LEAD)
+    spawned.expect("> ")
+    yield spawned
+    spawned.sendline("bye")
+    spawned.expect(pexpect.EOF)
+
+
+def tell(console: pexpect.spawn, command: str, answer: str) -> str:
+    """Types a command into the console, waits for `answer` and the next prompt; returns what was said from there on."""
+    console.sendline(command)
+    console.expect(answer)
+    found = console.match.group(0)
+    console.expect("> ")
+    return found + console.before
+
+
+def nvflare(system: System, *command: str) -> dict[str, Any]:
+    """What `nvflare job …` answers the lead data scientist."""
+    words = [BIN / "nvflare", "job", *command, "--startup-kit", system.kits / LEAD, "--format", "json"]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(done.stdout)["data"])
+
+
+@pytest.fixture(scope="session")
+def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_path_factory: Any) -> Jobs:
+    """Every job of this file, submitted side by side by all three routes, ended and downloaded."""
+    done, folder = Jobs(), tmp_path_factory.mktemp("results")
+    shutil.copytree(job("three_clinics", rounds=2, min_sites=3), system.kits / LEAD / "transfer" / "three_clinics")
+    said = tell(console, "submit_job three_clinics", r"Submitted job: [0-9a-f-]{36}")
+    done.ids["three_clinics"] = said.split()[2]
+    weights = job("weights", rounds=2, sites=asked("weights"))
+    done.ids["weights"] = nvflare(system, "submit", "-j", str(weights))["job_id"]
+    folders = {
+        "names": job("names", sites=asked("names")),
+        "files": job("files", sites=asked("files")),
+        "terms": job("terms", sites=asked("terms"), template="lora_text_classification"),
+        "code": bring_code(job("code")),
+        "component": edited(job("component"), "config_fed_client.json", slip_in),
+        "remote": edited(job("remote"), "config_fed_server.json", ask_for_remote_code),
+    }
+    session = system.session()
+    done.ids |= {name: session.submit_job(str(folder)) for name, folder in folders.items()}
+    for name, job_id in done.ids.items():
+        deadline = time.monotonic() + 400
+        while not (status := session.get_job_meta(job_id)["status"]).startswith(("FINISHED", "FAILED")):
+            assert time.monotonic() < deadline, f"{name} has not ended: {status}"
+            time.sleep(1)
+        done.ended[name] = status
+    for name in {*done.ids} - {"three_clinics", "weights"}:
+        done.results[name] = Path(session.download_job_result(done.ids[name], str(folder)))
+    session.close()
+    tell(console, f"download_job {done.ids['three_clinics']}", "downloaded|Download")
+    done.results["three_clinics"] = system.kits / LEAD / "transfer" / done.ids["three_clinics"]
+    nvflare(system, "download", done.ids["weights"], "-o", str(folder))
+    done.results["weights"] = folder / done.ids["weights"]
+    return done
+
+
+@torch.inference_mode()
+def loss(model: Any, base: Path) -> float:
+    words = AutoTokenizer.from_pretrained(base)(tiny.SENTENCES, return_tensors="pt", padding=True)
+    labels = words["input_ids"].masked_fill(words["attention_mask"] == 0, -100)
+    return float(model(input_ids=words["input_ids"], attention_mask=words["attention_mask"], labels=labels).loss)
+
+
+@pytest.mark.parametrize("name", ["three_clinics", "weights"])
+def test_what_is_downloaded_is_a_peft_adapter_that_beats_the_base(jobs: Jobs, base: Path, name: str):
+    assert jobs.ended[name] == "FINISHED:COMPLETED"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = loss(model, base)
+    after = loss(PeftModel.from_pretrained(model, jobs.results[name] / "workspace" / "adapters" / "best"), base)
+    assert after < before - 0.5
+
+
+def test_the_console_lists_the_job_and_knows_who_is_connected(jobs: Jobs, console: pexpect.spawn):
+    tell(console, "list_jobs", rf"{jobs.ids['three_clinics']}.*three_clinics.*FINISHED:COMPLETED")
+    connected = tell(console, "check_status server", "Registered clients: 3")
+    assert all(site in connected for site in SITES)
+
+
+def test_a_job_can_be_watched_and_read_with_nvflares_own_commands(jobs: Jobs, system: System):
+    assert nvflare(system, "meta", jobs.ids["weights"])["status"] == "FINISHED:COMPLETED"
+
+
+def test_who_took_part_in_each_round_and_what_a_site_lowered_is_in_the_result(jobs: Jobs):
+    rounds = [line for line in jobs.rounds("three_clinics") if line["round"] < 2]
+    assert [sorted(line["sites"]) for line in rounds] == [sorted(SITES)] * 2
+    assert {tuple(s["lowered"]) for line in rounds for s in line["sites"].values()} == {("batch_size 8 → 4",)}
+
+
+def test_a_site_that_refuses_does_not_sink_the_job(jobs: Jobs):
+    for line in [line for line in jobs.rounds("weights") if line["round"] < 2]:
+        assert sorted(line["sites"]) == ["clinic-b", "clinic-c"]
+        assert (line["sites"]["clinic-b"]["rank"], line["sites"]["clinic-c"]["rank"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "site"), [(name, site) for name, sites in REFUSED.items() for site, (_, said) in sites.items() if said]
+)
+def test_a_refusal_reaches_the_scientist_and_the_sites_audit_log_in_words(
+    jobs: Jobs, system: System, name: str, site: str
+):
+    message = REFUSED[name][site][1]
+    [*_, last] = jobs.rounds(name)
+    assert message in last["out"][site]
+    assert last["out"][site].startswith("refused: ")
+    line = next(line for line in system.audit(site, jobs.ids[name]).splitlines() if message in line)
+    assert "nvflare_fm refused" in line
+    assert jobs.ids[name] in line
+
+
+def test_a_job_that_every_site_refuses_says_so(jobs: Jobs):
+    for name in ("names", "terms", "files"):
+        assert jobs.ended[name] == "FINISHED:EXECUTION_EXCEPTION"
+        assert "0 of 3 sites gave a usable update" in jobs.errors(name)
+
+
+def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system: System):
+    lines = [line for line in system.audit("clinic-b", jobs.ids["weights"]).splitlines() if "nvflare_fm" in line]
+    assert lines
+    for line in lines:
+        assert "lowered: batch_size 8 → 4 [causal_lm with model 'base' on data 'notes'" in line
+        assert f"for {LEAD} of company]" in line
+
+
+def test_a_job_that_brings_code_is_not_deployed(jobs: Jobs, system: System):
+    assert jobs.ended["code"] == "FINISHED:FAILED_TO_RUN"
+    assert f"Failed to run the Job ({jobs.ids['code']})" in system.log("localhost")
+    assert "BYOC not permitted" in system.log("localhost")
+    assert not any((system.kits / site / jobs.ids["code"]).exists() for site in SITES)
+
+
+def test_a_component_that_is_not_on_the_allow_list_is_not_built(jobs: Jobs, system: System):
+    assert jobs.ended["component"] == "FINISHED:ABNORMAL"
+    said = "Component 'subprocess.Popen' at config path 'components.#2' is not in allow_list"
+    assert any(said in system.log(site, jobs.ids["component"]) for site in SITES)
+
+
+def test_remote_code_cannot_be_asked_for(jobs: Jobs):
+    assert jobs.ended["remote"] == "FINISHED:EXECUTION_EXCEPTION"
+    assert "plan: unknown setting 'trust_remote_code'" in jobs.errors("remote")
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, system: System, base: Path, site: str):
+    sent = b"".join(system.sent(site))
+    assert b"lora_A" in sent  # what is watched is what travels
+    assert b"train_loss" in sent
+    assert b"refused" in sent
+    mine = [row for shift in (0, 9, 18) for row in rows(shift)]
+    texts = {row[column] for row in mine for column in ("prompt", "completion") if column in row}
+    folders = {str(system.kits), str(system.kits.parents[2]), str(base), str(Path.home())}
+    private = {*texts, *folders, SECRET, "walks", "Quarantine"}
+    assert not [text for text in private if text.strip().encode() in sent]
+    words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
+    assert socket.gethostname().encode() not in words
