@@ -1,0 +1,144 @@
+"""Writes settings.md and rules.md beside this file from the code itself: `python docs/reference/write.py`.
+
+A test holds the two files to what this would write.
+"""
+
+import collections.abc
+import sys
+from inspect import getdoc
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from nvflare_fm.aggregation import merge, weigh
+from nvflare_fm.config import (
+    Aggregation,
+    EvaluationSettings,
+    RoundPlan,
+    SiteOverrides,
+    TrainingSettings,
+)
+from nvflare_fm.site import peft_methods
+from nvflare_fm.site.policy import SiteConfig
+
+HERE = Path(__file__).parent
+MADE = "<!-- Made by docs/reference/write.py from the code. Do not edit. -->\n"
+
+
+def settings() -> str:
+    methods = [(f"`peft` with `method = {name}`", peft_methods.registry[name]) for name in peft_methods.registry]
+    groups: list[tuple[str, type[BaseModel]]] = [
+        ("The plan: what the server asks of a site", RoundPlan),
+        ("`training`", TrainingSettings),
+        ("`evaluation`", EvaluationSettings),
+        *methods,
+        ("Aggregation: how many adapters become one", Aggregation),
+        ("What a job may ask of one site differently", SiteOverrides),
+        ("`fm_site.yaml`: what a site offers, and its limits", SiteConfig),
+        *((f"`{where}`", group) for where, group in _inside(SiteConfig)),
+    ]
+    intro = f"{MADE}\n# Settings\n\nA key that is not here is an error, which names the nearest key that is.\n"
+    return intro + "".join(f"\n## {title}\n\n{_about(group)}\n\n{_table(group)}" for title, group in groups)
+
+
+def _about(group: type[BaseModel]) -> str:
+    if issubclass(group, peft_methods.PeftMethod):
+        return _first_line(group)
+    return (getdoc(group) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _inside(group: type[BaseModel], path: str = "") -> list[tuple[str, type[BaseModel]]]:
+    found = []
+    for name, field in group.model_fields.items():
+        is_mapping = get_origin(field.annotation) is collections.abc.Mapping
+        kind = get_args(field.annotation)[-1] if is_mapping else field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            where = f"{path}{name}.<alias>" if is_mapping else f"{path}{name}"
+            found += [(where, kind), *_inside(kind, f"{where}.")]
+    return found
+
+
+def _table(group: type[BaseModel]) -> str:
+    rows = [_row(name, field) for name, field in group.model_fields.items()]
+    return "| setting | values | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    values = ", ".join([_values(field.annotation), *filter(None, map(_limit, field.metadata))])
+    return f"| `{name}` | {values} | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |\n"
+
+
+def _limit(constraint: Any) -> str:
+    """`≥ 1` of pydantic's Ge(ge=1); nothing of what is not a limit."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    return next((f"{sign} {getattr(constraint, key)}" for key, sign in signs.items() if hasattr(constraint, key)), "")
+
+
+def _values(kind: Any) -> str:
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _values(inside[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in inside)
+    if origin in (Union, UnionType):
+        return " or ".join(_values(part) for part in inside if part is not type(None))
+    if origin is tuple:
+        return f"list of {_values(inside[0])}"
+    if origin is collections.abc.Mapping:
+        return f"{_values(inside[0])} → {_values(inside[1])}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return "settings, see below"
+    return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "any")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel) or value in ({}, (), "", None):
+        return ""
+    if isinstance(value, tuple):
+        value = list(value)
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def rules() -> str:
+    lines = [MADE, "# Rules and their promises\n"]
+    lines += [
+        "## Merge rules\n",
+        "The promises choose the laws a rule is tested by, and refuse jobs it cannot serve.\n",
+    ]
+    lines += ["| rule | exact | mixed ranks | rest | canonical | follows |", "|---|---|---|---|---|---|"]
+    for name in merge.registry:
+        rule = merge.registry[name]
+        promises = (rule.exact, rule.mixed_ranks, rule.rest, rule.canonical)
+        lines.append(f"| `{name}` | {' | '.join('yes' if p else '–' for p in promises)} | {_first_line(rule.merge)} |")
+    lines += [
+        "",
+        "- **exact**: equals Σ wₖΔWₖ before it is shortened to the global rank.",
+        "- **mixed ranks**: sites may train at different ranks.",
+        "- **rest**: a site starts from the whole global adapter, the directions above its rank frozen beside it.",
+        "- **canonical**: the result is kept as U Σ Vᵀ, the strongest direction first.\n",
+        "## Weight factors\n",
+        "A site's weight is the product of the job's factors, divided by the sum over the sites.\n",
+        "| factor | follows |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {_first_line(weigh.registry[name])} |" for name in weigh.registry]
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(function: Any) -> str:
+    """Of the module the rule lives in: what it is, and whom it follows."""
+    module = sys.modules[function.__module__]
+    return (module.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
+
+
+PAGES = {"settings.md": settings, "rules.md": rules}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), encoding="utf-8")

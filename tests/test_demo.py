@@ -1,0 +1,141 @@
+"""The demo: its notes are made from a seed, its errors name site, file and line, and its picture can be read."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from nvflare_fm.demo import report
+from nvflare_fm.demo.generator import FOLDER, STYLES, findings, generate
+from nvflare_fm.demo.picture import _apart, draw
+from nvflare_fm.demo.trial import Trial, read_sites
+from nvflare_fm.errors import DataError
+
+GOOD = [{"text": "a note", "label": "one"}, {"text": "another", "label": "two"}]
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def folder(root: Path, sites: dict[str, list[object]]) -> Path:
+    for site, lines in sites.items():
+        (root / site).mkdir()
+        for split in ("train", "test"):
+            text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+            (root / site / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return root
+
+
+def trial(root: Path) -> Trial:
+    return Trial(read_sites(root), root, root)
+
+
+def test_the_same_seed_makes_the_same_notes_and_another_seed_others(tmp_path: Path) -> None:
+    first, again, other = (generate(tmp_path / str(i), seed) for i, seed in enumerate((0, 0, 1)))
+    for site in STYLES:
+        for split in ("train.jsonl", "test.jsonl"):
+            assert (first / site / split).read_bytes() == (again / site / split).read_bytes()
+            assert (first / site / split).read_bytes() != (other / site / split).read_bytes()
+
+
+def test_the_notes_are_called_synthetic_where_they_are_kept(tmp_path: Path) -> None:
+    assert "synthetic" in FOLDER
+    assert generate(tmp_path).name == FOLDER
+
+
+def test_each_site_mostly_sees_its_own_departments_and_is_tested_on_all_equally(tmp_path: Path) -> None:
+    notes = generate(tmp_path)
+    for site, style in STYLES.items():
+        labels = [row["label"] for row in rows(notes / site / "train.jsonl")]
+        assert len(labels) == style.examples
+        assert sum(label in style.often for label in labels) > 0.6 * len(labels)
+        tested = [row["label"] for row in rows(notes / site / "test.jsonl")]
+        assert {tested.count(label) for label in findings()} == {len(tested) // len(findings())}
+
+
+def test_no_test_note_is_a_training_note(tmp_path: Path) -> None:
+    notes = generate(tmp_path)
+    for site in STYLES:
+        train, test = ({row["text"] for row in rows(notes / site / f"{split}.jsonl")} for split in ("train", "test"))
+        assert not train & test
+
+
+def test_the_history_of_a_note_never_speaks_of_its_own_department() -> None:
+    wordings = [{phrase for row in found for phrase in row.values()} for found in findings().values()]
+    assert sum(map(len, wordings)) == len(set().union(*wordings)), "two departments share a phrase"
+
+
+def test_every_finding_has_every_wording() -> None:
+    for found in findings().values():
+        assert len(found) == 10
+        assert all(row.keys() == {"formal", "short", "lay"} and all(row.values()) for row in found)
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([*GOOD, "not json"], "site 'south', train.jsonl, line 3 is not JSON"),
+        ([*GOOD, {"text": "a note"}], "line 3 must be"),
+        ([*GOOD, {"text": " ", "label": "one"}], "line 3 must be"),
+        ([*GOOD, ["a note", "one"]], "line 3 must be"),
+        ([], "is empty"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_by_site_file_and_line(
+    tmp_path: Path, lines: list[object], said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        _ = trial(folder(tmp_path, {"north": list(GOOD), "south": lines})).labels
+
+
+def test_a_missing_file_says_what_a_site_needs(tmp_path: Path) -> None:
+    sites = folder(tmp_path, {"north": list(GOOD), "south": list(GOOD)})
+    (sites / "south" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match=r"site 'south', test.jsonl cannot be read; each site needs"):
+        _ = trial(sites).labels
+
+
+@pytest.mark.parametrize(
+    ("sites", "said"), [(["only"], "at least two"), (["north", "so uth"], "rename"), (["a", "server"], "rename")]
+)
+def test_folders_that_cannot_be_a_federation_are_refused(tmp_path: Path, sites: list[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        read_sites(folder(tmp_path, {site: list(GOOD) for site in sites}))
+
+
+def test_one_label_is_nothing_to_learn(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least two"):
+        _ = trial(folder(tmp_path, {"north": [GOOD[0]], "south": [GOOD[0]]})).labels
+
+
+def test_the_sites_have_different_ranks(tmp_path: Path) -> None:
+    assert {site.name: site.rank for site in read_sites(generate(tmp_path))} == {
+        "letters": 16,
+        "shorthand": 8,
+        "triage": 4,
+        "forms": 2,
+    }
+
+
+def test_bytes_are_counted_to_every_site_and_back() -> None:
+    lines = [
+        {"bytes_down": 5, "asked": ["a", "b"], "sites": {"a": {"bytes_up": 2}, "b": {"bytes_up": 3}}},
+        {"bytes_down": 7, "asked": ["a", "b"], "sites": {"a": {}, "b": {}}},
+    ]
+    assert report.traffic(lines) == {"down": 24, "up": 5}
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5, 0.5), (1.0, 0.99, 0.98), (0.0, 0.01, 0.9), (0.9, 0.1, 0.5)])
+def test_labels_of_the_curves_do_not_overlap_and_stay_in_the_picture(values: tuple[float, ...]) -> None:
+    heights = sorted(_apart(values))
+    assert all(above - below > 0.07 for below, above in pairwise(heights))
+    assert heights[0] >= 0
+    assert heights[-1] <= 1.0001
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    curves = {name: [0.1, 0.5, 0.8] for name in ("mean", "north", "south")}
+    flat = dict.fromkeys(curves, 0.4)
+    assert draw(tmp_path / "curves.png", curves, flat, flat, "a title").stat().st_size > 10_000

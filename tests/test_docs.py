@@ -1,0 +1,111 @@
+"""The docs are true: links lead somewhere, commands exist, tables are up to date, and every block of Python runs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from nvflare_fm.aggregation import merge
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+TUTORIAL = ROOT / "docs" / "tutorials" / "first_federation.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.fixture(scope="module")
+def writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_writer", ROOT / "docs" / "reference" / "write.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (page.parent / file).resolve() if file else page
+        assert found.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name} links to {target}"
+
+
+def test_every_page_is_on_the_map() -> None:
+    mapped = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert name == "index.md" or f"({name})" in mapped, f"{name} is not in docs/index.md"
+
+
+@pytest.mark.parametrize("page", ["settings.md", "rules.md"])
+def test_the_reference_is_what_the_code_says(page: str, writer: ModuleType) -> None:
+    written = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
+    assert written == writer.PAGES[page](), "run: python docs/reference/write.py"
+
+
+def test_every_make_target_in_the_docs_exists() -> None:
+    rules = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"^make (\w+)|`make (\w+)", text, re.MULTILINE))
+        assert {a or b for a, b in named} <= rules, page.name
+
+
+def test_every_script_in_the_docs_exists() -> None:
+    for page in PAGES:
+        for script in re.findall(r"python ((?:docs|tests)/[\w/]+\.py)", page.read_text(encoding="utf-8")):
+            assert (ROOT / script).is_file(), f"{page.name} runs {script}"
+
+
+@pytest.fixture
+def pasted(tmp_path: Path) -> Iterator[Path]:
+    """The how-to's rule, in a package of its own, taken back out of the registry afterwards."""
+    (block,) = blocks(ROOT / "docs" / "how_to" / "add_a_merge_rule.md", "python")
+    file = tmp_path / "heaviest.py"
+    file.write_text(block, encoding="utf-8")
+    yield file
+    merge.registry._entries.pop("heaviest", None)
+
+
+def test_the_merge_rule_of_the_how_to_is_a_rule(pasted: Path) -> None:
+    from nvflare_fm.adapter import LoraPair
+    from nvflare_fm.lora import fresh_rows, zero
+
+    spec = importlib.util.spec_from_file_location("heaviest", pasted)
+    assert spec
+    assert spec.loader
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    pairs = [LoraPair(fresh_rows("layer", 5, range(r), seed=r), fresh_rows("b", 4, range(r), seed=r).T) for r in (1, 2)]
+    assert merge.registry["heaviest"].merge(zero(4, 5), pairs, [0.3, 0.7]) is pairs[1]
+
+
+def test_the_python_of_the_readme_and_the_tutorial_runs(tmp_path: Path) -> None:
+    """As a reader would: the README's block first, the tutorial's after it, in an empty folder."""
+    (first,) = blocks(README, "python")
+    script = tmp_path / "reader.py"
+    script.write_text(first + "".join(blocks(TUTORIAL, "python")), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    for job in ("first", "second"):
+        assert (tmp_path / "runs" / job / "server" / "simulate_job" / "adapters" / "last").is_dir()
+    exported = {file.name for file in (tmp_path / "jobs" / "second").rglob("*") if file.is_file()}
+    assert "config_fed_server.json" in exported
+    assert not any(name.endswith(".py") for name in exported)
