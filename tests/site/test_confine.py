@@ -1,0 +1,27 @@
+"""A trainer that wants more memory than its site gives fails alone, in the words `memory_explained` knows."""
+
+import subprocess
+import sys
+
+import pytest
+
+TRIAL = """
+import torch
+from nvflare_fm.site.confine import confine
+
+confine({memory_gib}, processes={processes})
+try:
+    torch.ones(2**28)  # 1 GiB
+    print("there was room")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "processes", "said"), [(4, 1, "there was room"), (4, 4, "can't allocate memory")]
+)
+def test_a_trainer_gets_the_memory_its_site_gives_and_no_more(memory_gib: int, processes: int, said: str):
+    trial = TRIAL.format(memory_gib=memory_gib, processes=processes)
+    done = subprocess.run([sys.executable, "-c", trial], capture_output=True, text=True)
+    assert said in done.stdout, done.stderr
