@@ -24,20 +24,19 @@ def courteous() -> None:
 
 def alone(trial: Trial, site: Site) -> Scores:
     """One site's own notes, at its own rank."""
-    return _train(trial, site.name, site.folder, site.rank, site.lora_alpha, batch=1)
+    return _train(trial, site.name, site.folder, site.rank, batch=1)
 
 
 def pooled(trial: Trial) -> Scores:
     """All notes, at the largest rank. They are brought together in a folder that is gone afterwards."""
-    largest = max(trial.sites, key=lambda site: site.rank)
     with tempfile.TemporaryDirectory() as folder:
         together = Path(folder) / "train.jsonl"
         texts = ((site.folder / "train.jsonl").read_text(encoding="utf-8") for site in trial.sites)
         together.write_text("".join(text.rstrip("\n") + "\n" for text in texts), encoding="utf-8")
-        return _train(trial, POOLED, Path(folder), largest.rank, largest.lora_alpha, batch=len(trial.sites))
+        return _train(trial, POOLED, Path(folder), trial.max_rank, batch=len(trial.sites))
 
 
-def _train(trial: Trial, name: str, folder: Path, rank: int, lora_alpha: float, batch: int) -> Scores:
+def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scores:
     from ..adapter import RoundTask
     from ..config import SiteOverrides
     from ..simulate import alone as train_alone
@@ -45,7 +44,7 @@ def _train(trial: Trial, name: str, folder: Path, rank: int, lora_alpha: float, 
 
     plan = trial.plan()
     plan = plan.model_copy(update={"evaluation": plan.evaluation.model_copy(update={"before": False})})
-    overrides = SiteOverrides(rank=rank, lora_alpha=lora_alpha, batch_size=batch * plan.training.batch_size)
+    overrides = SiteOverrides(rank=rank, batch_size=batch * plan.training.batch_size)
     first = trial.sites[0].folder
     adapter, manifest, _ = train_alone(
         Worker(name, trial.offer(folder, tested_on=first), overrides), plan, trial.rounds

@@ -45,7 +45,7 @@ def _run(trial: Trial, log: Path) -> None:
         JOB,
         num_rounds=trial.rounds,
         min_sites=len(trial.sites),
-        sites={site.name: {"rank": site.rank, "lora_alpha": site.lora_alpha} for site in trial.sites},
+        sites={site.name: {"rank": site.rank} for site in trial.sites},
         key_metric=METRIC,
         key_metric_mode="max",
         **trial.plan().model_dump(exclude={"rest"}, exclude_defaults=True),

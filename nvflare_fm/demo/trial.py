@@ -13,7 +13,6 @@ from .generator import STYLES
 
 TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"
 _RANKS = (16, 8, 4, 2)  # of the user's own sites, in turn
-_SCALE = 2.0  # lora_alpha / rank, the same at every site
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,6 @@ class Site:
     name: str
     folder: Path
     rank: int
-
-    @property
-    def lora_alpha(self) -> float:
-        return _SCALE * self.rank
 
     def rows(self, split: str) -> list[dict[str, str]]:
         """
@@ -112,8 +107,8 @@ class Trial:
             labels=self.labels,
             quantization="nf4",
             max_length=64 if self.synthetic else 128,
-            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": _SCALE * self.max_rank},
-            training=TrainingSettings(local_steps=self.steps, batch_size=8, learning_rate=1.5e-3, warmup_ratio=0.05),
+            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": 16, "use_rslora": True},  # one α for all ranks
+            training=TrainingSettings(local_steps=self.steps, batch_size=8, learning_rate=5e-4, warmup_ratio=0.1),
             evaluation=EvaluationSettings(before=True, after=False, batch_size=32),
             seed=self.seed,
         )
