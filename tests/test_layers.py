@@ -18,17 +18,17 @@ HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets"
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
 BRIDGES = {"combination", "simulate"}  # single files that bring the core and what a site does together
 ROOMS_ABOVE = {
-    "core": {"site", "flare", "demo", *BRIDGES},
-    "site": {"flare", "demo", *BRIDGES},
-    "bridge": {"flare", "demo"},
-    "flare": {"demo"},
+    "core": {"site", "flare", "demo", "cli", *BRIDGES},
+    "site": {"flare", "demo", "cli", *BRIDGES},
+    "bridge": {"flare", "demo", "cli"},
+    "flare": {"demo", "cli"},
 }
 
 
 def room(module: Path) -> str:
-    """site, flare, demo, bridge, or core for all the rest."""
+    """site, flare, demo, cli, bridge, or core for all the rest."""
     first = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "bridge" if first in BRIDGES else first if first in {"site", "flare", "demo"} else "core"
+    return "bridge" if first in BRIDGES else first if first in {"site", "flare", "demo", "cli"} else "core"
 
 
 def imported(module: Path) -> Iterator[str]:

@@ -1,0 +1,100 @@
+"""`nvflare-fm`: what a site's IT does on its own machine."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .config import RoundPlan
+from .errors import FmError
+from .site.checkup import Finding, checkup
+from .site.policy import FILE_NAME
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federated PEFT fine-tuning on NVIDIA FLARE.")
+site = typer.Typer(no_args_is_help=True, help="What a site allows, and whether it is ready.")
+app.add_typer(site, name="site")
+
+Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
+
+
+@app.callback()
+def main() -> None:
+    """Federated PEFT fine-tuning on NVIDIA FLARE."""
+
+
+@site.command()
+def allow(
+    kit: Kit = Path("."),
+    remove: Annotated[bool, typer.Option("--remove", help="take everything out again")] = False,
+) -> None:
+    """Lets jobs use this package with a startup kit that exists already, and gives the site a file to fill in."""
+    from .flare import provision
+
+    try:
+        files = provision.remove(kit) if remove else provision.allow(kit)
+    except FmError as error:
+        sys.exit(f"nvflare-fm: {error}")
+    for file in files:
+        typer.echo(("changed " if remove else "wrote ") + str(file))
+    typer.echo("Restart the site for it to take effect." if files else "There was nothing to take out.")
+
+
+@site.command()
+def check(
+    kit: Kit = Path("."),
+    task: Annotated[str, typer.Option(help="what a job would train: see the site file's welcome.tasks")] = "causal_lm",
+    labels: Annotated[str, typer.Option(help="for classification: the classes, separated by commas")] = "",
+    model: Annotated[str, typer.Option(help="alias of the model to try the data sets with")] = "base",
+    quantization: Annotated[str, typer.Option(help="nf4, fp4, int8, bf16, fp16 or fp32")] = "nf4",
+    rank: Annotated[int, typer.Option(help="of the LoRA adapter tried")] = 8,
+    batch_size: Annotated[int, typer.Option(help="examples a step")] = 8,
+    max_length: Annotated[int, typer.Option(help="tokens; longer texts are cut")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Loads and hashes the models, reads the data, trains a few steps. Exit status 0: ready, 1: see each ✗."""
+    asked = {
+        "task": task,
+        "labels": [label.strip() for label in labels.split(",") if label.strip()],
+        "model": model,
+        "quantization": quantization,
+        "peft": {"method": "lora", "rank": rank},
+        "max_length": max_length,
+        "training": {"batch_size": batch_size},
+    }
+    try:
+        plan = RoundPlan.read(asked, "nvflare-fm site check")
+    except FmError as error:
+        sys.exit(f"nvflare-fm: {error}")
+    findings = [_allowed(kit), *checkup(kit / "local" / FILE_NAME, plan)]
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        _show(findings)
+    raise typer.Exit(0 if all(finding.good for finding in findings) else 1)
+
+
+def _allowed(kit: Path) -> Finding:
+    from .flare import allow_list
+
+    try:
+        _, resources = allow_list.read(kit / "local")
+    except FmError as error:
+        return Finding("allow list", False, str(error))
+    good = allow_list.with_package(resources) == resources
+    return Finding("allow list", good, "jobs may use nvflare_fm" if good else "run nvflare-fm site allow")
+
+
+def _show(findings: list[Finding]) -> None:
+    table = Table("", "what", "found", show_edge=False)
+    for finding in findings:
+        table.add_row("[green]✓" if finding.good else "[red]✗", finding.what, finding.said)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

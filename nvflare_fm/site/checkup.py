@@ -1,0 +1,82 @@
+"""Tries out a site file before the first job: every model is hashed, every data set trained on for a few steps.
+
+What a job would be refused for is found here, by the same code, with what to do about it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ..adapter import RoundTask
+from ..config import RoundPlan
+from ..errors import FmError
+from .policy import FILE_NAME, SiteConfig, load_site
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the checkup. For the site's own eyes: it may hold paths."""
+
+    what: str
+    good: bool
+    said: str
+
+
+def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
+    """What is found at a site, one thing after the other.
+
+    Args:
+        plan: what a job would ask: its task, labels, quantization and PEFT method are tried on every data set, with the
+            plan's model.
+    """
+    try:
+        site = load_site(file)
+    except FmError as error:
+        yield Finding(FILE_NAME, False, str(error))
+        return
+    yield Finding(FILE_NAME, True, f"{len(site.models)} models, {len(site.data)} data sets")
+    for alias in site.models:
+        yield _tried(f"model {alias}", partial(_hashed, site, alias))
+    if not site.data:
+        yield Finding("data", False, f"no data set is offered; add one under data in {FILE_NAME}")
+    for alias in site.data:
+        yield _tried(f"data {alias}", partial(_trained, site, plan.model_copy(update={"data": alias})))
+
+
+def _tried(what: str, trial: Callable[[], Finding | str]) -> Finding:
+    try:
+        said = trial()
+    except FmError as error:
+        return Finding(what, False, str(error))
+    return said if isinstance(said, Finding) else Finding(what, True, said)
+
+
+def _hashed(site: SiteConfig, alias: str) -> Finding | str:
+    from .base_model import locate
+    from .fingerprint import fingerprint
+
+    source = site.model(alias)
+    found = fingerprint(locate(source))
+    if source.fingerprint == found:
+        return f"holds the weights that {FILE_NAME} pins"
+    if source.fingerprint:
+        said = f"its fingerprint is {found}, {FILE_NAME} pins {source.fingerprint}; restore the weights or mend the pin"
+        return Finding(f"model {alias}", False, said)
+    return Finding(f"model {alias}", not site.limits.pinned_only, f"not pinned; to pin it, add fingerprint: {found}")
+
+
+def _trained(site: SiteConfig, plan: RoundPlan) -> str:
+    from .worker import Worker
+
+    training = plan.training.model_copy(update={"local_steps": STEPS})
+    evaluation = plan.evaluation.model_copy(update={"before": False, "max_examples": plan.evaluation.batch_size})
+    trial = plan.model_copy(update={"training": training, "evaluation": evaluation})
+    report = Worker("this site", site).train(RoundTask(trial)).report
+    bad = f", {report.bad_rows} rows that cannot be used" if report.bad_rows else ""
+    return (
+        f"{report.examples} rows to train on{bad}; {report.seconds / report.steps:.2f} s a step of "
+        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}"
+    )
