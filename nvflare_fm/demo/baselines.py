@@ -5,6 +5,8 @@ sites see together.
 """
 
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,11 +17,10 @@ POOLED = "pooled"
 
 
 def courteous() -> None:
-    """A worker process gives way to the federation, and to Ctrl-C in the terminal."""
-    import signal
-
+    """A worker process gives way to the federation, and tidies up when it is told to end."""
     os.nice(10)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the main process's to answer
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def alone(trial: Trial, site: Site) -> Scores:
