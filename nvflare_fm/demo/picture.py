@@ -28,7 +28,7 @@ def draw(
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(2.45 * columns + 0.5, 2.75 * rows + 0.6),
+        figsize=(2.6 * columns + 0.5, 2.75 * rows + 0.6),
         sharex=True,
         sharey=True,
         squeeze=False,
