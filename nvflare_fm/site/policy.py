@@ -131,7 +131,10 @@ def load_site(file: Path) -> SiteConfig:
         raise ConfigError(f"{FILE_NAME} cannot be read; write one or mend it", f"{file}: {error}") from None
     if not isinstance(values or {}, dict):
         raise ConfigError(f"{FILE_NAME} must hold settings by name, it holds a {type(values).__name__}", str(file))
-    config = SiteConfig.read({k: v for k, v in (values or {}).items() if v is not None}, FILE_NAME)
+    try:
+        config = SiteConfig.read({k: v for k, v in (values or {}).items() if v is not None}, FILE_NAME)
+    except ConfigError as error:  # it repeats what it found, which may be a path
+        raise ConfigError(f"{FILE_NAME} has a setting that is wrong; the site's log names it", error.message) from None
     root = file.parent
     models = {k: m.model_copy(update={"path": str(root / m.path)}) if m.path else m for k, m in config.models.items()}
     return config.model_copy(update={"models": models, "data": {k: _placed(d, root) for k, d in config.data.items()}})

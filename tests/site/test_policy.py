@@ -254,3 +254,16 @@ def test_a_worker_stops_when_its_time_is_up_or_its_data_are_too_few(tmp_path: Pa
     for work in (small.train, small.validate):
         with pytest.raises(PolicyError, match="no fewer than 1000 examples"):
             work(RoundTask(tiny.plan()))
+
+
+def test_a_wrong_value_in_the_site_file_is_named_in_the_site_s_log_only(tmp_path: Path):
+    (tmp_path / FILE_NAME).write_text("models: {base: {pth: /srv/secret/model}}\n")
+    with pytest.raises(ConfigError) as wrong:
+        load_site(tmp_path / FILE_NAME)
+    assert "models.base.pth" in str(wrong.value)
+    assert "pth" not in wrong.value.message
+    (tmp_path / FILE_NAME).write_text("limits: {max_rank: /srv/secret/model}\n")
+    with pytest.raises(ConfigError) as wrong:
+        load_site(tmp_path / FILE_NAME)
+    assert "secret" in str(wrong.value)
+    assert "secret" not in wrong.value.message
