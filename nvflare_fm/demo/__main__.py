@@ -68,6 +68,8 @@ def _demo(trial: Trial) -> None:
         lines = _watch(trial, simulator)
         with console.status("the federation is done; what it is compared with is still training"):
             pooled, alone = waiting.get(), {name: result.get() for name, result in waiting_alone.items()}
+        pool.close()
+        pool.join()  # they leave by themselves: told to end, they would complain on the terminal
     _conclude(trial, lines, alone, pooled, seconds=time.monotonic() - started)
 
 
