@@ -89,4 +89,5 @@ def _finite(metrics: Mapping[str, float], name: str) -> bool:
 def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
     report = asdict(update.report)
     numbers = {k: v for k, v in report.items() if not isinstance(v, float) or math.isfinite(v)}
-    return {"weight": weight, **numbers, "bytes_up": wire.size(update.adapter.tensors())}
+    speed = {"tokens_per_s": update.report.tokens_per_s}
+    return {"weight": weight, **numbers, **speed, "bytes_up": wire.size(update.adapter.tensors())}
