@@ -12,7 +12,8 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from ..config import RoundPlan, SiteOverrides
 from ..errors import FmError
-from ..site.policy import Decision, SiteConfig, Submitter, check_processes, decide, load_site
+from ..site.policy import Decision, Submitter, check_processes, decide
+from ..site.site_config import SiteConfig, load_site
 from . import wire
 
 

@@ -23,7 +23,7 @@ from nvflare.lighter.spec import Builder
 
 from ..errors import ConfigError
 from ..site import site_file
-from ..site.policy import FILE_NAME, SiteConfig, load_site
+from ..site.site_config import FILE_NAME, SiteConfig, load_site
 from . import allow_list
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
@@ -43,7 +43,10 @@ Before the first job
   3. nvflare-fm site check        loads the model, reads the data, trains one step, says what is wrong and what to do.
 
 What leaves this site: the adapter's tensors, the metrics, counts and settings of each round, and the reason when the
-site refuses. Never rows, texts, paths or host names. Logs stay here too: allow_log_streaming is {streaming}.
+site refuses. Never rows, texts, paths or host names. Error logs may hold paths, and NVFlare sends them to the server
+unless told otherwise: allow_log_streaming is {streaming}.
+Do not install the Python package "kernels" here: with it, bitsandbytes fetches code from the Hugging Face hub when it
+is imported on some CPUs.
 Every job the site accepts, cuts down or refuses is in NVFlare's audit log, with the reason.
 To take all this out again: nvflare-fm site allow --remove
 """
@@ -131,7 +134,7 @@ def write_readme(file: Path, name: str, streaming: bool) -> None:
             resources=allow_list.DEFAULT,
             package=allow_list.PACKAGE,
             site_file=FILE_NAME,
-            streaming="on: error logs go to the server" if streaming else "off",
+            streaming="on: they go to the server" if streaming else "off: they stay here",
         )
     )
 
@@ -139,30 +142,41 @@ def write_readme(file: Path, name: str, streaming: bool) -> None:
 def allow(kit: Path) -> list[Path]:
     """Prepares a kit that exists already, of a server or a site, and returns what it wrote. Harmless when repeated.
 
+    A site's error logs, which may hold paths, stay there from now on; a site that turns them on again after is obeyed.
+
     Raises:
         ConfigError: the folder is no startup kit, or its site file has a setting nobody knows.
     """
     local = _local(kit)
-    written = [allow_list.allow(local)]
+    _, before = allow_list.read(local)
+    written = allow_list.allow(local)
     if not (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists():
-        return written
+        return [written]
     prepare_site(local, {}, kit.name)
     _, resources = allow_list.read(local)
+    if CAPABILITIES not in before:
+        resources[PropKey.ALLOW_LOG_STREAMING] = False
+        allow_list.write(written, resources)
     write_readme(kit / README, kit.name, bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True)))
-    return [*written, local / FILE_NAME, kit / README]
+    return [written, local / FILE_NAME, kit / README]
 
 
 def remove(kit: Path) -> list[Path]:
     """Takes out what `allow` or the builder put in; the site file is kept under another name, for it is the site's own.
+
+    Error logs are sent or kept again as the kit that came from the project's admin says.
 
     Raises:
         ConfigError: the folder is no startup kit.
     """
     local = _local(kit)
     changed = allow_list.disallow(local)
+    came_with = _said(local / allow_list.DEFAULT).get(PropKey.ALLOW_LOG_STREAMING)
     for file in (local / allow_list.OWN, local / allow_list.DEFAULT):
-        resources = json.loads(file.read_text()) if file.exists() else {}
+        resources = _said(file)
         if resources.pop(CAPABILITIES, None):
+            if came_with is not None:
+                resources[PropKey.ALLOW_LOG_STREAMING] = came_with
             changed.append(allow_list.write(file, resources))
     if (local / FILE_NAME).exists():
         changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
@@ -170,6 +184,10 @@ def remove(kit: Path) -> list[Path]:
         (kit / README).unlink()
         changed.append(kit / README)
     return sorted(set(changed))
+
+
+def _said(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _local(kit: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..adapter import RoundTask
 from ..config import RoundPlan
 from ..errors import FmError
-from .policy import FILE_NAME, SiteConfig, load_site
+from .site_config import FILE_NAME, SiteConfig, load_site
 
 STEPS = 3
 

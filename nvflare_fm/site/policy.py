@@ -1,166 +1,45 @@
-"""`fm_site.yaml`: the models and data a site offers under aliases, its limits, whom it works for. Its word is final.
+"""A site's word on a job: accepted, lowered where its plan says that is negotiable, or refused with the reason.
 
-What a job asks is accepted, lowered where its plan says that is negotiable, or refused with the reason: `decide`.
+What the site offers and allows is `site_config`; its names are at hand here too.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar
 
-import yaml
-from pydantic import Field, StringConstraints
-
-from ..config import Names, Quantization, RoundPlan, Settings
-from ..errors import ConfigError, PolicyError
-from ..registry import nearest
+from ..config import RoundPlan
+from ..errors import PolicyError
 from .peft_methods import complete
+from .site_config import (
+    FILE_NAME,
+    DataSource,
+    Limits,
+    ModelSource,
+    Privacy,
+    SiteConfig,
+    Welcome,
+    held_in,
+    load_site,
+)
 
-T = TypeVar("T")
-Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-FILE_NAME = "fm_site.yaml"
-
-
-class ModelSource(Settings):
-    """A base model the site offers. Exactly one of `path` and `hub_id`."""
-
-    path: str = Field("", description="a local folder with config.json and *.safetensors")
-    hub_id: str = Field("", description="owner/name on the Hugging Face hub")
-    revision: str = Field("", description="commit of the hub repository; needed with hub_id")
-    fingerprint: str = Field("", description="pins the weights; empty: not pinned")
-    quantizations: tuple[Quantization, ...] | None = Field(None, description="of this model; unset: as in limits")
-
-
-class DataSource(Settings):
-    """A data set the site offers. Paths are relative to its folder, or to that of this file, unless absolute."""
-
-    train: str
-    validation: str = Field("", description="empty: a tenth of the training rows is held out")
-    folder: str = Field("", description="nothing outside it is read, links included; empty: the folder each file is in")
-    format: Literal["auto", "jsonl", "csv", "parquet", "datasets"] = Field(
-        "auto", description="auto: by the file's ending; a folder is a saved `datasets` folder"
-    )
-    columns: Mapping[str, str] = Field(default_factory=dict, description="the name we use → the name in the file")
-    max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
-
-
-class Limits(Settings):
-    """The most a job may ask of this site."""
-
-    max_rank: int = Field(64, ge=1)
-    max_batch_size: int = Field(1024, ge=1, description="examples in memory at once")
-    max_steps_per_round: int = Field(10_000, ge=1)
-    max_seconds_per_round: float = Field(0, ge=0, description="training only, without loading; 0: no limit")
-    max_processes: int = Field(8, ge=1, description="trainer processes, one GPU each")
-    memory_gib: float = Field(0, ge=0, description="of the trainer: GPU memory where there is one; 0: no limit")
-    quantizations: tuple[Quantization, ...] = ("nf4", "fp4", "int8", "bf16", "fp16", "fp32")
-    threads: int = Field(0, ge=0, description="CPU threads of the trainer; 0: torch decides")
-    pinned_only: bool = Field(False, description="a model without a fingerprint in this file is not used")
-
-
-class Privacy(Settings):
-    """What must hold before anything learned from the data may leave."""
-
-    min_examples: int = Field(1, ge=1, description="no job trains on fewer rows than this")
-
-
-class Welcome(Settings):
-    """Whom the site works for, and on what. Unset: anyone, anything; an empty list: nobody, nothing.
-
-    NVFlare authenticates the submitter. A job's template is what the job says of itself: `tasks` is the lock.
-    """
-
-    submitters: Names | None = Field(None, description="user names as in their certificates")
-    orgs: Names | None = Field(None, description="organisations of submitters")
-    templates: Names | None = Field(None, description="job templates, by name")
-    tasks: Names | None = Field(None, description="causal_lm, sequence_classification, token_classification")
-
-
-class SiteConfig(Settings):
-    """The whole of `fm_site.yaml`."""
-
-    models: Mapping[Alias, ModelSource] = Field(default_factory=dict)
-    data: Mapping[Alias, DataSource] = Field(default_factory=dict)
-    limits: Limits = Limits()
-    privacy: Privacy = Privacy()
-    welcome: Welcome = Welcome()
-
-    def model(self, alias: str) -> ModelSource:
-        return _offered(self.models, alias, "model")
-
-    def data_set(self, alias: str) -> DataSource:
-        return _offered(self.data, alias, "data set")
-
-
-def _offered(offers: Mapping[str, T], alias: str, kind: str) -> T:
-    if alias not in offers:
-        if said := _not_an_alias(alias):
-            raise PolicyError(f"{kind} {alias[:80]!r} is {said}; a job names aliases, and the site what they stand for")
-        hint = nearest(alias, list(offers))
-        raise PolicyError(f"this site offers no {kind} {alias!r}; {hint}ask its admin to add it to {FILE_NAME}")
-    return offers[alias]
-
-
-_KINDS = [  # the first that matches says what a name is that is no alias
-    (r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", ""),
-    (r"(.*[/\\])?\.\.([/\\].*)?", "a way out of a folder"),
-    (r"[A-Za-z]:\\.*|\\.*", "a path"),
-    (r"[A-Za-z_]\w*([.:][A-Za-z_]\w*)*:[A-Za-z_]\w*", "a class path"),
-    (r"[a-z][a-z0-9+.-]*:.*", "a URL"),
-    (r"[\w.-]+/[\w.-]+", "a hub id"),
-    (r"[~.]?[\w .~-]*[/\\].*|.*\.(jsonl?|csv|parquet|safetensors|bin|gz|txt)", "a path"),
-    (r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", "a class path"),
+__all__ = [
+    "FILE_NAME",
+    "DataSource",
+    "Decision",
+    "Limits",
+    "ModelSource",
+    "Privacy",
+    "SiteConfig",
+    "Submitter",
+    "Welcome",
+    "accept",
+    "check_examples",
+    "check_label_statistics",
+    "check_processes",
+    "decide",
+    "fit",
+    "held_in",
+    "load_site",
 ]
-
-
-def _not_an_alias(name: str) -> str:
-    """What `name` looks like, if it is no alias."""
-    return next((kind for pattern, kind in _KINDS if re.fullmatch(pattern, name, re.DOTALL)), "code or not a name")
-
-
-def load_site(file: Path) -> SiteConfig:
-    """Reads `fm_site.yaml`; relative paths in it are taken from its own folder.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown setting.
-    """
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{FILE_NAME} cannot be read; write one or mend it", f"{file}: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{FILE_NAME} must hold settings by name, it holds a {type(values).__name__}", str(file))
-    try:
-        config = SiteConfig.read({k: v for k, v in (values or {}).items() if v is not None}, FILE_NAME)
-    except ConfigError as error:  # it repeats what it found, which may be a path
-        raise ConfigError(f"{FILE_NAME} has a setting that is wrong; the site's log names it", error.message) from None
-    root = file.parent
-    models = {k: m.model_copy(update={"path": str(root / m.path)}) if m.path else m for k, m in config.models.items()}
-    return config.model_copy(update={"models": models, "data": {k: _placed(d, root) for k, d in config.data.items()}})
-
-
-def _placed(source: DataSource, root: Path) -> DataSource:
-    folder = root / source.folder
-    files = {name: str(folder / file) for name in ("train", "validation") if (file := getattr(source, name))}
-    return source.model_copy(update=files | ({"folder": str(folder)} if source.folder else {}))
-
-
-def held_in(file: Path, folder: str) -> Path:
-    """`file`, once it is sure that neither it nor anything in it leads out of the data folder.
-
-    Raises:
-        PolicyError: it does.
-    """
-    root = Path(folder).resolve() if folder else file.parent.resolve()
-    for place in (file, *file.rglob("*")) if file.is_dir() else (file,):
-        if not place.resolve().is_relative_to(root):
-            raise PolicyError(
-                "a data file is a link that leads out of its data folder; the site's admin must put the file itself "
-                "there, or name the folder it is in",
-                f"{place} → {place.resolve()}, outside {root}",
-            )
-    return file
 
 
 @dataclass(frozen=True)
@@ -203,7 +82,7 @@ def fit(plan: RoundPlan, site: SiteConfig) -> Decision:
     """
     plan = plan.model_copy(update={"peft": complete(plan.peft)})
     plan, lowered, refused = _within(plan, site.limits)
-    return Decision(plan, lowered, (*refused, *_not_offered(plan, site)))
+    return Decision(plan, lowered, (*refused, *_not_offered(plan, site), *_unprotected(site.privacy)))
 
 
 def accept(decision: Decision) -> Decision:
@@ -265,6 +144,14 @@ def _not_offered(plan: RoundPlan, site: SiteConfig) -> list[str]:
     return reasons
 
 
+def _unprotected(privacy: Privacy) -> list[str]:
+    """No plan can ask for a protection yet, so none that a site requires is there."""
+    return [
+        f"this site lets no update leave without {protection}, which no job can give yet; leave this site out"
+        for protection in privacy.required_protection
+    ]
+
+
 def _unwelcome(plan: RoundPlan, welcome: Welcome, who: Submitter) -> list[str]:
     asked = [
         ("submitter", who.name, welcome.submitters),
@@ -300,3 +187,13 @@ def check_examples(examples: int, site: SiteConfig) -> None:
             f"this site trains on no fewer than {site.privacy.min_examples} examples and the data set has fewer; "
             "choose a larger one, or leave this site out"
         )
+
+
+def check_label_statistics(asked: Collection[str], site: SiteConfig) -> None:
+    """For whatever would tell the server how often labels occur at a site.
+
+    Raises:
+        PolicyError: the site does not let all of `asked` leave.
+    """
+    if kept := sorted({*asked} - {*site.privacy.label_statistics}):
+        raise PolicyError(f"this site tells no {' and no '.join(kept)} of its labels; ask for a weight without it")

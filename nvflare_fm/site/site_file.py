@@ -1,6 +1,6 @@
 """Writes a `fm_site.yaml` that explains itself: each setting with its meaning, those left alone commented out.
 
-The list of settings and their meanings is `policy.SiteConfig` itself, so the file cannot fall behind the code.
+The list of settings and their meanings is `SiteConfig` itself, so the file cannot fall behind the code.
 """
 
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .policy import DataSource, Limits, ModelSource, Privacy, SiteConfig, Welcome
+from .site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig, Welcome
 
 _HEAD = """\
 # What this site offers to federated fine-tuning (nvflare_fm), and how far it goes. Written for the site's admin.

@@ -75,7 +75,7 @@ def test_error_logs_stay_at_the_site_unless_project_yml_says_otherwise(kits: Pat
     asked["participants"][1]["allow_log_streaming"] = True
     open_kits = quickly(tmp_path, asked)
     assert resources(open_kits / "clinic-a")["allow_log_streaming"] is True
-    assert "error logs go to the server" in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
+    assert "allow_log_streaming is on: they go to the server" in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
 
 
 def test_no_role_may_bring_code_and_every_other_right_is_as_before(kits: Path):
@@ -118,11 +118,25 @@ def test_kits_that_exist_already_are_allowed_and_cleared_again(tmp_path: Path, d
         first = {file: file.read_text() for file in allow(kit)}
         assert {file: file.read_text() for file in allow(kit)} == first
         assert resources(kit)["class_allow_list"] == OURS
+        if name != SERVER:
+            assert (before["allow_log_streaming"], resources(kit)["allow_log_streaming"]) == (True, False)
+            assert "allow_log_streaming is off" in (kit / "readme_nvflare_fm.txt").read_text()
         remove(kit)
         assert resources(kit) == before
         assert remove(kit) == []
     assert not (kits / SERVER / "local" / "fm_site.yaml").exists()
     assert (kits / "clinic-a" / "local" / "fm_site.yaml.removed").exists()
+
+
+def test_a_site_that_sends_its_error_logs_again_is_obeyed(tmp_path: Path, described: dict[str, Any]):
+    plain = {**described, "builders": [b for b in described["builders"] if "nvflare_fm" not in b["path"]]}
+    kit = quickly(tmp_path, plain) / "clinic-a"
+    allow(kit)
+    own = kit / "local" / "resources.json"
+    own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
+    allow(kit)
+    assert resources(kit)["allow_log_streaming"] is True
+    assert "allow_log_streaming is on" in (kit / "readme_nvflare_fm.txt").read_text()
 
 
 def test_what_a_site_has_written_is_never_overwritten(kits: Path, tmp_path: Path):

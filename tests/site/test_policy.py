@@ -17,6 +17,7 @@ from nvflare_fm.site.policy import (
     Submitter,
     accept,
     check_examples,
+    check_label_statistics,
     decide,
     fit,
     held_in,
@@ -168,6 +169,31 @@ def test_the_floor_of_examples_is_told_and_the_count_is_not():
     with pytest.raises(PolicyError, match="no fewer than 100 examples") as refused:
         check_examples(37, config)
     assert "37" not in str(refused.value)
+
+
+@pytest.mark.parametrize("protection", ["clip", "noise", "encryption"])
+def test_a_site_that_requires_a_protection_refuses_while_no_job_can_give_it(protection: str):
+    message = refusal(plan(), site(privacy={"required_protection": protection}))
+    assert f"this site lets no update leave without {protection}" in message
+    with pytest.raises(ConfigError, match="required_protection"):
+        site(privacy={"required_protection": "good will"})
+
+
+def test_a_worker_asks_for_the_required_protection_too(tmp_path: Path):
+    worker = hired(tmp_path, privacy={"required_protection": ["noise"]})
+    for work in (worker.train, worker.validate):
+        with pytest.raises(PolicyError, match="no update leave without noise"):
+            work(RoundTask(tiny.plan()))
+
+
+def test_no_label_statistics_leave_unless_the_site_names_them():
+    check_label_statistics([], site())
+    with pytest.raises(PolicyError, match="tells no histogram and no skew of its labels"):
+        check_label_statistics(["skew", "histogram"], site())
+    some = site(privacy={"label_statistics": "skew"})
+    check_label_statistics(["skew"], some)
+    with pytest.raises(PolicyError, match="tells no histogram of its labels"):
+        check_label_statistics(["skew", "histogram"], some)
 
 
 def test_a_link_out_of_the_data_folder_is_refused_and_its_target_stays_local(tmp_path: Path):
