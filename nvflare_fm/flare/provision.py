@@ -45,8 +45,8 @@ Before the first job
 What leaves this site: the adapter's tensors, the metrics, counts and settings of each round, and the reason when the
 site refuses. Never rows, texts, paths or host names. Error logs may hold paths, and NVFlare sends them to the server
 unless told otherwise: allow_log_streaming is {streaming}.
-Do not install the Python package "kernels" here: with it, bitsandbytes fetches code from the Hugging Face hub when it
-is imported on some CPUs.
+The Python package "kernels" must not be installed here: with it, bitsandbytes fetches code from the Hugging Face hub
+when it is imported on a CPU with AVX512-BF16.
 Every job the site accepts, cuts down or refuses is in NVFlare's audit log, with the reason.
 To take all this out again: nvflare-fm site allow --remove
 """

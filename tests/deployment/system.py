@@ -15,51 +15,42 @@ import psutil
 import yaml
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
-PROJECT, SERVER, LEAD, ADMIN = "oncology", "localhost", "lead@company.com", "admin@company.com"
+EXAMPLE = Path(__file__).parents[2] / "job_templates" / "project.yml"
+PROJECT, SERVER = "oncology", "server.company.example"  # as in the example
+LEAD, ADMIN = "lead@company.example", "admin@company.example"
 SITES = {"clinic-a": "clinic_a", "clinic-b": "clinic_b", "clinic-c": "clinic_c"}  # with their organisations
-BUILDERS = "nvflare.lighter.impl"
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def project(port: int, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A `project.yml`: a company's server, a clinic for each of `sites` with what its `fm_site.yaml` says."""
+    """The example `project.yml` with other clinics: one for each of `sites` with what its `fm_site.yaml` says."""
+    example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
+    company = [participant for participant in example["participants"] if participant["org"] == "company"]
+    server = next(participant for participant in company if participant["type"] == "server")
+    server["fed_learn_port"] = port
     clients = [
         {"name": name, "type": "client", "org": SITES.get(name, "clinic"), "fm_site": dict(said)}
         for name, said in sites.items()
     ]
-    return {
-        "api_version": 3,
-        "name": PROJECT,
-        "description": "three clinics and a company",
-        "participants": [
-            {"name": SERVER, "type": "server", "org": "company", "fed_learn_port": port},
-            *clients,
-            {"name": LEAD, "type": "admin", "org": "company", "role": "lead"},
-            {"name": ADMIN, "type": "admin", "org": "company", "role": "project_admin"},
-        ],
-        "builders": [
-            {
-                "path": "nvflare.lighter.impl.workspace.WorkspaceBuilder",
-                "args": {"template_file": "master_template.yml"},
-            },
-            {"path": "nvflare.lighter.impl.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
-            {"path": "nvflare_fm.flare.provision.FmBuilder", "args": {"forbid_byoc": True}},
-            {"path": f"{BUILDERS}.cert.CertBuilder"},
-            {"path": f"{BUILDERS}.signature.SignatureBuilder"},
-        ],
-    }
+    users = [participant for participant in company if participant["type"] == "admin"]
+    return example | {"participants": [server, *clients, *users]}
 
 
 def provision(folder: Path, described: Mapping[str, Any], *more: str) -> Path:
     """Runs `nvflare provision`; returns the folder of the newest kits."""
     file = folder / "project.yml"
     file.write_text(yaml.safe_dump(dict(described), sort_keys=False))
+    return provision_file(file, described["name"], *more)
+
+
+def provision_file(file: Path, name: str, *more: str) -> Path:
+    folder = file.parent
     command = [BIN / "nvflare", "provision", "-p", file.name, "-w", "kits", "--force", *more]
     done = subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    made = sorted((folder / "kits" / described["name"]).glob("prod_*"))
+    made = sorted((folder / "kits" / name).glob("prod_*"))
     assert done.returncode == 0, done.stdout + done.stderr
     return made[-1]
 

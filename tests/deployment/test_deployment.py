@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.deployment.conftest import SECRET, edited, rows
-from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SITES, System
+from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
 
 pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file: run with --dist loadfile
@@ -217,8 +217,8 @@ def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system:
 
 def test_a_job_that_brings_code_is_not_deployed(jobs: Jobs, system: System):
     assert jobs.ended["code"] == "FINISHED:FAILED_TO_RUN"
-    assert f"Failed to run the Job ({jobs.ids['code']})" in system.log("localhost")
-    assert "BYOC not permitted" in system.log("localhost")
+    assert f"Failed to run the Job ({jobs.ids['code']})" in system.log(SERVER)
+    assert "BYOC not permitted" in system.log(SERVER)
     assert not any((system.kits / site / jobs.ids["code"]).exists() for site in SITES)
 
 

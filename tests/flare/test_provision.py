@@ -1,6 +1,7 @@
 """Startup kits as a hospital gets them: this package allowed and nothing else changed, and taken out again."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare.provision import allow, remove, without_byoc
 from nvflare_fm.site.policy import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
-from tests.deployment.system import SERVER, project, provision
+from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
 
 SAID: dict[str, Any] = {
     "models": {"base": {"path": "/srv/models/llama", "fingerprint": "abc"}},
@@ -50,6 +51,38 @@ def kits(tmp_path_factory: pytest.TempPathFactory, described: dict[str, Any]) ->
     return provision(tmp_path_factory.mktemp("project"), described)
 
 
+HOSPITALS = ("north", "lake", "valley")
+
+
+@pytest.fixture(scope="module")
+def example_kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the example as it stands."""
+    file = Path(shutil.copy(EXAMPLE, tmp_path_factory.mktemp("example")))
+    return provision_file(file, PROJECT)
+
+
+def test_the_example_project_makes_kits_for_a_company_and_three_hospitals_with_their_it(example_kits: Path):
+    its = [f"it@{hospital}.example" for hospital in HOSPITALS]
+    assert {kit.name for kit in example_kits.iterdir()} == {SERVER, LEAD, "admin@company.example", *HOSPITALS, *its}
+    for name in (SERVER, *HOSPITALS):
+        assert resources(example_kits / name)["class_allow_list"] == OURS
+        rules = json.loads((example_kits / name / "local" / "authorization.json.default").read_text())["permissions"]
+        assert {rights["byoc"] for rights in rules.values()} == {"none"}
+        assert rules["org_admin"]["operate"] == "o:site"
+
+
+@pytest.mark.parametrize("hospital", HOSPITALS)
+def test_each_hospital_of_the_example_has_its_site_file_and_a_readme(example_kits: Path, hospital: str):
+    said = yaml.safe_load(EXAMPLE.read_text())
+    (asked,) = [p["fm_site"] for p in said["participants"] if p["name"] == hospital]
+    site, given = load_site(example_kits / hospital / "local" / "fm_site.yaml"), SiteConfig.read(asked, "example")
+    assert (site.models, site.limits) == (given.models, given.limits)
+    assert (site.privacy, site.welcome) == (given.privacy, given.welcome)
+    assert site.data["notes"].train == f"/srv/{hospital}/notes/train.jsonl"
+    assert resources(example_kits / hospital)["allow_log_streaming"] is False
+    assert "must not be installed" in (example_kits / hospital / "readme_nvflare_fm.txt").read_text()
+
+
 def test_server_and_sites_allow_this_package_beside_nvflares_own_list(kits: Path):
     for name in (SERVER, "clinic-a", "clinic-b"):
         assert resources(kits / name)["class_allow_list"] == OURS
@@ -75,7 +108,10 @@ def test_error_logs_stay_at_the_site_unless_project_yml_says_otherwise(kits: Pat
     asked["participants"][1]["allow_log_streaming"] = True
     open_kits = quickly(tmp_path, asked)
     assert resources(open_kits / "clinic-a")["allow_log_streaming"] is True
-    assert "allow_log_streaming is on: they go to the server" in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
+    assert (
+        "allow_log_streaming is on: they go to the server"
+        in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
+    )
 
 
 def test_no_role_may_bring_code_and_every_other_right_is_as_before(kits: Path):
