@@ -70,7 +70,7 @@ def check(
         plan = RoundPlan.read(asked, "nvflare-fm site check")
     except FmError as error:
         sys.exit(f"nvflare-fm: {error}")
-    findings = [_allowed(kit), *checkup(kit / "local" / FILE_NAME, plan)]
+    findings = [*_kit(kit), *checkup(kit / "local" / FILE_NAME, plan)]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -78,19 +78,24 @@ def check(
     raise typer.Exit(0 if all(finding.good for finding in findings) else 1)
 
 
-def _allowed(kit: Path) -> Finding:
-    from .flare import allow_list
+def _kit(kit: Path) -> list[Finding]:
+    from .flare import allow_list, provision
 
     try:
         _, resources = allow_list.read(kit / "local")
     except FmError as error:
-        return Finding("allow list", False, str(error))
+        return [Finding("allow list", False, str(error))]
     good = allow_list.with_package(resources) == resources
-    return Finding("allow list", good, "jobs may use nvflare_fm" if good else "run nvflare-fm site allow")
+    streams = provision.streams_logs(resources)
+    return [
+        Finding("allow list", good, "jobs may use nvflare_fm" if good else "run nvflare-fm site allow"),
+        Finding("error logs", True, "go to the server: allow_log_streaming is on" if streams else "stay here"),
+    ]
 
 
 def _show(findings: list[Finding]) -> None:
-    table = Table("", "what", "found", show_edge=False)
+    table = Table("", "what", show_edge=False)
+    table.add_column("found", overflow="fold")  # a fingerprint must be there in full, to be copied
     for finding in findings:
         table.add_row("[green]✓" if finding.good else "[red]✗", finding.what, finding.said)
     Console().print(table)

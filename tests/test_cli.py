@@ -70,6 +70,29 @@ def test_an_unpinned_model_is_fine_and_its_fingerprint_is_shown(kit: Path, base:
     assert found["model base"]["said"] == f"not pinned; to pin it, add fingerprint: {fingerprint(base)}"
 
 
+def test_error_logs_stay_at_the_site_and_the_check_says_when_they_do_not(kit: Path):
+    (kit / "local" / "fm_site.yaml").write_text("limits: {max_rnak: 2}\n")
+    assert checked(kit)[1]["error logs"]["said"] == "stay here"
+    own = kit / "local" / "resources.json"
+    own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
+    assert checked(kit)[1]["error logs"]["said"].startswith("go to the server")
+
+
+def test_a_package_that_fetches_code_is_found_before_it_can(kit: Path, monkeypatch: pytest.MonkeyPatch):
+    (kit / "kernels.py").write_text("raise SystemExit('fetched')")
+    monkeypatch.syspath_prepend(kit)
+    status, found = checked(kit)
+    assert status == 1
+    assert "pip uninstall kernels" in found["package kernels"]["said"]
+    assert "data notes" not in found  # bitsandbytes was not imported
+
+
+def test_a_fingerprint_can_be_copied_from_the_table(kit: Path, base: Path):
+    offer(kit, {"path": str(base)}, [])
+    shown = "".join(line.split("│")[-1].strip() for line in typed("site", "check", "--kit", kit).stdout.splitlines())
+    assert fingerprint(base) in shown
+
+
 def test_the_table_is_for_people_and_a_site_file_with_a_typo_is_named(kit: Path):
     (kit / "local" / "fm_site.yaml").write_text("limits: {max_rnak: 2}\n")
     done = typed("site", "check", "--kit", kit)

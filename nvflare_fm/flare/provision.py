@@ -125,6 +125,11 @@ def capabilities(config: SiteConfig) -> dict[str, Any]:
     }
 
 
+def streams_logs(resources: Mapping[str, Any]) -> bool:
+    """Whether the site sends its error logs to the server; NVFlare does unless told otherwise."""
+    return bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True))
+
+
 def write_readme(file: Path, name: str, streaming: bool) -> None:
     title = f"nvflare_fm at {name}"
     file.write_text(
@@ -157,7 +162,7 @@ def allow(kit: Path) -> list[Path]:
     if CAPABILITIES not in before:
         resources[PropKey.ALLOW_LOG_STREAMING] = False
         allow_list.write(written, resources)
-    write_readme(kit / README, kit.name, bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True)))
+    write_readme(kit / README, kit.name, streams_logs(resources))
     return [written, local / FILE_NAME, kit / README]
 
 

@@ -6,6 +6,7 @@ What a job would be refused for is found here, by the same code, with what to do
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..adapter import RoundTask
@@ -38,6 +39,10 @@ def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
         yield Finding(FILE_NAME, False, str(error))
         return
     yield Finding(FILE_NAME, True, f"{len(site.models)} models, {len(site.data)} data sets")
+    if find_spec("kernels"):
+        said = "with it, bitsandbytes fetches code from the hub on some CPUs; pip uninstall kernels"
+        yield Finding("package kernels", False, said)
+        return
     for alias in site.models:
         yield _tried(f"model {alias}", partial(_hashed, site, alias))
     if not site.data:
