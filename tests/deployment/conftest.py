@@ -14,6 +14,8 @@ from tests.deployment.system import SITES, System, free_port, project, provision
 from tests.site import tiny
 
 SECRET = "Xanthelasma of ward Quarantine-9"  # in a row that cannot be used, and in a column nobody asks for
+LABELS = ("serene", "ailing", "hearty")  # what a job calls tiny's labels
+UNKNOWN = "Syringomyelia-Q95"  # a label that only the sites' own rows have
 PLAN: dict[str, Any] = {
     "quantization": "nf4",
     "max_length": 48,
@@ -26,6 +28,13 @@ PLAN: dict[str, Any] = {
 
 def rows(shift: int) -> list[dict[str, Any]]:
     return [row | {"ward": SECRET} for row in tiny.rows("causal_lm", 32, shift)] + [{"prompt": SECRET}]
+
+
+def visits(shift: int) -> list[dict[str, Any]]:
+    """Rows to classify, one of them with a label that no job knows."""
+    names = dict(zip(tiny.LABELS, LABELS, strict=True))
+    known = tiny.rows("sequence_classification", 32, shift)
+    return [row | {"label": names[row["label"]], "ward": SECRET} for row in known] + [known[0] | {"label": UNKNOWN}]
 
 
 def pickled(folder: Path, model: Path) -> Path:
@@ -42,11 +51,13 @@ def said(folder: Path, name: str, models: Mapping[str, Any], shift: int) -> dict
     data.mkdir(parents=True)
     tiny.jsonl(data / "notes.jsonl", rows(shift))
     tiny.jsonl(data / "few.jsonl", rows(shift)[:5])
+    tiny.jsonl(data / "visits.jsonl", visits(shift))
+    tiny.jsonl(data / "coded.jsonl", [row | {"label": f"{UNKNOWN}-{row['label']}"} for row in visits(shift)])
     tiny.jsonl(folder / name / "other.jsonl", rows(shift))
     (data / "link.jsonl").symlink_to("../other.jsonl")
     return {
         "models": models,
-        "data": {alias: {"folder": str(data), "train": f"{alias}.jsonl"} for alias in ("notes", "few", "link")},
+        "data": {file.stem: {"folder": str(data), "train": file.name} for file in data.iterdir()},
         "limits": {
             "threads": 1,
             "max_rank": 8,

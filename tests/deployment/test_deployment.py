@@ -15,9 +15,10 @@ import pexpect
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.deployment.conftest import SECRET, edited, rows
+from tests.deployment.conftest import LABELS, SECRET, UNKNOWN, edited, rows, visits
 from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
 
@@ -45,7 +46,14 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "clinic-b": ({"rank": 2}, ""),
         "clinic-c": ({}, ""),
     },
+    "labels": {
+        "clinic-a": ({}, ""),
+        "clinic-b": ({}, ""),
+        "clinic-c": ({"data": "coded"}, "33 of 33 rows cannot be used: line 1: 'label' is not among the plan's labels"),
+    },
 }
+
+CLASSIFICATION: dict[str, Any] = {"task": "sequence_classification", "labels": LABELS, "data": "visits"}
 
 
 @dataclass
@@ -126,6 +134,7 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
         "names": job("names", sites=asked("names")),
         "files": job("files", sites=asked("files")),
         "terms": job("terms", sites=asked("terms"), template="lora_text_classification"),
+        "labels": job("labels", sites=asked("labels"), rounds=2, **CLASSIFICATION),
         "code": bring_code(job("code")),
         "component": edited(job("component"), "config_fed_client.json", slip_in),
         "remote": edited(job("remote"), "config_fed_server.json", ask_for_remote_code),
@@ -162,6 +171,22 @@ def test_what_is_downloaded_is_a_peft_adapter_that_beats_the_base(jobs: Jobs, ba
     before = loss(model, base)
     after = loss(PeftModel.from_pretrained(model, jobs.results[name] / "workspace" / "adapters" / "best"), base)
     assert after < before - 0.5
+
+
+@torch.inference_mode()
+def test_what_the_flare_api_downloads_is_a_classifier_that_beats_the_base(jobs: Jobs, base: Path):
+    assert jobs.ended["labels"] == "FINISHED:COMPLETED"
+    [*_, last] = jobs.rounds("labels")
+    assert sorted(last["sites"]) == ["clinic-a", "clinic-b"]
+    notes = [row for row in visits(0) if row["label"] in LABELS]
+    words = AutoTokenizer.from_pretrained(base)([n["text"] for n in notes], return_tensors="pt", padding=True)
+    truth = torch.tensor([LABELS.index(note["label"]) for note in notes])
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS)).eval()
+    words.pop("token_type_ids", None)
+    before = float(cross_entropy(model(**words).logits, truth))
+    tuned = PeftModel.from_pretrained(model, jobs.results["labels"] / "workspace" / "adapters" / "best").eval()
+    assert float(cross_entropy(tuned(**words).logits, truth)) < before - 0.1
 
 
 def test_the_console_lists_the_job_and_knows_who_is_connected(jobs: Jobs, console: pexpect.spawn):
@@ -239,10 +264,11 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     assert b"lora_A" in sent  # what is watched is what travels
     assert b"train_loss" in sent
     assert b"refused" in sent
-    mine = [row for shift in (0, 9, 18) for row in rows(shift)]
-    texts = {row[column] for row in mine for column in ("prompt", "completion") if column in row}
+    mine = [row for shift in (0, 9, 18) for row in (*rows(shift), *visits(shift))]
+    texts = {row[column] for row in mine for column in ("prompt", "completion", "text") if column in row}
     folders = {str(system.kits), str(system.kits.parents[2]), str(base), str(Path.home())}
-    private = {*texts, *folders, SECRET, "walks", "Quarantine"}
+    private = {*texts, *folders, SECRET, "walks", "Quarantine", UNKNOWN, "Syringomyelia"}
     assert not [text for text in private if text.strip().encode() in sent]
+    assert b"id2label" not in sent  # the job's own labels travel with its plan; the model's list of them does not
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
     assert socket.gethostname().encode() not in words
