@@ -94,13 +94,20 @@ def system(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Sys
 
 
 @pytest.fixture(scope="session")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Exports a job folder; `sites` says what each clinic is asked differently."""
-    folder = tmp_path_factory.mktemp("jobs")
+def job_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
 
-    def export(name: str, rounds: int = 1, **more: Any) -> Path:
-        FedPEFTRecipe(name, num_rounds=rounds, **(PLAN | more)).export(str(folder))
-        return folder / name
+
+@pytest.fixture(scope="session")
+def job(job_folders: Path) -> Callable[..., Path]:
+    """Exports a job folder; `sites` says what each clinic is asked differently, `logs` that they stream their logs."""
+
+    def export(name: str, rounds: int = 1, logs: bool = False, **more: Any) -> Path:
+        recipe = FedPEFTRecipe(name, num_rounds=rounds, **(PLAN | more))
+        if logs:
+            recipe.enable_log_streaming("log.txt", "error_log.txt")
+        recipe.export(str(job_folders))
+        return job_folders / name
 
     return export
 

@@ -134,7 +134,7 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
         "names": job("names", sites=asked("names")),
         "files": job("files", sites=asked("files")),
         "terms": job("terms", sites=asked("terms"), template="lora_text_classification"),
-        "labels": job("labels", sites=asked("labels"), rounds=2, **CLASSIFICATION),
+        "labels": job("labels", sites=asked("labels"), rounds=2, logs=True, **CLASSIFICATION),
         "code": bring_code(job("code")),
         "component": edited(job("component"), "config_fed_client.json", slip_in),
         "remote": edited(job("remote"), "config_fed_server.json", ask_for_remote_code),
@@ -256,6 +256,17 @@ def test_a_component_that_is_not_on_the_allow_list_is_not_built(jobs: Jobs, syst
 def test_remote_code_cannot_be_asked_for(jobs: Jobs):
     assert jobs.ended["remote"] == "FINISHED:EXECUTION_EXCEPTION"
     assert "plan: unknown setting 'trust_remote_code'" in jobs.errors("remote")
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_a_job_that_asks_for_a_sites_logs_gets_none(jobs: Jobs, system: System, job_folders: Path, site: str):
+    asked, deployed = (
+        next(folder.glob(f"app_{site}/config/config_fed_client.json")).read_text()
+        for folder in (job_folders / "labels", system.kits / site / jobs.ids["labels"])
+    )
+    assert "JobLogStreamer" in asked
+    assert "JobLogStreamer" not in deployed  # NVFlare takes it out where allow_log_streaming is off
+    assert not [file for file in jobs.results["labels"].rglob("*log*") if site in str(file)]
 
 
 @pytest.mark.parametrize("site", list(SITES))
