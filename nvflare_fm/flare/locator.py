@@ -1,30 +1,79 @@
-"""Hands the last and the best adapter to NVFlare's `CrossSiteModelEval`."""
+"""Hands adapters to NVFlare's cross-site evaluation: the last and the best of this job, or the one the job brings."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.abstract.model_locator import ModelLocator
+from pydantic import Field
 
+from ..config import EvaluationSettings, Quantization, RoundPlan, Settings, TrainingSettings
 from ..errors import ConfigError
+from . import wire
 from .persistor import BEST, LAST, AdapterPersistor
+
+
+class Measurement(Settings):
+    """On what a finished adapter is measured. None: as it was trained, by its provenance."""
+
+    model: str | None = Field(None, description="alias in the site's models")
+    data: str | None = Field(None, description="alias in the site's data")
+    quantization: Quantization | None = None
+    max_length: int | None = Field(None, ge=8, description="tokens; longer texts are cut")
+    batch_size: int = Field(16, ge=1, description="examples per batch when measuring")
+    max_examples: int = Field(0, ge=0, description="0: all of them")
+    template: str = Field("", description="the job template this comes from; sites may welcome some and not others")
+
+    def applied(self, plan: RoundPlan | None) -> RoundPlan:
+        """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
+        what a site does not hold as trained rides along frozen. Limits on training do not bite.
+
+        Raises:
+            ConfigError: the adapter does not say how it was trained.
+        """
+        if plan is None:
+            raise ConfigError(
+                "the adapter's provenance.json does not hold the plan it was trained by, so no site can be told how to "
+                "measure it; take an adapter that a job of nvflare_fm has made"
+            )
+        given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
+        evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)
+        idle = TrainingSettings(local_steps=1, batch_size=1)
+        return plan.model_copy(update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",)})
 
 
 class AdapterLocator(ModelLocator):
     """
     Args:
         persistor_id: the `AdapterPersistor` whose adapters are evaluated.
+        measurement: what is asked differently from the plan the adapter was trained by, see `Measurement`. None: the
+            adapters of this very job, by its own plan.
+
+    Raises:
+        ConfigError: a setting nobody knows; the job is refused while it loads.
     """
 
-    def __init__(self, persistor_id: str = "persistor") -> None:
+    def __init__(self, persistor_id: str = "persistor", measurement: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        self.persistor_id = persistor_id
+        self.persistor_id, self.measurement = persistor_id, measurement
+        self.asked = None if measurement is None else Measurement.read(measurement, "measurement")
 
     def get_model_names(self, fl_ctx: FLContext) -> list[str]:
-        return [name for name in (BEST, LAST) if name in self._persistor(fl_ctx).get_model_inventory(fl_ctx)]
+        if self.asked is None:
+            return [name for name in (BEST, LAST) if name in self._persistor(fl_ctx).get_model_inventory(fl_ctx)]
+        if brought := self._persistor(fl_ctx).initial_adapter:
+            return [brought]
+        raise ConfigError("the job brings no adapter to evaluate; set the persistor's initial_adapter")
 
     def locate_model(self, model_name: str, fl_ctx: FLContext) -> DXO:
         learnable = self._persistor(fl_ctx).get_model(model_name, fl_ctx)
         weights, meta = learnable[ModelLearnableKey.WEIGHTS], learnable[ModelLearnableKey.META]
+        if self.asked is not None:
+            saved = wire.read_saved(weights, meta, "the persistor")
+            meta = wire.write_saved(replace(saved, plan=self.asked.applied(saved.plan))).meta
         return DXO(DataKind.WEIGHTS, data=weights, meta=meta)
 
     def _persistor(self, fl_ctx: FLContext) -> AdapterPersistor:

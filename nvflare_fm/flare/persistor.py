@@ -55,8 +55,7 @@ class AdapterPersistor(ModelPersistor):
         """The initial adapter, or nothing: round 0 needs none."""
         if not self.initial_adapter:
             return make_model_learnable({}, {})
-        workspace, job = fl_ctx.get_engine().get_workspace(), fl_ctx.get_job_id()
-        saved = _read(Path(workspace.get_app_config_dir(job)) / self.initial_adapter)
+        saved = _read(self._brought(fl_ctx))
         if self.resume and saved.round is None:
             raise ConfigError(f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume")
         self.logger.info(f"starting from {self.initial_adapter!r}, of round {saved.round}, resume={self.resume}")
@@ -69,14 +68,22 @@ class AdapterPersistor(ModelPersistor):
             self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx)
 
     def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
+        """The adapters saved in this job, and the one it brought."""
         folders = sorted(f for f in _adapters(fl_ctx).glob("*") if (f / WEIGHTS).is_file())
+        if self.initial_adapter:
+            folders = [self._brought(fl_ctx), *folders]
         return {f.name: ModelDescriptor(name=f.name, location=str(f), model_format="peft") for f in folders}
 
     def get_model(self, model_file: str, fl_ctx: FLContext) -> ModelLearnable:
-        if model_file not in self.get_model_inventory(fl_ctx):
-            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(self.get_model_inventory(fl_ctx))}")
-        model = wire.write_saved(_read(_adapters(fl_ctx) / model_file))
+        known = self.get_model_inventory(fl_ctx)
+        if model_file not in known:
+            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}")
+        model = wire.write_saved(_read(Path(known[model_file].location)))
         return make_model_learnable(model.params, model.meta)
+
+    def _brought(self, fl_ctx: FLContext) -> Path:
+        workspace = fl_ctx.get_engine().get_workspace()
+        return Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / self.initial_adapter
 
     def _write(self, model: ModelLearnable, name: str, fl_ctx: FLContext) -> None:
         saved = wire.read_saved(model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META], "the server")

@@ -9,6 +9,7 @@ from typing import Any
 
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
+from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.job_config.base_fed_job import BaseFedJob
 from nvflare.recipe.spec import Recipe
 
@@ -24,10 +25,56 @@ from .persistor import AdapterPersistor
 from .stats import RoundStats
 
 TASKS = [AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION, AppConstants.TASK_SUBMIT_MODEL]
-INITIAL = "initial_adapter"  # what the folder is called inside the job
+INITIAL, LOCATOR = "initial_adapter", "locator"  # what the adapter's folder and its locator are called inside the job
 
 
-class FedPEFTRecipe(Recipe):
+class AdapterRecipe(Recipe):
+    """What all jobs on adapters share: no code, one account of the rounds, an executor at every site or each its own.
+
+    Args:
+        name, min_sites: see `FedPEFTRecipe`.
+        tasks: what the sites serve.
+        sites, processes, launch_timeout_s: see `PeftExecutor`.
+        persistor: see `AdapterPersistor`.
+        brings: the folder of an adapter that travels inside the job; empty: none.
+        components: of the server besides, in order, each with its id; a workflow has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        min_sites: int,
+        tasks: Sequence[str],
+        sites: Mapping[str, Mapping[str, Any]],
+        processes: int,
+        launch_timeout_s: float,
+        persistor: AdapterPersistor,
+        brings: str | Path,
+        components: Sequence[tuple[Any, str | None]],
+    ) -> None:
+        self.tasks, self.sites = list(tasks), dict(sites)
+        self.processes, self.launch_timeout_s = processes, launch_timeout_s
+        job = BaseFedJob(name=name, min_clients=min_sites, key_metric="")  # FedPEFT selects the best itself
+        job.set_app_packages(["nvflare_fm"])  # installed at every site: the job brings no code
+        job.to_server(persistor, id="persistor")
+        job.to_server(RoundStats(), id="round_stats")
+        for component, identity in components:
+            job.to_server(component, **({"id": identity} if identity else {}))
+        if brings:
+            _bring(job, Path(brings))
+        super().__init__(job)
+
+    def _prepare_client_apps(self) -> None:
+        if not self.sites:
+            self._job.to_clients(self._executor({}), tasks=self.tasks)
+        for site, values in self.sites.items():
+            self._job.to(self._executor(values), site, tasks=self.tasks)
+
+    def _executor(self, values: Mapping[str, Any]) -> PeftExecutor:
+        return PeftExecutor(processes=self.processes, launch_timeout_s=self.launch_timeout_s, **values)
+
+
+class FedPEFTRecipe(AdapterRecipe):
     """Federated PEFT fine-tuning.
 
     Args:
@@ -72,8 +119,7 @@ class FedPEFTRecipe(Recipe):
         disk_offload: bool = False,
         **plan: Any,
     ) -> None:
-        self.sites, self.processes, self.launch_timeout_s = dict(sites or {}), processes, launch_timeout_s
-        overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in self.sites.items()}
+        overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in (sites or {}).items()}
         asked = RoundPlan.read(plan, "plan")
         largest = max((o.rank for o in overrides.values() if o.rank), default=0)
         if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
@@ -91,29 +137,55 @@ class FedPEFTRecipe(Recipe):
             key_metric_mode=key_metric_mode,
             disk_offload=disk_offload,
         )
-        job = BaseFedJob(name=name, min_clients=min_sites, key_metric="")  # FedPEFT selects the best itself
-        job.set_app_packages(["nvflare_fm"])  # installed at every site: the job brings no code
-        job.to_server(controller)
-        job.to_server(AdapterPersistor(keep_rounds, INITIAL if initial_adapter else "", resume), id="persistor")
-        job.to_server(RoundStats(), id="round_stats")
-        if initial_adapter:
-            self._bring(job, Path(initial_adapter))
+        components: list[tuple[Any, str | None]] = [(controller, None)]
         if cross_site_evaluation:
-            job.to_server(AdapterLocator(), id="locator")
-            job.to_server(CrossSiteModelEval(model_locator_id="locator"))
-        super().__init__(job)
+            components += [(AdapterLocator(), LOCATOR), (CrossSiteModelEval(model_locator_id=LOCATOR), None)]
+        persistor = AdapterPersistor(keep_rounds, INITIAL if initial_adapter else "", resume)
+        super().__init__(
+            name, min_sites, TASKS, sites or {}, processes, launch_timeout_s, persistor, initial_adapter, components
+        )
 
-    @staticmethod
-    def _bring(job: BaseFedJob, folder: Path) -> None:
-        export.read_adapter(folder)  # a folder that cannot be read is found out here, not at the server
-        for file in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
-            job.add_file_to_server(str(folder / file), dest_dir=INITIAL, app_folder_type="config")
 
-    def _prepare_client_apps(self) -> None:
-        if not self.sites:
-            self._job.to_clients(self._executor({}), tasks=TASKS)
-        for site, values in self.sites.items():
-            self._job.to(self._executor(values), site, tasks=TASKS)
+class EvaluateAdapterRecipe(AdapterRecipe):
+    """Measures a finished adapter at every site. Nothing is trained: the sites serve no other task.
 
-    def _executor(self, values: Mapping[str, Any]) -> PeftExecutor:
-        return PeftExecutor(processes=self.processes, launch_timeout_s=self.launch_timeout_s, **values)
+    The metrics by site are in NVFlare's `cross_site_val/cross_val_results.json`, refusals beside them.
+
+    Args:
+        name, min_sites, sites, processes, launch_timeout_s: see `FedPEFTRecipe`.
+        adapter: a folder as nvflare_fm writes them, copied into the job.
+        validation_timeout: seconds after which sites that have not answered are left out.
+        measurement: the settings of `locator.Measurement` (model, data, quantization, …); what is not given is as the
+            adapter was trained.
+
+    Raises:
+        ConfigError: an unknown setting.
+        ModelError: the adapter cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        adapter: str | Path,
+        *,
+        min_sites: int = 1,
+        sites: Mapping[str, Mapping[str, Any]] | None = None,
+        processes: int = 1,
+        launch_timeout_s: float = 600.0,
+        validation_timeout: int = 6000,
+        **measurement: Any,
+    ) -> None:
+        for site, values in (sites or {}).items():
+            SiteOverrides.read(values, f"sites: {site}")
+        controller = GlobalModelEval(model_locator_id=LOCATOR, validation_timeout=validation_timeout)
+        components = [(AdapterLocator(measurement=measurement), LOCATOR), (controller, None)]
+        tasks, persistor = [AppConstants.TASK_VALIDATION], AdapterPersistor(initial_adapter=INITIAL)
+        super().__init__(
+            name, min_sites, tasks, sites or {}, processes, launch_timeout_s, persistor, adapter, components
+        )
+
+
+def _bring(job: BaseFedJob, folder: Path) -> None:
+    export.read_adapter(folder)  # a folder that cannot be read is found out here, not at the server
+    for file in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
+        job.add_file_to_server(str(folder / file), dest_dir=INITIAL, app_folder_type="config")
