@@ -1,64 +1,93 @@
 """The job templates: submit-ready, without code, every knob explained and read, the same job as the recipe's."""
 
 import inspect
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
+from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.fuel.utils.config_factory import ConfigFactory
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 from pyhocon import ConfigFactory as Hocon
+from typer.testing import CliRunner
 
-from nvflare_fm.config import EvaluationSettings, RoundPlan, TrainingSettings
-from nvflare_fm.export import read_adapter
-from nvflare_fm.flare.aggregator import AdapterAggregator
+from nvflare_fm import templates
+from nvflare_fm.adapter import RoundTask
+from nvflare_fm.cli import app
+from nvflare_fm.config import EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
+from nvflare_fm.export import Provenance, read_adapter, write_adapter
 from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
+from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.persistor import AdapterPersistor
-from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.site.peft_methods import registry as methods
+from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny
 
 FOLDER = Path(__file__).parents[1] / "job_templates"
-TEMPLATES = ["lora_instruction_tuning", "lora_text_classification"]
-APP = Path("config") / "config"
+TRAINING = [
+    "continue_from_adapter",
+    "lora_instruction_tuning",
+    "lora_mixed_hardware",
+    "lora_text_classification",
+    "lora_token_classification",
+]
+TEMPLATES = sorted([*TRAINING, "evaluate_adapter"])
+FROM_ADAPTER = {"continue_from_adapter", "evaluate_adapter"}
 NOT_KNOBS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
 NOT_KNOBS |= {"task_data_filters", "task_result_filters"}
 every_template = pytest.mark.parametrize("template", TEMPLATES)
+every_training = pytest.mark.parametrize("template", TRAINING)
 
 
 def parts(folder: Path, side: str) -> list[dict[str, Any]]:
-    """What one side of a job builds: workflows, executors, components."""
-    (file,) = folder.rglob(f"config_fed_{side}.*")
-    config = ConfigFactory.load_config(str(file)).to_dict()
-    executors = [entry["executor"] for entry in config.get("executors", [])]
-    return [*config.get("workflows", []), *executors, *config["components"]]
+    """What one side of a job builds: workflows, executors, components; of all its apps."""
+    found = []
+    for file in sorted(folder.rglob(f"config_fed_{side}.*")):
+        config = ConfigFactory.load_config(str(file)).to_dict()
+        executors = [entry["executor"] for entry in config.get("executors", [])]
+        found += [*config.get("workflows", []), *executors, *config["components"]]
+    return found
 
 
-def built(folder: Path) -> dict[type, Any]:
+def built(folder: Path) -> list[Any]:
     made = [Builder().build_component(part) for side in ("server", "client") for part in parts(folder, side)]
-    controller = next(c for c in made if isinstance(c, FedPEFT))
-    return {type(component): component for component in (*made, controller.aggregator)}
+    return [*made, *(c.aggregator for c in made if isinstance(c, FedPEFT))]
 
 
-def arguments(component: Any) -> dict[str, Any]:
-    """What it was made with, defaults written out."""
+def only(kind: type, components: list[Any]) -> Any:
+    (found,) = [c for c in components if type(c) is kind]
+    return found
+
+
+def said(component: Any) -> str:
+    """What it is and was made with, defaults written out."""
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
-    return {name: getattr(component, name) for name in names if name not in ("plan", "aggregator")}
+    ours = type(component).__module__.startswith("nvflare_fm.")
+    values = {name: getattr(component, name) for name in names if ours and name not in ("plan", "aggregator")}
+    return f"{type(component).__name__} {values}"
+
+
+def typed(*words: Any) -> None:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, f"{done.output} {done.exception}"
 
 
 def test_every_folder_here_is_a_template_under_test() -> None:
-    assert sorted(f.name for f in FOLDER.iterdir() if f.is_dir()) == TEMPLATES
+    assert sorted(f.name for f in FOLDER.iterdir() if f.is_dir()) == TEMPLATES == templates.names()
 
 
 @every_template
@@ -75,18 +104,16 @@ def test_nvflare_accepts_a_template_as_a_job_that_brings_no_code(template: str, 
     shutil.copytree(FOLDER / template, tmp_path / template)
     archive = shutil.make_archive(str(tmp_path / "job"), "zip", tmp_path, template)
     with ZipFile(archive) as job:
-        assert f"{template}/{APP}/config_fed_server.conf" in job.namelist()
+        assert any(name.endswith("/config/config_fed_server.conf") for name in job.namelist())
     valid, error, meta = JobMetaValidator().validate(template, Path(archive).read_bytes())
     assert valid, error
     assert "byoc" not in meta
     assert meta["name"] == template
 
 
-@every_template
+@every_training
 def test_every_component_takes_its_arguments(template: str) -> None:
-    components = built(FOLDER / template)
-    assert {FedPEFT, AdapterAggregator, AdapterPersistor, PeftExecutor} <= set(components)
-    assert components[FedPEFT].round_plan.template == template
+    assert only(FedPEFT, built(FOLDER / template)).round_plan.template == template
 
 
 @every_template
@@ -105,7 +132,7 @@ def test_every_knob_is_explained_on_its_own_line(template: str) -> None:
                 assert re.search(r" {2}# \S.{4,}$", line), f"{file.name}, line {number} explains nothing: {line}"
 
 
-@every_template
+@every_training
 def test_every_setting_is_a_knob(template: str) -> None:
     (controller,) = [p for p in parts(FOLDER / template, "server") if p["path"].endswith("FedPEFT")]
     plan = controller["args"]["plan"]
@@ -116,18 +143,72 @@ def test_every_setting_is_a_knob(template: str) -> None:
     assert set(plan["peft"]) == {"method", *methods[plan["peft"]["method"]].model_fields}
 
 
+@every_training
+def test_every_setting_of_a_single_site_is_a_knob(template: str) -> None:
+    for client in (FOLDER / template).rglob("config_fed_client.conf"):
+        knobs = set(re.findall(r"^\s+(?:# )?(\w+) = ", client.read_text(), re.MULTILINE)) - NOT_KNOBS
+        assert knobs == {*SiteOverrides.model_fields, "processes", "launch_timeout_s", "events_to_convert"}
+
+
+def test_every_setting_of_an_evaluation_is_a_knob() -> None:
+    knobs = [knob for knob in templates.load("evaluate_adapter").knobs() if knob.path[-2:-1] == ("measurement",)]
+    assert {knob.path[-1] for knob in knobs} == set(Measurement.model_fields)
+
+
+def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecipe:
+    """The recipe that says in Python what the template says."""
+    server = {part["path"].rpartition(".")[2]: part.get("args", {}) for part in parts(FOLDER / template, "server")}
+    if template == "evaluate_adapter":
+        measurement, timeout = server["AdapterLocator"]["measurement"], server["GlobalModelEval"]["validation_timeout"]
+        return EvaluateAdapterRecipe(template, brought, min_sites=2, validation_timeout=timeout, **measurement)
+    asked = {k: v for k, v in server["FedPEFT"].items() if k not in ("aggregator", "min_responses", "persistor_id")}
+    plan, sites = asked.pop("plan"), {}
+    for client in (FOLDER / template).glob("app_*/config/config_fed_client.conf"):
+        (executor,) = [c for c in built(client.parent) if isinstance(c, PeftExecutor)]
+        sites[client.parts[-3].removeprefix("app_")] = executor.overrides.model_dump(exclude_none=True)
+    how = {"max_rank": server["FedPEFT"]["aggregator"]["args"]["max_rank"]}
+    initial = {"initial_adapter": brought} if template in FROM_ADAPTER else {}
+    return FedPEFTRecipe(template, min_sites=2, sites=sites, **how, **initial, **asked, **plan)
+
+
 @every_template
 def test_a_template_is_the_job_that_the_recipe_exports(template: str, tmp_path: Path) -> None:
-    (controller,) = [p for p in parts(FOLDER / template, "server") if p["path"].endswith("FedPEFT")]
-    asked = {k: v for k, v in controller["args"].items() if k not in ("aggregator", "min_responses", "persistor_id")}
-    plan = asked.pop("plan")
-    FedPEFTRecipe(template, min_sites=2, **asked, **plan).export(str(tmp_path))
+    brought = write_adapter(tmp_path / "adapter", adapter(1), MANIFEST)
+    recipe(template, brought).export(str(tmp_path))
     ours, theirs = built(FOLDER / template), built(tmp_path / template)
-    assert set(ours) == set(theirs)
-    for kind, component in ours.items():
-        if kind.__module__.startswith("nvflare_fm."):
-            assert arguments(component) == arguments(theirs[kind]), kind
-    assert ours[FedPEFT].round_plan == theirs[FedPEFT].round_plan
+    assert sorted(map(said, ours)) == sorted(map(said, theirs))
+    if template in TRAINING:
+        assert only(FedPEFT, ours).round_plan == only(FedPEFT, theirs).round_plan
+    served = [tasks_of(folder) for folder in (FOLDER / template, tmp_path / template)]
+    assert served[0] == served[1]
+    carried = sorted(f.relative_to(tmp_path / template).parent.name for f in (tmp_path / template).rglob("adapter_*"))
+    assert carried == (["initial_adapter"] * 2 if template in FROM_ADAPTER else [])
+
+
+def tasks_of(folder: Path) -> list[list[str]]:
+    files = sorted(folder.rglob("config_fed_client.*"))
+    return [ConfigFactory.load_config(str(file)).to_dict()["executors"][0]["tasks"] for file in files]
+
+
+def test_an_evaluation_serves_no_training() -> None:
+    assert tasks_of(FOLDER / "evaluate_adapter") == [["validate"]]
+    kinds = {type(component) for component in built(FOLDER / "evaluate_adapter")}
+    assert FedPEFT not in kinds
+    assert {GlobalModelEval, AdapterPersistor, AdapterLocator} <= kinds
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "mlflow"])
+@every_training
+def test_the_tracker_that_is_behind_a_hash_is_one_that_nvflare_can_build(template: str, package: str) -> None:
+    """With the # of its five lines taken away, each by itself."""
+    (server,) = (FOLDER / template).rglob("config_fed_server.conf")
+    receiver = {"tensorboard": "TBAnalyticsReceiver", "mlflow": "MLflowReceiver"}[package]
+    (block,) = [b for b in re.findall(r"(?:    # [ {}].*\n){5}", server.read_text()) if receiver in b]
+    config = Hocon.parse_string(server.read_text().replace(block, block.replace("    # ", "    ")))
+    (part,) = [c for c in config["components"] if c["id"] == "receiver"]
+    assert part["path"].endswith(receiver)
+    if package == "tensorboard":
+        assert Builder().build_component(part.as_plain_ordered_dict()).tb_folder == "tb_events"
 
 
 def test_nvflare_lists_them_as_its_templates_and_creates_jobs_from_them(tmp_path: Path) -> None:
@@ -140,32 +221,85 @@ def test_nvflare_lists_them_as_its_templates_and_creates_jobs_from_them(tmp_path
 
     listed = nvflare("list-templates", "-d", str(FOLDER))
     assert all(template[:20] in listed for template in TEMPLATES)
-    job = tmp_path / "job"
-    template, server = str(FOLDER / TEMPLATES[1]), f"{APP.name}/config_fed_server.conf"
-    nvflare("create", "-j", str(job), "-w", template, "-f", server, "num_rounds=3")
-    assert built(job)[FedPEFT].num_rounds == 3
+    job, template = tmp_path / "job", str(FOLDER / "lora_text_classification")
+    nvflare("create", "-j", str(job), "-w", template, "-f", "config/config_fed_server.conf", "num_rounds=3")
+    assert only(FedPEFT, built(job)).num_rounds == 3
 
 
-def test_a_template_runs_in_the_simulator_as_it_stands(tmp_path: Path) -> None:
-    """Only what a user must change is changed: the labels, and fewer and smaller rounds."""
-    job, workspace = tmp_path / "job", tmp_path / "workspace"
-    shutil.copytree(FOLDER / "lora_text_classification", job)
-    server = job / APP / "config_fed_server.conf"
-    changed = server.read_text()
-    for knob, value in {"labels": '["calm", "ill", "well"]', "num_rounds": "2", "local_steps": "2"}.items():
-        changed, times = re.subn(rf"(\s{knob} = )(\[[^]]*\]|\S+)", rf"\g<1>{value}", changed)
-        assert times == 1, knob
-    server.write_text(changed)
-    model = tiny.save(tmp_path / "model", "bert")
+def test_a_wheel_has_them_too(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=FOLDER.parent, capture_output=True, check=True)
+    with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "installed")
+    code = "from nvflare_fm import templates; print(templates.folder(), *templates.names())"
+    installed = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run([sys.executable, "-c", code], env=installed, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "installed" / "nvflare_fm" / "job_templates"), *TEMPLATES]
+
+
+# --- each of them run, as `nvflare-fm new` makes it
+
+SMALL = ["num_rounds=2", "local_steps=2", "training.batch_size=4", "gradient_accumulation_steps=1", "max_length=48"]
+CHANGED = {
+    "continue_from_adapter": [*SMALL, "num_rounds=1"],
+    "evaluate_adapter": [],
+    "lora_instruction_tuning": SMALL,
+    "lora_mixed_hardware": [*SMALL, "sites.alder.rank=2", "sites.alder.quantization=fp32", "sites.birch.batch_size=2"],
+    "lora_text_classification": [*SMALL, "labels=calm,ill,well"],
+    "lora_token_classification": [*SMALL, "labels=[calm, ill, well]"],
+}
+TASK = {"lora_text_classification": "sequence_classification", "lora_token_classification": "token_classification"}
+
+
+def simulated(job: Path, workspace: Path, model: Path, task: str, sites: Sequence[str] = ("alder", "birch")) -> Path:
+    """Runs a job folder with `nvflare simulator`; the server's folder of it."""
     allow(workspace / "local")
-    for shift, site in enumerate(("alder", "birch")):
-        rows = tiny.jsonl(tmp_path / f"{site}.jsonl", tiny.rows("sequence_classification", shift=shift))
+    for place, site in enumerate(sites):
+        rows = tiny.jsonl(workspace.parent / f"{site}.jsonl", tiny.rows(task, shift=place))
         write_site(workspace / "local" / f"{site}.fm_site.yaml", tiny.site(model, rows, limits={"threads": 1}))
     command = [sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(job), "-w", str(workspace)]
-    done = subprocess.run([*command, "-c", "alder,birch", "-n", "2", "-t", "2"], capture_output=True, text=True)
-    run = workspace / "server" / SimulatorConstants.JOB_NAME
+    names = ["-c", ",".join(sites), "-n", str(len(sites)), "-t", str(len(sites))]
+    done = subprocess.run([*command, *names], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    adapter, manifest, provenance = read_adapter(run / "adapters" / "last")
-    assert adapter
-    assert provenance.round == 1
-    assert manifest.labels == ("calm", "ill", "well")
+    return workspace / "server" / SimulatorConstants.JOB_NAME
+
+
+def earlier(folder: Path, model: Path) -> Path:
+    """An adapter that a site has trained before."""
+    worker = tiny.worker(folder, model, "causal_lm")
+    plan = tiny.plan(quantization="nf4", training={"local_steps": 8, "batch_size": 4, "learning_rate": 1e-2})
+    worker.train(RoundTask(plan))
+    trained, manifest = worker.submit()
+    return write_adapter(folder / "earlier", trained, manifest, Provenance(3, plan))
+
+
+@every_template
+def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: Path) -> None:
+    """Only what a user must change is changed: labels, sites, the adapter, and fewer and smaller steps."""
+    task = TASK.get(template, "causal_lm")
+    model = tiny.save(tmp_path / "model", "llama" if task == "causal_lm" else "bert")
+    brings = [f"adapter={earlier(tmp_path, model)}"] if template in FROM_ADAPTER else []
+    typed("new", template, "-o", tmp_path / "job", *CHANGED[template], *brings)
+    run = simulated(tmp_path / "job", tmp_path / "workspace", model, task)
+    if template == "evaluate_adapter":
+        assert_measured(run)
+        return
+    values, manifest, provenance = read_adapter(run / "adapters" / "last")
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert values
+    assert provenance.round == len([line for line in rounds if line["energy_lost"]]) - 1
+    assert manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
+    assert (rounds[0]["bytes_down"] > 0) == (template in FROM_ADAPTER)
+    if template == "lora_mixed_hardware":
+        used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}
+        assert used == {"alder": (2, "fp32"), "birch": (16, "nf4")}
+
+
+def assert_measured(run: Path) -> None:
+    results = json.loads((run / "cross_site_val" / "cross_val_results.json").read_text())
+    assert {site: list(owners) for site, owners in results.items()} == {
+        site: ["SRV_initial_adapter"] for site in ("alder", "birch")
+    }
+    assert all(0 < owners["SRV_initial_adapter"]["loss"] < 5 for owners in results.values())
+    assert not (run / "adapters").exists()
+    assert not (run / "rounds.jsonl").exists()

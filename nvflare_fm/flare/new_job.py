@@ -1,0 +1,78 @@
+"""A job folder made from a template: knobs set, sites named, the adapter it starts from copied in, and all of it tried.
+
+What a server would refuse while it loads the job is refused here, and nothing is left behind.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import export
+from ..errors import ConfigError
+from ..templates import ADAPTER, SITES, Template
+from .job import Job, read_job
+
+
+def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> Job:
+    """
+    Args:
+        folder: must not exist yet. Its name is the job's, where the settings give none.
+        settings: values for the template's knobs; `adapter`: the folder of the adapter to start from; `sites.NAME.KEY`:
+            what a site does differently. Where any site is named, these are the sites of the job.
+
+    Raises:
+        ConfigError: an unknown knob, a value that is refused, or a folder that exists already.
+        ModelError: the adapter cannot be read.
+    """
+    if folder.exists():
+        raise ConfigError("the job's folder exists already and is not overwritten; choose another", str(folder))
+    own = {"name": folder.name, **settings}
+    adapter = Path(own.pop(ADAPTER)) if ADAPTER in own else None
+    if bool(adapter) != bool(template.adapter_folder):
+        need = "starts from an adapter: add adapter=FOLDER" if template.adapter_folder else "starts from no adapter"
+        raise ConfigError(f"{template.name} {need}")
+    if named := list(dict.fromkeys(key.split(".")[1] for key in own if key.startswith(f"{SITES}."))):
+        template = template.for_sites(named)
+    template = template.with_values({**(_as_trained(adapter, template) if adapter else {}), **own})
+    return _tried(folder, template, adapter)
+
+
+def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
+    """What of a job must be as it was when the adapter was trained: task, labels and PEFT settings."""
+    values, manifest, provenance = export.read_adapter(adapter)
+    if provenance.plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
+        return {}
+    if manifest.peft != "lora":
+        raise ConfigError(f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe")
+    plan = provenance.plan
+    widest = max((values.lora[layer].rank for layer in values.lora), default=0)
+    peft = {f"plan.peft.{name}": _plain(value) for name, value in plan.peft.items()}
+    labels = {"labels": list(plan.labels)} if plan.labels else {}
+    return {"plan.task": plan.task, **labels, "aggregator.max_rank": widest, **peft}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tried(folder: Path, template: Template, adapter: Path | None) -> Job:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, text in template.files.items():
+            (beside / name).parent.mkdir(parents=True, exist_ok=True)
+            (beside / name).write_text(text, encoding="utf-8")
+        if adapter:
+            brought = beside / template.adapter_folder
+            brought.mkdir()
+            for name in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
+                shutil.copyfile(adapter / name, brought / name)
+        job = read_job(beside)
+        beside.chmod(0o755)  # mkdtemp's 0700 would hide the job from the user's group
+        beside.rename(folder)
+        return job
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
