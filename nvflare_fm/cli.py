@@ -1,23 +1,27 @@
-"""`nvflare-fm`: what a site's IT does on its own machine."""
+"""`nvflare-fm`: what a site's IT does on its own machine, and a data scientist before a job is submitted."""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .config import RoundPlan
+from . import cli_job
 from .errors import FmError
-from .site.checkup import Finding, checkup
-from .site.policy import FILE_NAME
+
+if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
+    from .site.checkup import Finding
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federated PEFT fine-tuning on NVIDIA FLARE.")
 site = typer.Typer(no_args_is_help=True, help="What a site allows, and whether it is ready.")
 app.add_typer(site, name="site")
+app.command()(cli_job.templates)
+app.command(context_settings={"help_option_names": []})(cli_job.new)
+app.command()(cli_job.plan)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 
@@ -57,6 +61,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
     """Loads and hashes the models, reads the data, trains a few steps. Exit status 0: ready, 1: see each ✗."""
+    from .config import RoundPlan
+    from .site.checkup import checkup
+    from .site.policy import FILE_NAME
+
     asked = {
         "task": task,
         "labels": [label.strip() for label in labels.split(",") if label.strip()],
@@ -78,8 +86,9 @@ def check(
     raise typer.Exit(0 if all(finding.good for finding in findings) else 1)
 
 
-def _kit(kit: Path) -> list[Finding]:
+def _kit(kit: Path) -> "list[Finding]":
     from .flare import allow_list, provision
+    from .site.checkup import Finding
 
     try:
         _, resources = allow_list.read(kit / "local")
@@ -93,7 +102,7 @@ def _kit(kit: Path) -> list[Finding]:
     ]
 
 
-def _show(findings: list[Finding]) -> None:
+def _show(findings: "list[Finding]") -> None:
     table = Table("", "what", show_edge=False)
     table.add_column("found", overflow="fold")  # a fingerprint must be there in full, to be copied
     for finding in findings:

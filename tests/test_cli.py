@@ -1,20 +1,26 @@
-"""`nvflare-fm` as a site's IT types it."""
+"""`nvflare-fm` as a site's IT and a data scientist type it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from nvflare_fm import templates
 from nvflare_fm.cli import app
+from nvflare_fm.config import RoundPlan
+from nvflare_fm.export import Provenance, write_adapter
+from nvflare_fm.flare.job import read_job
 from nvflare_fm.site.fingerprint import fingerprint
 from nvflare_fm.site.site_file import render
+from tests.flare.messages import MANIFEST, adapter
 from tests.site import tiny
 
 
 def typed(*words: Any) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in words])
 
 
 def checked(kit: Path, *words: Any) -> tuple[int, dict[str, dict[str, Any]]]:
@@ -112,3 +118,128 @@ def test_permission_is_taken_out_again(kit: Path):
 def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(kit: Path):
     refused = typed("site", "check", "--kit", kit, "--quantization", "nf3")
     assert "quantization" in str(refused.exception)
+
+
+# --- as a data scientist types it
+
+
+def test_every_template_is_listed_with_what_it_is_for() -> None:
+    lines = typed("templates").stdout.splitlines()
+    assert len(lines) == len(templates.names())
+    assert lines[0].split() == ["continue_from_adapter", *templates.load("continue_from_adapter").description.split()]
+
+
+def test_the_help_of_a_template_has_every_knob_with_its_comment() -> None:
+    shown = " ".join(typed("new", "lora_text_classification", "--help").stdout.split())
+    knobs = templates.load("lora_text_classification").knobs()
+    assert len(knobs) > 55
+    for knob in knobs:
+        assert templates.shortest(knob, knobs) in shown
+        assert knob.meaning.split()[0] in shown
+    assert "key=value" in typed("new", "--help").stdout
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return tmp_path / "jobs" / "mine"
+
+
+def test_values_are_set_where_they_belong_and_every_comment_stays(job: Path) -> None:
+    done = typed(
+        *("new", "lora_text_classification", "-o", job, "labels=[calm, very ill]", "training.learning_rate=3e-3"),
+        *("gradient_checkpointing=true", "target_modules=q_proj,v_proj", "executor.rank=4", "rank=8", "weigh=uniform"),
+    )
+    assert done.exit_code == 0, done.exception
+    plan = read_job(job).plan
+    assert (plan.labels, plan.training.learning_rate) == (("calm", "very ill"), 3e-3)
+    assert (plan.peft["target_modules"], plan.peft["rank"]) == (("q_proj", "v_proj"), 8)
+    assert (plan.training.gradient_checkpointing, plan.template) == (True, "lora_text_classification")
+    assert (read_job(job).name, read_job(job).sites["@ALL"].rank) == ("mine", 4)
+    before, after = (
+        [text for f in sorted(folder.rglob("*.conf")) for text in re.findall("  # (.*)", f.read_text())]
+        for folder in (templates.folder() / "lora_text_classification", job)
+    )
+    assert [text.rpartition("# ")[2] for text in before] == [text.rpartition("# ")[2] for text in after]
+    assert not [file for file in job.rglob("*") if file.name == "custom"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("lerning_rate=1", "no knob 'lerning_rate'; did you mean \"learning_rate\""),
+        ("training.lerning_rate=1", 'did you mean "plan.training.learning_rate"'),
+        ("batch_size=3", "can mean training.batch_size or evaluation.batch_size"),
+        ("quantization=nf3", "plan: quantization: Input should be 'nf4'"),
+        ("learning_rate=fast", "plan: training.learning_rate: Input should be a valid number"),
+        ("learning_rate=-1", "greater than 0"),
+        ("num_rounds=0", "num_rounds 0"),
+        ("merge=exakt", 'did you mean "exact"'),
+        ("executor.rank=0", "rank"),
+        ("method=lorra", 'did you mean "lora"'),
+        ("path=os.system", "no knob 'path'"),
+        ("persistor_id=other", "no knob 'persistor_id'"),
+        ("labels", "write key=value"),
+        ("adapter=x", "starts from no adapter"),
+        ("sites.oak.rank=2", "treats all sites alike"),
+    ],
+)
+def test_a_knob_or_value_that_cannot_be_is_refused_and_nothing_is_written(job: Path, setting: str, reason: str) -> None:
+    refused = typed("new", "lora_text_classification", "-o", job, setting)
+    assert refused.exit_code == 1
+    assert reason in str(refused.exception)
+    assert not job.parent.exists() or not list(job.parent.iterdir())
+
+
+def test_a_folder_that_exists_is_not_overwritten_and_an_unknown_template_is_named(job: Path) -> None:
+    job.mkdir(parents=True)
+    assert "exists already" in str(typed("new", "lora_text_classification", "-o", job).exception)
+    assert not list(job.iterdir())
+    assert 'did you mean "evaluate_adapter"' in str(typed("new", "evaluate_adaptor", "-o", job / "x").exception)
+    assert "-o FOLDER" in str(typed("new", "lora_text_classification").exception)
+
+
+def test_the_sites_that_are_named_are_the_sites_of_the_job(job: Path) -> None:
+    done = typed(
+        *("new", "lora_mixed_hardware", "-o", job, "sites.oak.rank=2", "sites.clinic.model=small"),
+        *("sites.oak.quantization=int8", "rank=8"),
+    )
+    assert done.exit_code == 0, done.exception
+    sites = {site: e.overrides.model_dump(exclude_none=True) for site, e in read_job(job).sites.items()}
+    as_shipped = {"rank": 4, "lora_alpha": 8.0, "batch_size": 1}
+    assert sites == {"oak": {"rank": 2, "quantization": "int8"}, "clinic": {**as_shipped, "model": "small"}}
+    assert sorted(f.name for f in job.iterdir() if f.is_dir()) == ["app_clinic", "app_oak", "app_server"]
+    wrong = typed("new", "lora_mixed_hardware", "-o", job.parent / "b", "sites.a/b.rank=2")
+    assert "cannot be a site" in str(wrong.exception)
+
+
+def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(job: Path, tmp_path: Path) -> None:
+    plan = RoundPlan.read({"peft": {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}}, "test")
+    earlier = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
+    assert typed("new", "continue_from_adapter", "-o", job, f"adapter={earlier}").exit_code == 0
+    made = read_job(job)
+    assert made.adapter
+    assert (made.plan.peft["rank"], made.plan.peft["target_modules"], made.how.max_rank) == (2, ("q_proj",), 3)
+    for template in ("continue_from_adapter", "evaluate_adapter"):
+        assert "add adapter=FOLDER" in str(typed("new", template, "-o", job.parent / "b").exception)
+        gone = typed("new", template, "-o", job.parent / "b", f"adapter={tmp_path / 'none'}")
+        assert "cannot be read" in str(gone.exception)
+
+
+def test_a_plan_is_shown_to_people_and_to_programs(job: Path, base: Path) -> None:
+    typed("new", "lora_instruction_tuning", "-o", job, "local_steps=7")
+    shown = typed("plan", job, "--model", base, "--seconds-per-step", "0.5").stdout
+    assert "every site" in shown
+    assert "7 × 16 rows" in shown
+    assert "3.5" in shown
+    told = json.loads(typed("plan", job, "--model", base, "--json").stdout)
+    assert told["sites"][0]["bytes_up"] > 0
+    assert "--model" in typed("plan", job).stdout
+    assert "no number of seconds" in str(typed("plan", job, "--seconds-per-step", "quick").exception)
+    assert "--model" in str(typed("plan", job, "--measure").exception)
+
+
+def test_a_machine_can_be_measured_with_the_model(job: Path, base: Path) -> None:
+    small = ("max_length=32", "quantization=fp32", "training.batch_size=2", "gradient_accumulation_steps=1")
+    typed("new", "lora_instruction_tuning", "-o", job, *small)
+    told = json.loads(typed("plan", job, "--model", base, "--measure", "--json").stdout)
+    assert 0 < told["sites"][0]["seconds"] < 100

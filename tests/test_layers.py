@@ -17,18 +17,21 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
 BRIDGES = {"combination", "simulate"}  # single files that bring the core and what a site does together
+COMMANDS = {"cli", "cli_job"}
 ROOMS_ABOVE = {
-    "core": {"site", "flare", "demo", "cli", *BRIDGES},
-    "site": {"flare", "demo", "cli", *BRIDGES},
-    "bridge": {"flare", "demo", "cli"},
-    "flare": {"demo", "cli"},
+    "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},
+    "site": {"flare", "demo", *COMMANDS, *BRIDGES},
+    "bridge": {"flare", "demo", *COMMANDS},
+    "flare": {"demo", *COMMANDS},
 }
 
 
 def room(module: Path) -> str:
     """site, flare, demo, cli, bridge, or core for all the rest."""
     first = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "bridge" if first in BRIDGES else first if first in {"site", "flare", "demo", "cli"} else "core"
+    if first in BRIDGES | COMMANDS:
+        return "bridge" if first in BRIDGES else "cli"
+    return first if first in {"site", "flare", "demo"} else "core"
 
 
 def imported(module: Path) -> Iterator[str]:
@@ -85,6 +88,12 @@ def test_importing_what_the_server_runs_loads_no_hugging_face():
     loaded = loaded_after("nvflare_fm.combination", *(f"nvflare_fm.flare.{name}" for name in server))
     assert "nvflare" in loaded
     assert not loaded & HUGGING_FACE
+
+
+def test_the_command_line_starts_without_torch():
+    loaded = loaded_after("nvflare_fm.cli")
+    assert "typer" in loaded
+    assert not loaded & (HUGGING_FACE | {"torch", "nvflare"})
 
 
 def test_every_library_that_is_imported_is_declared():

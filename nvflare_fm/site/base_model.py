@@ -180,7 +180,7 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
     model_class = getattr(transformers, task.auto_class)
     with torch.device("meta"):
-        on_top = _on_top(model_class.from_config(config, trust_remote_code=False))
+        on_top = parts_on_top(model_class.from_config(config, trust_remote_code=False))
     skipped = {*on_top, *kept}
     while True:
         model, info = model_class.from_pretrained(
@@ -204,7 +204,7 @@ def _load_weights(
     return model, fresh, tuple(sorted(h for h in heads if not any(h.startswith(f"{o}.") for o in heads)))
 
 
-def _on_top(model: PreTrainedModel) -> set[str]:
+def parts_on_top(model: PreTrainedModel) -> set[str]:
     """What the task's class puts on top of the backbone: classifier, score, lm_head, pre_classifier, …"""
     parts = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
     return parts - {model.base_model_prefix}

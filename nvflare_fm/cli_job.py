@@ -1,0 +1,135 @@
+"""`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import templates as job_templates
+from .errors import ConfigError, FmError
+
+if TYPE_CHECKING:
+    from .flare.forecast import Forecast
+
+Asked = Annotated[bool, typer.Option("--help", help="all knobs of TEMPLATE, where one is named")]
+
+
+def templates() -> None:
+    """Lists the job templates."""
+    for name in job_templates.names():
+        typer.echo(f"{name:28}{job_templates.load(name).description}")
+
+
+def new(
+    context: typer.Context,
+    template: Annotated[str, typer.Argument(help="see nvflare-fm templates")] = "",
+    settings: Annotated[list[str], typer.Argument(metavar="key=value …", help="knobs that differ")] = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the job's folder; must not exist yet")] = None,
+    asked: Asked = False,
+) -> None:
+    """Makes a job of a template, ready to submit: `nvflare-fm new lora_text_classification -o my_job labels=a,b`.
+
+    A key is as much of a knob's name as tells it from the others. With adapter=FOLDER the job starts from that adapter;
+    sites.NAME.KEY=value sets what one site does differently, and the sites so named are the sites of the job.
+    """
+    try:
+        if asked or not template:
+            _explain(context, template)
+            return
+        if output is None:
+            raise ConfigError("say where the job goes: -o FOLDER")
+        from .flare.new_job import write_job
+
+        write_job(output, job_templates.load(template), dict(map(_setting, settings)))
+    except FmError as error:
+        sys.exit(f"nvflare-fm: {error}")
+    typer.echo(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"{text!r} sets nothing; write key=value")
+    return key.strip(), value.strip()
+
+
+def _explain(context: typer.Context, template: str) -> None:
+    typer.echo(context.get_help())
+    if not template:
+        return
+    knobs = job_templates.load(template).knobs()
+    table = Table("knob", "as it stands", "meaning", title=template, show_edge=False)
+    for knob in knobs:
+        value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
+        table.add_row(job_templates.shortest(knob, knobs), value, knob.meaning)
+    Console(markup=False).print(table)
+
+
+def plan(
+    job: Annotated[Path, typer.Argument(help="a job's folder")],
+    model: Annotated[
+        Path | None, typer.Option(help="a folder with the base model's config.json; its weights are not read")
+    ] = None,
+    seconds_per_step: Annotated[
+        list[str], typer.Option(help="as nvflare-fm site check measured it: 0.8, or SITE=0.8 for each site")
+    ] = [],  # noqa: B006
+    measure: Annotated[
+        bool, typer.Option("--measure", help="train a few steps here, on made-up rows; needs --model with weights")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Tells what a job costs each site, before anything runs: memory, seconds, bytes a round up and down."""
+    from .flare.forecast import forecast
+
+    try:
+        told = forecast(job, model, dict(map(_rate, seconds_per_step)), measure)
+    except FmError as error:
+        sys.exit(f"nvflare-fm: {error}")
+    if as_json:
+        typer.echo(json.dumps(told.plain(), indent=2))
+    else:
+        _show(told)
+
+
+def _rate(text: str) -> tuple[str, float]:
+    site, _, seconds = text.rpartition("=")
+    try:
+        return site, float(seconds)
+    except ValueError:
+        raise ConfigError(f"--seconds-per-step {text!r} is no number of seconds; write 0.8 or SITE=0.8") from None
+
+
+def _show(told: "Forecast") -> None:
+    table = Table(title=told.title, show_edge=False)
+    for name in ("site", "rank", "base", "memory", "steps a round", "s a round", "down a round", "up a round"):
+        table.add_column(name, justify="left" if name in ("site", "base") else "right", no_wrap=name == "site")
+    for cost in told.costs:
+        table.add_row(
+            cost.site,
+            str(cost.rank or "–"),
+            cost.quantization,
+            _size(cost.memory_bytes),
+            _known(cost.steps, f"{cost.steps} × {cost.rows_per_step} rows"),
+            _known(cost.seconds, f"{cost.seconds or 0:.1f}"),
+            _size(cost.bytes_down),
+            _size(cost.bytes_up),
+        )
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    for note in told.notes:
+        console.print(f"- {note}")
+
+
+def _known(value: object, text: str) -> str:
+    return "?" if value is None else text
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "?"
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= u), (1, "B"))
+    return f"{size / unit:.3g} {name}" if unit > 1 else f"{size} B"

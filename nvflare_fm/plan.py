@@ -1,0 +1,156 @@
+"""What a job costs a site: memory, seconds, bytes a round, before anything runs. Plain arithmetic on numbers.
+
+Bytes are exact. Memory is an estimate, held against real training in docs/benchmarks.md; its activations follow
+Korthikanti et al. (arXiv:2205.05198), for a base model that is frozen.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from .aggregation import merge
+from .config import Aggregation, RoundPlan
+
+FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
+_BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
+_BLOCK, _SECOND_BLOCK = 64, 256  # bitsandbytes keeps a constant per block, and with double quantization one per 256
+_PER_WIDTH, _PER_INNER, _PER_SCORE, _PER_DROPPED, _PER_ANSWER = 8, 6, 2.6, 1.2, 7  # copies kept, as measured
+_OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What of a model is trained."""
+
+    layers: Mapping[str, tuple[int, int]]  # layer with factors → (fan_out, fan_in)
+    dense: int = 0  # numbers without factors: heads, magnitudes, prompts
+
+    def numbers(self, rank: int) -> int:
+        return self.dense + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
+
+    def size(self, rank: int) -> int:
+        """Bytes of its tensors in a message."""
+        return FLOAT32 * self.numbers(rank)
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """What must be known of a base model to tell the memory it takes."""
+
+    quantized: int  # numbers in layers that are quantized, where the plan quantizes
+    rows: int  # outputs of those layers
+    kept: int  # numbers in all else: embeddings, norms, heads
+    depth: int  # blocks
+    hidden: int  # width of a block
+    inner: int  # width of its widest layer
+    heads: int  # of attention whose scores are kept, as dropout on them forces it where there is no fused kernel
+    answers: int  # logits for each position, or for each text
+
+    def size(self, plan: RoundPlan) -> int:
+        """Bytes of the frozen weights."""
+        width = number_width(plan)
+        if plan.quantization in ("bf16", "fp16", "fp32"):
+            return width * (self.quantized + self.kept)
+        if plan.quantization == "int8":
+            return self.quantized + FLOAT32 * self.rows + width * self.kept
+        constants = 1 / _BLOCK + FLOAT32 / _BLOCK / _SECOND_BLOCK if plan.double_quant else FLOAT32 / _BLOCK
+        return ceil(self.quantized * (0.5 + constants)) + width * self.kept
+
+
+def number_width(plan: RoundPlan) -> int:
+    """Bytes of a number the model computes in. Under quantization `auto` is taken for bf16, as on any current GPU."""
+    kind = plan.compute_dtype if plan.compute_dtype != "auto" else plan.quantization
+    return _BITS[kind] // 8 if kind in ("fp16", "bf16", "fp32") else 2
+
+
+def trained_bytes(shape: AdapterShape, plan: RoundPlan, rank: int, widest: int) -> int:
+    """Memory of what is trained: its values, gradients and optimizer state, what FedProx keeps, and the directions
+    of the global adapter that ride along frozen.
+    """
+    state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
+    beside = max(0, widest - rank) if plan.rest else 0
+    return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - shape.dense)
+
+
+def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) -> int:
+    """What a step keeps for the way back, if all its texts are as long as `max_length`, and two blocks' worth that the
+    way back itself takes. With checkpointing, of one block, and of the others their inputs.
+    """
+    positions, width = plan.training.batch_size * plan.max_length, number_width(plan)
+    block = width * (_PER_WIDTH * base.hidden + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
+    if plan.peft.get("lora_dropout"):
+        inputs = sum(fan_in for _, fan_in in adapter.layers.values()) / max(1, base.depth)
+        block += FLOAT32 * _PER_DROPPED * inputs
+    if plan.training.gradient_checkpointing:
+        kept = 3 * block + width * base.depth * base.hidden
+    else:
+        kept = (base.depth + 2) * block
+    answers = base.answers * (plan.training.batch_size if plan.task == "sequence_classification" else positions)
+    return round(positions * kept + FLOAT32 * _PER_ANSWER * answers)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one site. None: not known."""
+
+    site: str
+    rank: int
+    quantization: str
+    rows_per_step: int
+    steps: int | None  # a round
+    seconds: float | None  # of training, a round
+    bytes_down_first: int | None  # in the first round
+    bytes_down: int | None  # in each round after it
+    bytes_up: int | None  # a round
+    base_bytes: int | None  # memory of the frozen weights
+    trained_bytes: int | None  # of the adapter, its gradients and optimizer state
+    activation_bytes: int | None  # at most, of a step
+
+    @property
+    def memory_bytes(self) -> int | None:
+        parts = (self.base_bytes, self.trained_bytes, self.activation_bytes)
+        return sum(part for part in parts if part is not None) if None not in parts else None
+
+
+def cost(
+    site: str,
+    plan: RoundPlan,
+    processes: int,
+    widest: int,
+    starts_at: int,
+    adapter: AdapterShape | None,
+    base: BaseShape | None,
+    seconds_per_step: float | None,
+    trains: bool,
+) -> Cost:
+    """
+    Args:
+        plan: as this site is to carry it out.
+        processes: trainer processes; memory is that of one.
+        widest: rank of the global adapter, see `global_rank`.
+        starts_at: bytes of the adapter the job starts from; 0: none.
+        trains: otherwise the adapter comes once and metrics go back.
+    """
+    training, rank = plan.training, int(plan.peft.get("rank", 0))
+    steps = (training.local_steps or None) if trains else 0
+    return Cost(
+        site=site,
+        rank=rank,
+        quantization=plan.quantization,
+        rows_per_step=training.batch_size * training.gradient_accumulation_steps * processes,
+        steps=steps,
+        seconds=seconds_per_step * steps if seconds_per_step is not None and steps else None,
+        bytes_down_first=starts_at,
+        bytes_down=(adapter.size(widest) if adapter else None) if trains else starts_at,
+        bytes_up=(adapter.size(rank) if adapter else None) if trains else 0,
+        base_bytes=base.size(plan) if base else None,
+        trained_bytes=trained_bytes(adapter, plan, rank, widest) if adapter and trains else None,
+        activation_bytes=activation_bytes(base, adapter, plan) if base and adapter and trains else None,
+    )
+
+
+def global_rank(plan: RoundPlan, how: Aggregation, ranks: Iterable[int]) -> int:
+    """Of the merged adapter. Rules that keep canonical form fill it up; others keep the widest site's rank."""
+    if merge.registry[how.merge].canonical:
+        return how.max_rank or int(plan.peft.get("rank", 0))
+    return max(ranks)

@@ -1,0 +1,46 @@
+"""A few training steps on rows that are made up, to tell how fast a machine is with a base model."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..adapter import RoundTask
+from ..config import EvaluationSettings, RoundPlan
+from .policy import SiteConfig
+
+STEPS = 3
+
+
+def seconds_per_step(model: Path, plan: RoundPlan) -> float:
+    """
+    Args:
+        model: folder of the base model, weights included.
+        plan: as a site is to carry it out. The rows are as long as its `max_length`.
+
+    Raises:
+        FmError: the model cannot be trained so on this machine.
+    """
+    from .worker import Worker
+
+    training = plan.training.model_copy(update={"local_steps": STEPS})
+    trial = plan.model_copy(
+        update={"training": training, "evaluation": EvaluationSettings(before=False, after=False), "fingerprint": ""}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.write_text((json.dumps(made_up(plan)) + "\n") * (2 * plan.training.batch_size))
+        source = {plan.data: {"train": str(file), "validation": str(file)}}
+        site = SiteConfig.read({"models": {plan.model: {"path": str(model)}}, "data": source}, "this machine")
+        report = Worker("this machine", site).train(RoundTask(trial)).report
+    return report.seconds / report.steps
+
+
+def made_up(plan: RoundPlan) -> dict[str, Any]:
+    """A row of at least `max_length` tokens."""
+    words = ["word"] * plan.max_length
+    if plan.task == "token_classification":
+        return {"tokens": words, "labels": [plan.labels[0]] * len(words)}
+    if plan.task == "sequence_classification":
+        return {"text": " ".join(words), "label": plan.labels[0]}
+    return {"text": " ".join(words)}

@@ -1,0 +1,95 @@
+"""What a plan makes of a base model, without its weights: which layers are quantized and which get an adapter.
+
+The model is built on torch's meta device and PEFT puts its adapter there, so no rule about names is repeated here.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft.utils import get_peft_model_state_dict
+from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter import LORA_A, LORA_B
+from ..config import RoundPlan
+from ..errors import ModelError
+from ..plan import AdapterShape, BaseShape
+from . import peft_methods
+from .attach import LOCAL, wrap
+from .base_model import BaseModel, compute_dtype, parts_on_top
+from .tasks import registry as tasks
+
+
+def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
+    """
+    Args:
+        folder: with the base model's config.json. A layer that its weights lack, which is rare, is not noticed here.
+
+    Raises:
+        ModelError: transformers cannot build a model from it.
+        ConfigError: PEFT cannot put the plan's adapter on it.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's to each other
+    task, method = tasks[plan.task], peft_methods.read(plan.peft)
+    config, model = _built(folder, plan)
+    on_top = parts_on_top(model)
+    skipped = {*on_top, *method.trained_whole}
+    quantized = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and not any(f".{part}." in f".{name}." for part in skipped)
+    ]
+    numbers = sum(weight.numel() for weight in quantized)
+    base = BaseShape(
+        quantized=numbers,
+        rows=sum(weight.shape[0] for weight in quantized),
+        kept=sum(p.numel() for p in model.parameters()) - numbers,
+        depth=_number(config, "num_hidden_layers", "n_layer"),
+        hidden=_number(config, "hidden_size", "n_embd", "d_model"),
+        inner=max((max(weight.shape) for weight in quantized), default=0),
+        heads=_number(config, "num_attention_heads", "n_head") if _drops_scores(config) else 0,
+        answers=len(plan.labels) or _number(config, "vocab_size"),
+    )
+    heads = tuple(sorted(on_top)) if task.trains_head else ()
+    dtype = compute_dtype(plan.compute_dtype, plan.quantization, base.hidden)
+    tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]  # no method asks for it
+    lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset())
+    with torch.device("meta"):
+        wrapped = wrap(lent, method.config(lent), plan.seed)
+    own = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    state = get_peft_model_state_dict(wrapped, state_dict=own, adapter_name=LOCAL, save_embedding_layers=False)
+    return base, adapter_shape(state)
+
+
+def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:
+    """Of an adapter's tensors under PEFT's saved names."""
+    layers = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
+    sizes = {n: (tensors[n + LORA_B].shape[0], tensors[n + LORA_A].shape[1]) for n in layers}
+    return AdapterShape(sizes, sum(t.numel() for n, t in tensors.items() if not n.endswith((LORA_A, LORA_B))))
+
+
+def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
+    task = tasks[plan.task]
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        for name, value in task.model_config(plan).items():
+            setattr(config, name, value)
+        with torch.device("meta"):
+            return config, getattr(transformers, task.auto_class).from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no {plan.task} model can be made from the folder's config.json; is it a model that transformers knows "
+            "without remote code?",
+            f"{folder}: {error}",
+        ) from None
+
+
+def _number(config: Any, *names: str) -> int:
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+
+
+def _drops_scores(config: Any) -> bool:
+    return any(getattr(config, name, 0) for name in ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"))

