@@ -251,12 +251,13 @@ CHANGED = {
 TASK = {"lora_text_classification": "sequence_classification", "lora_token_classification": "token_classification"}
 
 
-def simulated(job: Path, workspace: Path, model: Path, task: str, sites: Sequence[str] = ("alder", "birch")) -> Path:
-    """Runs a job folder with `nvflare simulator`; the server's folder of it."""
+def simulated(job: Path, workspace: Path, model: Path, task: str, sites: Sequence[str]) -> Path:
+    """Runs a job folder with `nvflare simulator`; the server's folder of it. At oak, nothing is quantized."""
     allow(workspace / "local")
     for place, site in enumerate(sites):
         rows = tiny.jsonl(workspace.parent / f"{site}.jsonl", tiny.rows(task, shift=place))
-        write_site(workspace / "local" / f"{site}.fm_site.yaml", tiny.site(model, rows, limits={"threads": 1}))
+        limits = {"threads": 1} | ({"quantizations": ["fp32"]} if site == "oak" else {})
+        write_site(workspace / "local" / f"{site}.fm_site.yaml", tiny.site(model, rows, limits=limits))
     command = [sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(job), "-w", str(workspace)]
     names = ["-c", ",".join(sites), "-n", str(len(sites)), "-t", str(len(sites))]
     done = subprocess.run([*command, *names], capture_output=True, text=True)
@@ -280,7 +281,8 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     model = tiny.save(tmp_path / "model", "llama" if task == "causal_lm" else "bert")
     brings = [f"adapter={earlier(tmp_path, model)}"] if template in FROM_ADAPTER else []
     typed("new", template, "-o", tmp_path / "job", *CHANGED[template], *brings)
-    run = simulated(tmp_path / "job", tmp_path / "workspace", model, task)
+    sites = ["alder", "birch", *(["oak"] if template == "evaluate_adapter" else [])]
+    run = simulated(tmp_path / "job", tmp_path / "workspace", model, task, sites)
     if template == "evaluate_adapter":
         assert_measured(run)
         return
@@ -296,10 +298,15 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
 
 
 def assert_measured(run: Path) -> None:
+    """At two sites; the third refuses, and says why where the scientist can read it."""
     results = json.loads((run / "cross_site_val" / "cross_val_results.json").read_text())
-    assert {site: list(owners) for site, owners in results.items()} == {
-        site: ["SRV_initial_adapter"] for site in ("alder", "birch")
-    }
-    assert all(0 < owners["SRV_initial_adapter"]["loss"] < 5 for owners in results.values())
+    assert all(list(owners) == ["SRV_initial_adapter"] for owners in results.values())
+    measured = {site: owners["SRV_initial_adapter"] for site, owners in results.items()}
+    assert 0 < measured["alder"]["loss"] < 5
+    assert 0 < measured["birch"]["loss"] < 5
+    assert measured["oak"] == {}
+    refused = json.loads((run / "cross_site_val" / "cross_val_refused.json").read_text())
+    assert list(refused) == ["oak"]
+    assert "quantization 'nf4' is not among ['fp32']" in refused["oak"]["SRV_initial_adapter"]
     assert not (run / "adapters").exists()
     assert not (run / "rounds.jsonl").exists()
