@@ -177,6 +177,16 @@ BUGS = [
     Bug("registry.py", "if name in self._entries:", "if False:", "test_registry"),
     Bug("registry.py", "iter(sorted(self._fill()))", "iter(sorted(self._entries))", "test_registry"),
     Bug("aggregation/combine.py", "import torch\n", "import torch\nimport transformers\n", "test_layers"),
+    # plan: what a job costs
+    Bug("plan.py", "return FLOAT32 * self.numbers(rank)", "return 2 * self.numbers(rank)", "test_plan"),
+    Bug("plan.py", "beside = max(0, widest - rank) if plan.rest else 0", "beside = 0", "test_plan"),
+    Bug("plan.py", "return max(ranks)", "return min(ranks)", "test_plan"),
+    # templates: a job of one's own
+    Bug("templates.py", "found = [knob for knob in found if knob.is_set] or found", "found = list(found)", "test_cli"),
+    Bug("templates.py", "return json.dumps(_items(value), ensure_ascii=False)", "return json.dumps(value)", "test_cli"),
+    Bug("flare/job.py", "if ours != theirs:", "if False:", "test_plan"),
+    Bug("flare/locator.py", '"negotiable": ("rank",)', '"negotiable": ()', "flare/test_evaluation"),
+    Bug("flare/new_job.py", "if folder.exists():", "if False:", "test_cli"),
 ]
 
 
