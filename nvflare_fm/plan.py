@@ -50,7 +50,7 @@ class BaseShape:
         """Bytes of the frozen weights."""
         width = number_width(plan)
         if plan.quantization in ("bf16", "fp16", "fp32"):
-            return width * (self.quantized + self.kept)
+            return _BITS[plan.quantization] // 8 * (self.quantized + self.kept)
         if plan.quantization == "int8":
             return self.quantized + FLOAT32 * self.rows + width * self.kept
         constants = 1 / _BLOCK + FLOAT32 / _BLOCK / _SECOND_BLOCK if plan.double_quant else FLOAT32 / _BLOCK

@@ -243,3 +243,17 @@ def test_a_machine_can_be_measured_with_the_model(job: Path, base: Path) -> None
     typed("new", "lora_instruction_tuning", "-o", job, *small)
     told = json.loads(typed("plan", job, "--model", base, "--measure", "--json").stdout)
     assert 0 < told["sites"][0]["seconds"] < 100
+
+
+def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "how_to" / "submit_a_job.md"
+    monkeypatch.chdir(tmp_path)
+    plan = RoundPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
+    write_adapter(tmp_path / "results" / "adapters" / "best", adapter(1), MANIFEST, Provenance(4, plan))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(tiny.save(tmp_path / "bert", "bert"))
+    commands = re.findall(r"^    nvflare-fm (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        done = typed(*command.split())
+        assert done.exit_code == 0, f"{command}: {done.exception}"
