@@ -84,11 +84,13 @@ def from_tensors(tensors: Mapping[str, Tensor], scales: Mapping[str, float], sen
     """
     layers = {n.removesuffix(LORA_A) for n in tensors if n.endswith(LORA_A)}
     halves = {n.removesuffix(LORA_B) for n in tensors if n.endswith(LORA_B)}
-    for layer in sorted(layers ^ halves):
+    alone = layers - halves - set(scales)  # no half of a pair: a rule that shares A alone lets it travel as it is
+    for layer in sorted((layers ^ halves) - alone):
         raise WireError(f"{sender} sent only one factor of {layer!r}; both lora_A and lora_B must travel")
+    layers -= alone
     for layer in sorted(layers - set(scales)):
         raise WireError(f"{sender} sent no scale for {layer!r}; update nvflare_fm at that site")
-    dense = {n for n in tensors if not n.endswith((LORA_A, LORA_B))}
+    dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
     return Adapter(
         Lazy(layers, lambda n: LoraPair(tensors[n + LORA_A], tensors[n + LORA_B], float(scales[n]))),
         Lazy(dense, tensors.__getitem__),
@@ -142,6 +144,8 @@ class Report:
     before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
     after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
     bad_rows: int = 0  # rows of the site's files that could not be used; the site's own log says which and why
+    label_skew: float | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
+    max_weight: float = 1.0  # the largest share of the merge this site wants
     lowered: tuple[str, ...] = ()  # settings of the plan the site gave less of, such as "rank 16 → 8"
 
     @property

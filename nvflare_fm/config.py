@@ -13,7 +13,12 @@ from .registry import nearest
 
 Quantization = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
 _one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+Rest = Literal["none", "tail", "all"]
+Factors = Literal["AB", "A", "B"]
 Names = Annotated[tuple[str, ...], _one]
+LabelStatistics = Annotated[tuple[Literal["skew"], ...], _one]
+Rule = str | Mapping[str, Any]  # by name, or {"rule": name, setting: value}
+Rules = Annotated[tuple[Rule, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | Mapping) else v)]
 Negotiable = Annotated[tuple[Literal["rank", "batch_size", "local_steps"], ...], _one]
 
 
@@ -71,7 +76,22 @@ class TrainingSettings(Settings):
     optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = "adamw_torch"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    proximal_mu: float = Field(0.0, ge=0, description="FedProx (arXiv:1812.06127): μ/2 · ‖w − w_global‖² is added")
+    proximal_mu: float = Field(
+        0.0,
+        ge=0,
+        description="FedProx (arXiv:1812.06127): μ/2 · ‖ΔW − ΔW_global‖² is added; for LoRA, of products",
+    )
+    restricted_softmax: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="FedRS (KDD 2021): what logits of classes a site lacks count in training",
+    )
+    logit_calibration: float = Field(
+        0.0,
+        ge=0,
+        description="FedLC (arXiv:2209.00189): τ; logits are lowered by τ·n^(−1/4) in training",
+    )
 
 
 class EvaluationSettings(Settings):
@@ -103,7 +123,15 @@ class RoundPlan(Settings):
     )
     labels: Names = Field((), description="classes, in order, for the classification tasks")
     max_length: int = Field(512, ge=8, description="tokens; longer texts are cut")
-    rest: bool = Field(True, description="directions above the site's rank ride along frozen; chosen by the merge rule")
+    rest: Rest = Field(
+        "tail",
+        description="what of the global adapter rides along frozen; from the merge rule, as the next two",
+    )
+    factors: Factors = Field("AB", description="those a site trains in this round")
+    shares: Factors = Field("AB", description="those that leave a site")
+    label_statistics: LabelStatistics = Field(
+        (), description="what a site is asked to tell of how often its labels occur; follows from the weights"
+    )
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(0, ge=0)
@@ -113,12 +141,23 @@ class RoundPlan(Settings):
     template: str = Field("", description="the job template this plan came from; sites may welcome some and not others")
 
 
+DERIVED = ("rest", "factors", "shares", "label_statistics")  # of a plan: they follow from how adapters are merged
+
+
 class Aggregation(Settings):
-    """How many adapters become one."""
+    """How many adapters become one. A rule with settings is written `{rule = "name", setting = value}`."""
 
     merge: str = Field("exact", description="a merge rule")
-    weigh: Names = Field(("examples",), description="weight factors; a site's weight is their product, normalised")
+    weigh: Rules = Field(("examples",), description="weight factors; a site's weight is their product, normalised")
+    max_weight: float = Field(1.0, gt=0, le=1, description="no site counts more than this share")
+    normalize_steps: bool = Field(
+        False, description="FedNova (arXiv:2007.07481): a site's change counts per step, however many steps it took"
+    )
+    step: Rule = Field("plain", description="a server step: what is done with the mean of the sites' changes")
     max_rank: int = Field(0, ge=0, description="of the global adapter; 0: the plan's rank")
+    keep_energy: float = Field(
+        1.0, gt=0, le=1, description="a layer keeps no more directions than hold this share of ‖ΔW‖²"
+    )
     sigma: Literal["B", "balanced", "A"] = Field("B", description="the factor that holds the singular values")
     seed: int = Field(0, ge=0)
 
@@ -130,6 +169,7 @@ class SiteOverrides(Settings):
     lora_alpha: float | None = Field(None, gt=0)
     quantization: Quantization | None = None
     batch_size: int | None = Field(None, ge=1)
+    local_steps: int | None = Field(None, ge=1)
     model: str | None = None
     data: str | None = None
 
@@ -137,5 +177,5 @@ class SiteOverrides(Settings):
         """The plan as this site is to carry it out."""
         given = self.model_dump(exclude_none=True)
         peft = dict(plan.peft) | {k: given.pop(k) for k in ("rank", "lora_alpha") if k in given}
-        training = {k: given.pop(k) for k in ("batch_size",) if k in given}
+        training: dict[str, Any] = {k: given.pop(k) for k in ("batch_size", "local_steps") if k in given}
         return plan.model_copy(update={**given, "peft": peft, "training": plan.training.model_copy(update=training)})

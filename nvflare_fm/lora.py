@@ -43,8 +43,9 @@ def svd(pair: LoraPair) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Floa
     return (u * signs).to(pair.B.dtype), sigma, (vt * signs.T).to(pair.A.dtype)
 
 
-def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B") -> tuple[LoraPair, float]:
-    """The closest pair of at most `rank` (Eckart-Young), in canonical form, and the share of ‖ΔW‖² lost.
+def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B", keep_energy: float = 1.0) -> tuple[LoraPair, float]:
+    """The closest pair of at most `rank` (Eckart-Young), in canonical form, and the share of ‖ΔW‖² lost. With
+    `keep_energy` below 1, of no more directions than hold that share.
 
     Canonical form is ΔW = U Σ Vᵀ with singular values falling; `sigma` says which factor holds Σ. The default,
     B = UΣ and A = Vᵀ, is the gauge LoRA itself starts in. Directions that are empty are left out.
@@ -53,10 +54,26 @@ def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B") -> tuple[LoraPair, fl
     energy = values.square()
     floor = 8 * torch.finfo(pair.B.dtype).eps * values[:1]  # a few rounding errors; not grown with the layer's width
     kept = min(rank, int((values > floor).sum()))
+    if keep_energy < 1 and kept:
+        kept = min(kept, 1 + int((energy.cumsum(0) < keep_energy * energy.sum()).sum()))
     lost = float(energy[kept:].sum() / energy.sum()) if kept < len(values) and energy.sum() > 0 else 0.0
     root = values[:kept].to(u.dtype)
     in_b = _SHARE_OF_B[sigma]
     return LoraPair(A=root[:, None] ** (1 - in_b) * vt[:kept], B=u[:, :kept] * root**in_b), lost
+
+
+def spectrum(pair: LoraPair) -> Float[Tensor, " rank"]:
+    """The singular values of a canonical pair, whichever factor holds them."""
+    values: Tensor = pair.scale * pair.B.norm(dim=0) * pair.A.norm(dim=1)
+    return values
+
+
+def effective_rank(values: Float[Tensor, " rank"]) -> float:
+    """exp of the entropy of how the energy is spread over the directions (Roy and Vetterli, 2007); 0 for no energy."""
+    energy = values.double().square()
+    if not energy.sum() > 0:
+        return 0.0
+    return float(torch.special.entr(energy / energy.sum()).sum().exp())
 
 
 def head(pair: LoraPair, rank: int) -> LoraPair:
@@ -70,13 +87,16 @@ def tail(pair: LoraPair, rank: int) -> LoraPair:
 
 
 def gram(pairs: Sequence[LoraPair]) -> Float[Tensor, "k k"]:
-    """⟨ΔWᵢ, ΔWⱼ⟩ = tr((BⱼᵀBᵢ)(AᵢAⱼᵀ)) for every two pairs, in float64. One matrix serves weights and guards."""
-    inner = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
-    wide = [p.to(torch.float64) for p in pairs]
-    for i, p in enumerate(wide):
-        for j, q in enumerate(wide[: i + 1]):
-            inner[i, j] = inner[j, i] = p.scale * q.scale * ((q.B.T @ p.B) * (q.A @ p.A.T)).sum()
-    return inner
+    """⟨ΔWᵢ, ΔWⱼ⟩ = tr((BⱼᵀBᵢ)(AᵢAⱼᵀ)) for every two pairs, in float64. One matrix serves weights, steps and guards."""
+    all_b = torch.cat([p.scale * p.B.double() for p in pairs], dim=1)
+    all_a = torch.cat([p.A.double() for p in pairs])
+    owner = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor([p.rank for p in pairs]))
+    rows = []
+    for site in range(len(pairs)):
+        b, a = all_b[:, owner == site], all_a[owner == site]
+        inner = ((b.T @ all_b) * (a @ all_a.T)).sum(0)
+        rows.append(torch.zeros(len(pairs), dtype=torch.float64).index_add(0, owner, inner))
+    return torch.stack(rows)
 
 
 def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor | None = None) -> Float[Tensor, "r m"]:

@@ -4,13 +4,14 @@ Shapes come from Hypothesis, values from a seed it draws, so a failing example i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
+from nvflare_fm.config import Rest
 from nvflare_fm.lora import shorten, tail
 
 DOUBLE, SINGLE = torch.float64, torch.float32
@@ -56,9 +57,14 @@ class Layer:
     def to(self, dtype: torch.dtype) -> "Layer":
         return Layer(self.start.to(dtype), [p.to(dtype) for p in self.pairs], self.weights)
 
-    def wholes(self, rest: bool) -> list[Tensor]:
-        """Each site's whole adapter, dense: what it trained and, with `rest`, what rode along frozen."""
-        return [p.delta() + (tail(self.start, p.rank).delta() if rest else 0) for p in self.pairs]
+    def wholes(self, rest: Rest) -> list[Tensor]:
+        """Each site's whole adapter, dense: what it trained and what rode along frozen."""
+        beside = {
+            "none": lambda _: 0,
+            "tail": lambda p: tail(self.start, p.rank).delta(),
+            "all": lambda _: self.start.delta(),
+        }
+        return [p.delta() + beside[rest](p) for p in self.pairs]
 
     def size(self) -> float:
         """What rounding errors are measured against: the sum of the norms of all that is added up."""
@@ -72,13 +78,18 @@ def weights(draw: st.DrawFn, count: int) -> list[float]:
 
 
 @st.composite
-def layers(draw: st.DrawFn, mixed_ranks: bool = True) -> Layer:
+def layers(draw: st.DrawFn, mixed_ranks: bool = True, frozen: str = "") -> Layer:
+    """`frozen`: the factor that no site trained, so that all have the global adapter's, at one scale."""
     shape = draw(sides), draw(sides)
     count = draw(st.integers(1, 5))
     rank = draw(ranks)
     of_site = draw(st.lists(ranks, min_size=count, max_size=count)) if mixed_ranks else [rank] * count
     global_rank = draw(ranks) if mixed_ranks else draw(st.sampled_from([0, rank]))
-    return Layer(draw(pairs(shape, global_rank)), [draw(pairs(shape, r)) for r in of_site], draw(weights(count)))
+    start, trained = draw(pairs(shape, global_rank)), [draw(pairs(shape, r)) for r in of_site]
+    if frozen:
+        kept = start if start.rank else trained[0]
+        trained = [replace(p, scale=kept.scale, **{frozen: getattr(kept, frozen)}) for p in trained]
+    return Layer(start, trained, draw(weights(count)))
 
 
 def canonical(pair: LoraPair) -> LoraPair:

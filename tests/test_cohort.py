@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nvflare_fm.adapter import Adapter, LoraPair, from_tensors
-from nvflare_fm.aggregation.cohort import admit, check_values
+from nvflare_fm.aggregation.cohort import admit, check_values, drawn
 from nvflare_fm.errors import WireError
 from tests.strategies import MANIFEST, SINGLE, make_pair, update
 
@@ -143,3 +143,20 @@ def test_who_is_admitted_does_not_depend_on_who_answered_first():
 def test_nobody_is_a_cohort_too():
     assert admit(Adapter(), None, []) == ([], {})
     assert admit(adapter(), MANIFEST, [], mixed_ranks=False) == ([], {})
+
+
+def test_two_answers_of_one_site_are_not_both_counted():
+    with pytest.raises(WireError, match="hospital-a answered one round twice"):
+        admit(
+            Adapter(), None, [update("hospital-a", adapter()), update("b", adapter()), update("hospital-a", adapter())]
+        )
+
+
+def test_sites_are_drawn_by_the_seed_and_the_round_alone_and_all_have_their_turn():
+    names = [f"s{i}" for i in range(7)]
+    rounds = [drawn(names, 3, 5, number) for number in range(30)]
+    assert all(len(set(sites)) == 3 and sites == sorted(sites) for sites in rounds)
+    assert rounds == [drawn(names[::-1], 3, 5, number) for number in range(30)]
+    assert rounds != [drawn(names, 3, 6, number) for number in range(30)]
+    assert {site for sites in rounds for site in sites} == set(names)
+    assert drawn(names, 0, 5, 0) == drawn(names, 99, 5, 0) == names

@@ -16,7 +16,7 @@ from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.lora import head, tail
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, dense_mean, identical, make_pair, ranks, update
 
-RULES = list(merge.registry)
+RULES = [name for name in merge.registry if merge.registry[name].shares == "AB"]
 EXACT = Aggregation(merge="exact")
 
 
@@ -83,6 +83,7 @@ def test_rounds_without_learning_change_nothing():
 def test_every_arrival_order_gives_the_same_adapter_bit_for_bit(name, data):
     updates = data.draw(cohorts(mixed_ranks=merge.registry[name].mixed_ranks))
     state = updates[0].adapter if merge.registry[name].mixed_ranks else Adapter()
+    updates = [replace(u, report=replace(u.report, steps=3)) for u in updates]
     results = [combine(state, MANIFEST, order, Aggregation(merge=name), 4) for order in permutations(updates)]
     assert all(identical(r.adapter, results[0].adapter) for r in results)
     assert all(dict(r.weights) == dict(results[0].weights) for r in results)
@@ -103,7 +104,7 @@ def test_a_rule_that_does_not_promise_mixed_ranks_refuses_them_by_name_and_the_o
 def test_only_a_canonical_rule_has_its_result_shortened(name):
     updates = [update("a", Adapter({"q": make_pair(4, 3, 2, seed=0).to(SINGLE)}))]
     pair = combine(Adapter(), None, updates, Aggregation(merge=name), max_rank=3).adapter.lora["q"]
-    assert pair.rank == (3 if merge.registry[name].canonical else 2)
+    assert pair.rank == (3 if merge.registry[name].canonical and merge.registry[name].rest != "all" else 2)
 
 
 def test_weights_follow_the_examples_and_a_refused_site_has_none():
@@ -167,3 +168,35 @@ def test_a_round_in_which_nobody_fits_says_why_for_every_site():
 def test_an_unknown_merge_rule_is_refused_with_the_nearest_known_one():
     with pytest.raises(ConfigError, match='did you mean "exact"'):
         combine(Adapter(), None, [], Aggregation(merge="exakt"), 2)
+
+
+def test_steps_are_normalised_as_fednova_does_and_a_site_of_many_steps_does_not_pull_harder():
+    """d = τ̄ · Σ wₖ dₖ/τₖ, with τ̄ = Σ wₖτₖ, on products and on dense tensors alike."""
+    start = Adapter({"q": make_pair(9, 8, 4, seed=0).to(SINGLE)}, {"head": torch.ones(3)})
+    sites = [("a", 30, 4), ("b", 10, 12)]
+    updates = []
+    for i, (site, examples, steps) in enumerate(sites):
+        pair = start.lora["q"]
+        moved = replace(pair, B=pair.B + 0.1 * steps * make_pair(9, 8, 4, seed=i + 1).to(SINGLE).B)
+        sent = update(site, Adapter({"q": moved}, {"head": torch.ones(3) * (1 + steps)}), examples)
+        updates.append(replace(sent, report=replace(sent.report, steps=steps)))
+    result = combine(start, MANIFEST, updates, Aggregation(normalize_steps=True), 8).adapter
+    weights, taken = [0.75, 0.25], [4, 12]
+    usual = sum(w * t for w, t in zip(weights, taken, strict=True))
+    changes = [u.adapter.lora["q"].delta() - start.lora["q"].delta() for u in updates]
+    expected = sum(usual * w / t * c for w, t, c in zip(weights, taken, changes, strict=True))
+    close(result.lora["q"].delta(), start.lora["q"].delta() + expected, 1e-5)
+    close(result.dense["head"], torch.ones(3) * (1 + usual), 1e-6)
+
+
+def test_a_site_that_does_not_say_its_steps_cannot_be_normalised():
+    sent = update("hospital-a", Adapter({"q": make_pair(9, 8, 4, seed=0).to(SINGLE)}))
+    with pytest.raises(WireError, match="hospital-a reports 0 steps"):
+        combine(Adapter(), None, [sent], Aggregation(normalize_steps=True), 8)
+
+
+def test_the_first_head_is_the_plain_mean_even_where_steps_are_normalised():
+    sent = [update(s, Adapter({}, {"head": torch.full((2,), v)})) for s, v in (("a", 1.0), ("b", 3.0))]
+    sent = [replace(u, report=replace(u.report, steps=k)) for u, k in zip(sent, (1, 9), strict=True)]
+    head_ = combine(Adapter(), None, sent, Aggregation(normalize_steps=True), 4).adapter.dense["head"]
+    assert torch.equal(head_, torch.full((2,), 2.0))

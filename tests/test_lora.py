@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import LoraPair
-from nvflare_fm.lora import fresh_rows, gram, head, refill, shorten, stack, svd, tail, zero
+from nvflare_fm.lora import effective_rank, fresh_rows, gram, head, refill, shorten, spectrum, stack, svd, tail, zero
 from tests.strategies import (
     DOUBLE,
     SINGLE,
@@ -190,3 +190,31 @@ def test_zero_is_no_change_at_rank_zero(fan_out, fan_in):
     assert nothing.rank == 0
     assert nothing.shape == (fan_out, fan_in)
     assert (nothing.delta() == 0).all()
+
+
+@given(data=st.data(), count=st.integers(1, 4))
+def test_the_spectrum_of_a_canonical_pair_is_its_singular_values_and_the_effective_rank_lies_between_one_and_its_rank(
+    data, count
+):
+    pair = data.draw(pairs(rank=count))
+    for sigma in ("A", "balanced", "B"):
+        short, _ = shorten(pair, count, sigma)
+        values = torch.linalg.svdvals(pair.delta())[: short.rank]
+        close(spectrum(short), values, 1e-9, 1e-12 + float(values.norm()))
+        if short.rank:
+            assert 1 - 1e-9 <= effective_rank(spectrum(short)) <= short.rank + 1e-9
+
+
+def test_the_effective_rank_counts_directions_that_carry_energy():
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3.0)
+    assert effective_rank(torch.tensor([5.0])) == pytest.approx(1.0)
+    assert effective_rank(torch.zeros(3)) == 0.0
+
+
+@pytest.mark.parametrize(("keep", "rank"), [(0.5, 1), (0.79, 1), (0.81, 2), (0.951, 3), (1.0, 3)])
+def test_shortening_keeps_the_fewest_directions_that_hold_the_share_of_energy(keep, rank):
+    diagonal = torch.tensor([80.0, 15.0, 5.0]).sqrt().double()
+    pair = LoraPair(torch.eye(3).double(), torch.diag(diagonal))
+    short, lost = shorten(pair, 3, keep_energy=keep)
+    assert short.rank == rank
+    assert lost <= 1 - keep + 1e-12

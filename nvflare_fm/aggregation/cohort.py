@@ -3,16 +3,66 @@
 The answer depends on the set of updates, never on the order they came in.
 """
 
+import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, Manifest
+from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
+from ..config import Rest
 from ..errors import WireError
+from ..lora import gram, head, stack
 
 K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The updates of one round that count, sorted by site, and the global adapter they were trained from."""
+
+    updates: Sequence[AdapterUpdate]
+    state: Adapter = field(default_factory=Adapter)
+    rest: Rest = "none"
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "k k"]:
+        """⟨Dᵢ, Dⱼ⟩ summed over all layers, where Dₖ is what site k changed of the products."""
+        return self._sum(gram([self._change(layer, u) for u in self.updates]) for layer in self._layers)
+
+    @cached_property
+    def norms(self) -> Float[Tensor, " k"]:
+        """‖ΔWₖ‖ over all layers, of what each site trained."""
+        return (
+            self._sum(gram([u.adapter.lora[layer] for u in self.updates]) for layer in self._layers).diagonal().sqrt()
+        )
+
+    @property
+    def _layers(self) -> list[str]:
+        return sorted(self.updates[0].adapter.lora)
+
+    def _sum(self, products: Iterator[Tensor]) -> Tensor:
+        return sum(products, torch.zeros(len(self.updates), len(self.updates), dtype=torch.float64))
+
+    def _change(self, layer: str, update: AdapterUpdate) -> LoraPair:
+        pair = update.adapter.lora[layer]
+        if not self.state or self.rest == "all":
+            return pair
+        return stack([pair, head(self.state.lora[layer], pair.rank)], [1.0, -1.0])
+
+
+def drawn(sites: Iterable[str], count: int, seed: int, number: int) -> list[str]:
+    """The sites of round `number`: `count` of them, drawn without replacement by the seed alone; 0: all."""
+    names = sorted(sites)
+    if not 0 < count < len(names):
+        return names
+    return sorted(random.Random(f"{seed}/{number}").sample(names, count))
 
 
 def check_values(update: AdapterUpdate) -> None:
@@ -51,8 +101,14 @@ def admit(
     """Updates that belong together, sorted by site, and the reason for each that does not.
 
     The reference is the global adapter, or in the first round what most sites hold (by name where they tie).
+
+    Raises:
+        WireError: two updates are of the same site.
     """
     updates = sorted(updates, key=lambda u: u.site)
+    for one, next_ in pairwise(updates):
+        if one.site == next_.site:
+            raise WireError(f"{one.site} answered one round twice; its first answer has to be replaced, not joined")
     refused: dict[str, str] = {}
 
     def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str]) -> None:

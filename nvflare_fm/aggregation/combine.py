@@ -1,16 +1,18 @@
-"""One round at the server: admit, weigh, merge layer by layer, shorten, report. Pure functions on adapters."""
+"""One round at the server: admit, weigh, merge layer by layer, step, shorten, report. Pure functions on adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
+from ..adapter import Adapter, AdapterUpdate, Manifest
 from ..config import Aggregation
 from ..errors import WireError
-from ..lora import refill, shorten, zero
-from . import merge
-from .cohort import admit
+from ..lora import refill, shorten, spectrum, zero
+from . import merge, step
+from .cohort import Cohort, admit
+from .step import Memory
 from .weigh import weigh
 
 
@@ -21,8 +23,11 @@ class Combined:
     adapter: Adapter
     manifest: Manifest
     weights: Mapping[str, float]  # site → share, sums to 1
+    factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # weight factor → site → its value
     refused: Mapping[str, str] = field(default_factory=dict)  # site → reason
     energy_lost: Mapping[str, float] = field(default_factory=dict)  # layer → share of ‖ΔW‖² cut off by shortening
+    spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer → singular values of ΔW, falling
+    memory: Memory = field(default_factory=Memory)  # what the server step needs in the next round
 
 
 def combine(
@@ -31,6 +36,7 @@ def combine(
     updates: Sequence[AdapterUpdate],
     how: Aggregation,
     max_rank: int,
+    memory: Memory | None = None,
 ) -> Combined:
     """Merges `updates`, trained from `state`, into the next global adapter of at most `max_rank`.
 
@@ -44,32 +50,53 @@ def combine(
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise WireError(f"no update can be merged: {refused or 'no site answered'}")
-    weights = weigh(how.weigh, accepted)
-    lora, lost = {}, {}
+    cohort = Cohort(accepted, state, rule.rest)
+    weights = weigh(how.weigh, cohort, how.max_weight)
+    shares = list(weights.shares.values())
+    counts = per_step(shares, accepted) if how.normalize_steps else shares
+    mover = step.Mover(step.choose(how.step, cohort, shares), memory or Memory(), max_rank)
+    lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
         pairs = [u.adapter.lora[layer].to(torch.float32) for u in accepted]
         start = state.lora[layer].to(torch.float32) if state else zero(*pairs[0].shape)
-        merged = rule.merge(start, pairs, weights)
-        lora[layer], lost[layer] = _finish(merged, rule, how, max_rank, layer)
+        merged = mover.pair(layer, start, rule.merge(start, pairs, counts))
+        if rule.canonical:
+            short, lost[layer] = shorten(merged, max_rank, how.sigma, how.keep_energy)
+            spectra[layer] = tuple(spectrum(short).tolist())
+            fixed = how.keep_energy == 1 and rule.rest != "all"  # what nobody trains needs no empty directions
+            merged = refill(short, max_rank, layer, how.seed) if fixed else short
+        lora[layer] = merged
+    dense = {name: _mean(name, accepted, counts if state else shares) for name in sorted(accepted[0].adapter.dense)}
+    for name in dense if state else ():
+        before = state.dense[name].float()
+        dense[name] = mover.tensor(name, before, dense[name] + (1 - sum(counts)) * before)
     return Combined(
-        adapter=Adapter(lora, _mean(accepted, weights)),
+        adapter=Adapter(lora, dense),
         manifest=manifest or accepted[0].manifest,
-        weights={u.site: w for u, w in zip(accepted, weights, strict=True)},
+        weights=weights.shares,
+        factors=weights.factors,
         refused=refused,
         energy_lost=lost,
+        spectrum=spectra,
+        memory=mover.memory(),
     )
 
 
-def _finish(
-    merged: LoraPair, rule: merge.MergeRule, how: Aggregation, max_rank: int, layer: str
-) -> tuple[LoraPair, float]:
-    if not rule.canonical:
-        return merged, 0.0
-    short, lost = shorten(merged, max_rank, how.sigma)
-    return refill(short, max_rank, layer, how.seed), lost
+def per_step(shares: Sequence[float], updates: Sequence[AdapterUpdate]) -> list[float]:
+    """FedNova (arXiv:2007.07481): wₖ·τ̄/τₖ with τₖ site k's steps and τ̄ = Σ wₖτₖ. The mean change is then that of
+    sites which all take τ̄ steps. Does not sum to 1: it counts changes, not adapters.
+
+    Raises:
+        WireError: a site does not say how many steps it took.
+    """
+    steps = [u.report.steps for u in updates]
+    for update in updates:
+        if update.report.steps < 1:
+            raise WireError(f"{update.site} reports {update.report.steps} steps; leave normalize_steps off")
+    usual = sum(share * taken for share, taken in zip(shares, steps, strict=True))
+    return [share * usual / taken for share, taken in zip(shares, steps, strict=True)]
 
 
-def _mean(updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    names = sorted(updates[0].adapter.dense)
-    pairs = list(zip(updates, weights, strict=True))
-    return {n: sum((w * u.adapter.dense[n].float() for u, w in pairs), torch.zeros(())) for n in names}
+def _mean(name: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Tensor:
+    pairs = zip(updates, weights, strict=True)
+    return sum((w * u.adapter.dense[name].float() for u, w in pairs), torch.zeros(()))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...adapter import LoraPair
+from ...config import Factors, Rest
 from ...registry import Registry
 
 Merge = Callable[[LoraPair, Sequence[LoraPair], Sequence[float]], LoraPair]
@@ -18,24 +19,42 @@ class MergeRule:
             next global pair, not yet shortened.
         exact: equals Σ wₖΔWₖ (with `rest`: of each site's whole adapter) before shortening.
         mixed_ranks: sites may train at different ranks.
-        rest: a site starts from the whole global adapter, the directions above its rank frozen beside it;
-            otherwise it starts from the first directions alone.
         canonical: the result is shortened to U Σ Vᵀ form; otherwise its factors are kept as they are.
+        rest: what of the global adapter rides along frozen beside what a site trains: none of it, the directions
+            above the site's rank (tail), or all of it (the site trains a fresh pair).
+        factors: which factors the sites train, round after round in turn.
+        shares: the factors that travel; the other stays at its site, and each site has an adapter of its own.
     """
 
     merge: Merge
     exact: bool
     mixed_ranks: bool
-    rest: bool
     canonical: bool
+    rest: Rest = "none"
+    factors: tuple[Factors, ...] = ("AB",)
+    shares: Factors = "AB"
+
+    @property
+    def delta(self) -> bool:
+        """Whether the result is the global adapter plus what the sites changed, so that changes can be scaled."""
+        return self.rest != "none"
 
 
 registry: Registry[MergeRule] = Registry("merge rule", __name__)
 
 
-def rule(name: str, *, exact: bool, mixed_ranks: bool, rest: bool, canonical: bool) -> Callable[[Merge], Merge]:
+def rule(
+    name: str,
+    *,
+    exact: bool,
+    mixed_ranks: bool,
+    canonical: bool,
+    rest: Rest = "none",
+    factors: tuple[Factors, ...] = ("AB",),
+    shares: Factors = "AB",
+) -> Callable[[Merge], Merge]:
     def register(merge: Merge) -> Merge:
-        registry.register(name)(MergeRule(merge, exact, mixed_ranks, rest, canonical))
+        registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares))
         return merge
 
     return register

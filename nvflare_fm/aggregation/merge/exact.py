@@ -9,7 +9,7 @@ from ...lora import stack
 from . import rule
 
 
-@rule("exact", exact=True, mixed_ranks=True, rest=True, canonical=True)
+@rule("exact", exact=True, mixed_ranks=True, canonical=True, rest="tail")
 def exact(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """G + Σ wₖ(ΔWₖ − ΔW⁰ₖ), where ΔW⁰ₖ is the part of G that site k trained: its first rₖ directions.
 

@@ -6,7 +6,7 @@ from ...adapter import LoraPair
 from . import rule
 
 
-@rule("factor_mean", exact=False, mixed_ranks=False, rest=False, canonical=False)
+@rule("factor_mean", exact=False, mixed_ranks=False, canonical=False)
 def factor_mean(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """(Σ wₖBₖ)(Σ wₖAₖ): off from the mean product by −Σ wₖ(Bₖ − B̄)(Aₖ − Ā)."""
     scale = pairs[0].scale

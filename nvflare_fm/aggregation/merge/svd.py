@@ -7,7 +7,7 @@ from ...lora import stack
 from . import rule
 
 
-@rule("svd", exact=True, mixed_ranks=True, rest=False, canonical=True)
+@rule("svd", exact=True, mixed_ranks=True, canonical=True)
 def svd(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """Σ wₖ sₖBₖAₖ. Sites start from the first rₖ directions alone, so directions above the smallest rank fade."""
     return stack(pairs, weights)

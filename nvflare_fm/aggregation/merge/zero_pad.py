@@ -9,7 +9,7 @@ from . import rule
 from .factor_mean import factor_mean
 
 
-@rule("zero_pad", exact=False, mixed_ranks=True, rest=False, canonical=False)
+@rule("zero_pad", exact=False, mixed_ranks=True, canonical=False)
 def zero_pad(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """`factor_mean` of padded factors; a site starts from the first rₖ rows and columns."""
     rank = max(start.rank, *(p.rank for p in pairs))

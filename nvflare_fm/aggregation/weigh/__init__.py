@@ -1,32 +1,65 @@
-"""Weight factors: what each site's update counts, from what the sites reported. A weight is a product of factors."""
+"""Weight factors: what each site's update counts. A weight is a product of factors, normalised and capped."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ...adapter import AdapterUpdate
+from ...config import Rule
 from ...errors import ConfigError
 from ...registry import Registry
+from ..asked import asked
+from ..cohort import Cohort
 
-Factor = Callable[[Sequence[AdapterUpdate]], list[float]]
+Factor = Callable[..., list[float]]
 registry: Registry[Factor] = Registry("weight factor", __name__)
 
 
-def weigh(names: Sequence[str], updates: Sequence[AdapterUpdate]) -> list[float]:
-    """The product of the named factors for each update, normalised to sum to 1.
+@dataclass(frozen=True)
+class Weights:
+    """What each site counts, and why."""
+
+    shares: Mapping[str, float]  # site → share, sums to 1
+    factors: Mapping[str, Mapping[str, float]]  # name of a factor → site → its value, before normalising
+
+
+def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> Weights:
+    """The product of the factors asked for, normalised to sum to 1, no site above `max_weight` or what it allows.
 
     Raises:
         ConfigError: a factor is negative or not finite, or all products are zero.
     """
-    weights = [1.0] * len(updates)
-    for name in names:
-        factors = registry[name](updates)
-        _refuse_unless(all(0 <= f < float("inf") for f in factors), [name], updates, factors)
-        weights = [w * f for w, f in zip(weights, factors, strict=True)]
+    sites = [u.site for u in cohort.updates]
+    weights, factors = [1.0] * len(sites), {}
+    for entry in entries:
+        name = entry if isinstance(entry, str) else str(entry.get("rule"))
+        values = asked(registry, entry)(cohort)
+        _refuse_unless(all(0 <= v < float("inf") for v in values), [name], sites, values)
+        factors[name] = dict(zip(sites, values, strict=True))
+        weights = [w * v for w, v in zip(weights, values, strict=True)]
     total = sum(weights)
-    _refuse_unless(0 < total < float("inf"), names, updates, weights)
-    return [w / total for w in weights]
+    _refuse_unless(0 < total < float("inf"), entries, sites, weights)
+    limits = [min(max_weight, u.report.max_weight) for u in cohort.updates]
+    return Weights(dict(zip(sites, capped([w / total for w in weights], limits), strict=True)), factors)
 
 
-def _refuse_unless(sound: bool, names: Sequence[str], updates: Sequence[AdapterUpdate], values: list[float]) -> None:
+def capped(shares: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Shares that sum to 1, each within its limit where the limits leave room for it; what a site may not count goes
+    to the others in proportion to their shares. Where the limits sum to less than 1, shares in proportion to them.
+    """
+    room = [limit if share > 0 else 0.0 for share, limit in zip(shares, limits, strict=True)]
+    if sum(room) <= 1:
+        return [limit / sum(room) for limit in room]
+    full: set[int] = set()
+    while True:
+        left = 1 - sum(limits[i] for i in full)
+        free = sum(s for i, s in enumerate(shares) if i not in full)
+        result = [limits[i] if i in full else s * left / free for i, s in enumerate(shares)]
+        over = {i for i, r in enumerate(result) if i not in full and r > limits[i]}
+        if not over:
+            return result
+        full |= over
+
+
+def _refuse_unless(sound: bool, names: Sequence[object], sites: Sequence[str], values: Sequence[float]) -> None:
     if not sound:
-        said = {u.site: v for u, v in zip(updates, values, strict=True)}
+        said = dict(zip(sites, values, strict=True))
         raise ConfigError(f"weights {list(names)} give {said}; they must be finite, not negative and not all zero")

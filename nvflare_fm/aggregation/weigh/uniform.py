@@ -1,12 +1,10 @@
 """Every site counts the same, however many examples it has."""
 
-from collections.abc import Sequence
-
-from ...adapter import AdapterUpdate
+from ..cohort import Cohort
 from . import registry
 
 
 @registry.register("uniform")
-def uniform(updates: Sequence[AdapterUpdate]) -> list[float]:
+def uniform(cohort: Cohort) -> list[float]:
     """1."""
-    return [1.0] * len(updates)
+    return [1.0] * len(cohort.updates)

@@ -1,0 +1,14 @@
+"""FFA-LoRA (arXiv:2403.12313): every site keeps the same random A and trains B alone, so the mean of B is exact."""
+
+from collections.abc import Sequence
+
+from ...adapter import LoraPair
+from . import rule
+from .factor_mean import factor_mean
+
+
+@rule("freeze_a", exact=False, mixed_ranks=False, canonical=False, factors=("B",))
+def freeze_a(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
+    """(Σ wₖBₖ) A, with the frozen A whatever a site sends: the global adapter's, in the first round the seed's."""
+    frozen = start.A if start.rank else pairs[0].A
+    return factor_mean(start, [LoraPair(frozen, p.B, p.scale) for p in pairs], weights)

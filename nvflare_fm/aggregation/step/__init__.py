@@ -1,0 +1,99 @@
+"""Server steps: the global adapter moves along the mean of the sites' changes, with or without memory of past ones.
+
+After Adaptive Federated Optimization (arXiv:2003.00295), carried over to products: a step acts on ΔW, never on the
+factors. Second moments are entry by entry for dense tensors, and one number for each layer's product, as in NovoGrad
+(arXiv:1905.11286), because the entries of ΔW are never formed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...adapter import Adapter, LoraPair
+from ...config import Rule
+from ...lora import gram, shorten, stack, zero
+from ...registry import Registry
+from ..asked import asked
+from ..cohort import Cohort
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step remembers from round to round."""
+
+    change: Adapter = field(default_factory=Adapter)  # m
+    square: Mapping[str, Tensor] = field(default_factory=dict)  # v, by layer or name of a dense tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """m ← keep·m + add·d;  v ← square(v, d²);  x ← x + gain(v)·m, where d is the mean change of this round.
+
+    `square` is nothing where no second moment is kept; `gain` is given None then.
+    """
+
+    gain: Callable[[Tensor | None], Tensor | float]
+    keep: float = 0.0
+    add: float = 1.0
+    square: Callable[[Tensor, Tensor], Tensor] | None = None
+    first: float = 0.0  # v before the first round
+
+    @property
+    def plain(self) -> bool:
+        """x + d: what the merge rule gave is the result."""
+        return not (self.keep or self.square) and float(self.gain(None)) == 1.0
+
+
+Factory = Callable[..., Step]
+registry: Registry[Factory] = Registry("server step", __name__)
+
+
+def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
+    """
+    Raises:
+        ConfigError: an unknown step or setting.
+    """
+    return asked(registry, entry)(cohort, weights)
+
+
+class Mover:
+    """Moves every layer and dense tensor of one round by the same step, and remembers for the next round."""
+
+    def __init__(self, step: Step, past: Memory, rank: int) -> None:
+        self.step, self.past, self.rank = step, past, rank
+        self._changes: dict[str, LoraPair] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+
+    def pair(self, layer: str, start: LoraPair, merged: LoraPair) -> LoraPair:
+        """`start` moved towards `merged`. What is remembered is cut to twice the global rank."""
+        if self.step.plain:
+            return merged
+        change = stack([merged, start], [1.0, -1.0])
+        gain = self._gain(layer, gram([change])[0, 0] / (change.shape[0] * change.shape[1]))
+        past = self.past.change.lora.get(layer, zero(*start.shape))
+        moved = stack([past, change], [self.step.keep, self.step.add])
+        if self.step.keep:
+            moved = self._changes[layer] = shorten(moved, 2 * self.rank)[0]
+        return stack([start, moved], [1.0, float(gain)])
+
+    def tensor(self, name: str, start: Tensor, merged: Tensor) -> Tensor:
+        if self.step.plain:
+            return merged
+        change = merged - start
+        moved = self.step.add * change + self.step.keep * self.past.change.dense.get(name, torch.zeros(()))
+        if self.step.keep:
+            self._tensors[name] = moved
+        return start + self._gain(name, change.square()) * moved
+
+    def memory(self) -> Memory:
+        return Memory(Adapter(self._changes, self._tensors), self._squares)
+
+    def _gain(self, name: str, squared: Tensor) -> Tensor | float:
+        if not self.step.square:
+            return self.step.gain(None)
+        v = self.step.square(self.past.square.get(name, torch.tensor(self.step.first)), squared)
+        self._squares[name] = v
+        return self.step.gain(v)

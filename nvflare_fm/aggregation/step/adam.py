@@ -1,0 +1,34 @@
+"""FedAdam (arXiv:2003.00295): layers that change much move less."""
+
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from ..cohort import Cohort
+from . import Step, registry
+
+
+@registry.register("adam")
+def adam(
+    cohort: Cohort,
+    weights: Sequence[float],
+    *,
+    learning_rate: Annotated[float, Field(gt=0, description="η")] = 1e-2,
+    beta1: Annotated[float, Field(ge=0, lt=1, description="what is kept of past changes")] = 0.9,
+    beta2: Annotated[float, Field(ge=0, lt=1, description="what is kept of their squares")] = 0.99,
+    tau: Annotated[float, Field(gt=0, description="below it a change counts as small")] = 1e-3,
+) -> Step:
+    """m ← β₁m + (1−β₁)d;  v ← β₂v + (1−β₂)d²;  x + η·m/(√v + τ), with v = τ² before the first round."""
+    return adaptive(lambda v, squared: beta2 * v + (1 - beta2) * squared, learning_rate, beta1, tau)
+
+
+def adaptive(square: Callable[[Tensor, Tensor], Tensor], learning_rate: float, beta1: float, tau: float) -> Step:
+    """A step that divides by √v + τ, whatever v is."""
+
+    def gain(v: Tensor | None) -> Tensor | float:
+        assert v is not None
+        return learning_rate / (v.sqrt() + tau)
+
+    return Step(gain, keep=beta1, add=1 - beta1, square=square, first=tau**2)

@@ -1,0 +1,26 @@
+"""FedExP (arXiv:2301.09604): a longer step where the sites' changes point apart, so that their mean is too short."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from ..cohort import Cohort
+from . import Step, registry
+
+
+@registry.register("fedexp")
+def fedexp(
+    cohort: Cohort,
+    weights: Sequence[float],
+    *,
+    epsilon: Annotated[float, Field(ge=0, description="keeps the step short where the mean change is tiny")] = 1e-3,
+    most: Annotated[float, Field(ge=1, description="no longer than this")] = 2.0,
+) -> Step:
+    """x + η·d with η = max(1, Σ wₖ‖Dₖ‖² / (2(‖Σ wₖDₖ‖² + ε))), at most `most`; ε relative to Σ wₖ‖Dₖ‖²."""
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    apart = float(share @ cohort.gram.diagonal())
+    together = float(share @ cohort.gram @ share)
+    rate = apart / (2 * (together + epsilon * apart)) if apart > 0 else 1.0
+    return Step(gain=lambda _: min(max(rate, 1.0), most))

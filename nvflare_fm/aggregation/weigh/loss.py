@@ -1,0 +1,30 @@
+"""q-FFL (arXiv:1905.10497): more for a site on which the global adapter does badly, so that results even out."""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from ...errors import ConfigError
+from ..cohort import Cohort
+from . import registry
+
+
+@registry.register("loss")
+def loss(
+    cohort: Cohort,
+    *,
+    q: Annotated[float, Field(ge=0, description="0: every site the same; larger: fairer")] = 1.0,
+) -> list[float]:
+    """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data.
+
+    Raises:
+        ConfigError: a site did not measure it.
+    """
+    factors = []
+    for update in cohort.updates:
+        value = update.report.before.get("loss", math.nan)
+        if not math.isfinite(value):
+            raise ConfigError(f"{update.site} reports no loss of the adapter it received; set evaluation.before")
+        factors.append(max(value, 0.0) ** q)
+    return factors
