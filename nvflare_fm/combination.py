@@ -1,41 +1,52 @@
-"""Which merge rule goes with which PEFT method, and what a plan must say for it. Checked when a job loads.
+"""What a plan must say for its merge rule, and which plan each round sends. Checked when a job loads.
 
 Knows neither transformers nor peft: the server asks here before any site is bothered.
 """
 
 from collections.abc import Mapping
 
-from .aggregation import merge, weigh
+from . import legality
+from .aggregation import merge, step, weigh
+from .aggregation.asked import asked
 from .config import Aggregation, RoundPlan, SiteOverrides
 from .errors import ConfigError
 from .site.peft_methods import check_training, complete, read
 
 
 def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> RoundPlan:
-    """The plan as it is sent: the method's defaults written out, and `rest` as the merge rule promises it.
+    """The plan as it is sent: the method's defaults written out, and what follows from the merge rule.
 
     Args:
         sites: what the job asks of single sites differently, as far as the server knows it.
 
     Raises:
-        ConfigError: an unknown name or setting, or a rule that cannot serve what the plan asks, with the reason.
+        ConfigError: an unknown name or setting, or choices that do not go together, with the reason.
     """
     rule, method = merge.registry[how.merge], read(plan.peft)
     check_training(method, plan.training)
-    for name in how.weigh:
-        weigh.registry[name]
-    plan = plan.model_copy(update={"peft": complete(plan.peft), "rest": rule.rest and method.side_adapter})
+    for entry in how.weigh:
+        asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
+    asked(step.registry, how.step)
+    rest = rule.rest if method.side_adapter else "none"
+    plan = plan.model_copy(
+        update={
+            "peft": complete(plan.peft),
+            "rest": rest,
+            "shares": rule.shares,
+            "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
+        }
+    )
+    legality.check(legality.Job(plan, how, rule, method))
     if method.factored:
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
-        if "rank" in plan.negotiable and not (rule.mixed_ranks and method.side_adapter):
-            raise ConfigError(f"{how.merge} with {plan.peft} needs one rank everywhere; take rank out of negotiable")
-        if not method.side_adapter and max_rank(plan, how) != plan.peft["rank"]:
-            raise ConfigError(
-                f"max_rank {max_rank(plan, how)} needs directions frozen beside the trained ones, which DoRA cannot "
-                f"have; use max_rank = {plan.peft['rank']} or leave use_dora off"
-            )
     return plan
+
+
+def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:
+    """The settled plan for one round: the factors whose turn it is."""
+    turns = merge.registry[how.merge].factors
+    return plan.model_copy(update={"factors": turns[number % len(turns)]})
 
 
 def max_rank(plan: RoundPlan, how: Aggregation) -> int:

@@ -1,11 +1,14 @@
 """A federation in one process: for benchmarks, trials and law tests, with the same workers and the same combination."""
 
+import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
+from .aggregation.cohort import check_values, drawn
 from .aggregation.combine import Combined, combine
-from .combination import max_rank, settle
+from .aggregation.step import Memory
+from .combination import max_rank, of_round, settle
 from .config import Aggregation, RoundPlan
 from .site.worker import Worker
 
@@ -30,19 +33,28 @@ def federate(
     rounds: int,
     adapter: Adapter | None = None,
     manifest: Manifest | None = None,
+    sites_per_round: int = 0,
 ) -> Iterator[Round]:
     """Rounds one after the other, each yielded as it ends; `adapter` and `manifest` continue an earlier federation.
+
+    Args:
+        sites_per_round: so many are drawn for each round; 0: all.
 
     Raises:
         FmError: a site fails; unlike NVFlare's controller, nothing here goes on without it.
     """
     plan = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
     adapter = adapter or Adapter()
+    memory = Memory()
     for number in range(rounds):
-        task = RoundTask(plan, adapter, manifest, number, rounds)
-        updates = tuple(workers[site].train(task) for site in sorted(workers))
-        combined = combine(adapter, manifest, updates, how, max_rank(plan, how))
-        adapter, manifest = combined.adapter, combined.manifest
+        task = RoundTask(of_round(plan, how, number), adapter, manifest, number, rounds)
+        updates = tuple(workers[site].train(task) for site in drawn(workers, sites_per_round, plan.seed, number))
+        for update in updates:
+            check_values(update)
+        combined = combine(adapter, manifest, updates, how, max_rank(plan, how), memory)
+        adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
+        if number == 0:
+            gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
         yield Round(number, combined, updates)
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nvflare_fm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
-BRIDGES = {"combination", "simulate"}  # single files that bring the core and what a site does together
+BRIDGES = {"combination", "legality", "simulate"}  # single files that bring the core and what a site does together
 COMMANDS = {"cli", "cli_job"}
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nvflare_fm.aggregation import merge, weigh
+from nvflare_fm.aggregation import merge, step, weigh
+from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import (
     Aggregation,
     EvaluationSettings,
@@ -21,6 +22,7 @@ from nvflare_fm.config import (
     SiteOverrides,
     TrainingSettings,
 )
+from nvflare_fm.legality import CLASHES
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.policy import SiteConfig
 
@@ -111,24 +113,49 @@ def rules() -> str:
         "## Merge rules\n",
         "The promises choose the laws a rule is tested by, and refuse jobs it cannot serve.\n",
     ]
-    lines += ["| rule | exact | mixed ranks | rest | canonical | follows |", "|---|---|---|---|---|---|"]
+    lines += [
+        "| rule | exact | mixed ranks | canonical | rest | trains, in turn | shares | follows |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name in merge.registry:
         rule = merge.registry[name]
-        promises = (rule.exact, rule.mixed_ranks, rule.rest, rule.canonical)
-        lines.append(f"| `{name}` | {' | '.join('yes' if p else '–' for p in promises)} | {_first_line(rule.merge)} |")
+        promises = " | ".join("yes" if p else "–" for p in (rule.exact, rule.mixed_ranks, rule.canonical))
+        turns = ", ".join(rule.factors)
+        lines.append(f"| `{name}` | {promises} | {rule.rest} | {turns} | {rule.shares} | {_first_line(rule.merge)} |")
     lines += [
         "",
         "- **exact**: equals Σ wₖΔWₖ before it is shortened to the global rank.",
         "- **mixed ranks**: sites may train at different ranks.",
-        "- **rest**: a site starts from the whole global adapter, the directions above its rank frozen beside it.",
-        "- **canonical**: the result is kept as U Σ Vᵀ, the strongest direction first.\n",
+        "- **canonical**: the result is kept as U Σ Vᵀ, the strongest direction first.",
+        "- **rest**: what of the global adapter rides along frozen beside what a site trains: none of it, its tail",
+        "  (the directions above the site's rank), or all of it (the site trains a fresh pair).",
+        "- **trains**, **shares**: the factors of B @ A that are trained and that leave a site.\n",
         "## Weight factors\n",
-        "A site's weight is the product of the job's factors, divided by the sum over the sites.\n",
-        "| factor | follows |",
-        "|---|---|",
+        "A site's weight is the product of the job's factors, divided by the sum over the sites, no larger than the",
+        "job's `max_weight` and the site's own. A factor with settings is written",
+        '`weigh = ["examples", {rule = "loss", q = 2}]`.\n',
+        *_functions(weigh.registry),
+        "",
+        "## Server steps\n",
+        'What is done with the mean of the sites\' changes of ΔW: `step = {rule = "momentum", beta = 0.9}`.\n',
+        *_functions(step.registry),
+        "",
+        "## What does not go together\n",
+        "A job that asks for it is refused while it loads.\n",
+        "| this | not with | because | instead |",
+        "|---|---|---|---|",
+        *(f"| {c.this} | {c.that} | {c.why} | {c.remedy} |" for c in CLASHES),
     ]
-    lines += [f"| `{name}` | {_first_line(weigh.registry[name])} |" for name in weigh.registry]
     return "\n".join(lines) + "\n"
+
+
+def _functions(registry: Any) -> list[str]:
+    lines = ["| name | settings | follows |", "|---|---|---|"]
+    for name in registry:
+        fields = settings_of(registry[name]).model_fields.items()
+        said = "; ".join(f"`{key}` = {field.default}: {field.description}" for key, field in fields)
+        lines.append(f"| `{name}` | {said} | {_first_line(registry[name])} |")
+    return lines
 
 
 def _first_line(function: Any) -> str:

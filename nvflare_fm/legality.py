@@ -1,0 +1,144 @@
+"""Which choices of a job do not go together, held as data: it refuses a job while it loads, and the docs print it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .aggregation.merge import MergeRule
+from .config import Aggregation, RoundPlan, Rule
+from .errors import ConfigError
+from .site.peft_methods import PeftMethod
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a job decides whether its parts go together."""
+
+    plan: RoundPlan  # with the PEFT method's defaults written out
+    how: Aggregation
+    rule: MergeRule
+    method: PeftMethod
+
+    def weighs(self, *names: str) -> bool:
+        return any(named(entry) in names for entry in self.how.weigh)
+
+
+@dataclass(frozen=True)
+class Clash:
+    """`this` does not go with `that`: where `holds`, the job is refused with `why` and `remedy`."""
+
+    this: str
+    that: str
+    holds: Callable[[Job], bool]
+    why: str
+    remedy: str
+
+
+def named(entry: Rule) -> str:
+    return entry if isinstance(entry, str) else str(entry.get("rule"))
+
+
+def _one_rank(job: Job) -> bool:
+    return job.method.factored and not (job.rule.mixed_ranks and job.method.side_adapter)
+
+
+CLASHES = (
+    Clash(
+        "a merge rule for one rank, or DoRA",
+        "`rank` in `negotiable`",
+        lambda job: _one_rank(job) and "rank" in job.plan.negotiable,
+        "every site must train at one rank",
+        "take rank out of negotiable",
+    ),
+    Clash(
+        "DoRA",
+        "`max_rank` other than the plan's rank",
+        lambda job: (
+            job.method.factored and not job.method.side_adapter and job.how.max_rank not in (0, job.plan.peft["rank"])
+        ),
+        "more directions than a site trains would have to ride along frozen, and two DoRA adapters do not add",
+        "leave max_rank or use_dora off",
+    ),
+    Clash(
+        "`freeze_a`, `alternate`, `share_a`, `stack`",
+        "a PEFT method without factors, or DoRA",
+        lambda job: (
+            not (job.method.factored and job.method.side_adapter)
+            and (job.rule.factors != ("AB",) or job.rule.shares != "AB" or job.rule.rest == "all")
+        ),
+        "the rule is about the factors of plain LoRA",
+        "use exact",
+    ),
+    Clash(
+        "a server step other than `plain`",
+        "a merge rule that keeps raw factors",
+        lambda job: named(job.how.step) != "plain" and not job.rule.canonical,
+        "the step acts on ΔW, and the rule keeps B and A as they are",
+        "use plain, or merge = exact",
+    ),
+    Clash(
+        "`normalize_steps`",
+        "a merge rule that is not the global adapter plus changes",
+        lambda job: job.how.normalize_steps and not job.rule.delta,
+        "it scales what the sites changed, and the rule averages what they hold",
+        "use exact or stack",
+    ),
+    Clash(
+        "`keep_energy` below 1",
+        "a merge rule that keeps raw factors",
+        lambda job: job.how.keep_energy < 1 and not job.rule.canonical,
+        "it counts singular values, and the rule takes none",
+        "use exact",
+    ),
+    Clash(
+        "weights `agreement`, `norm`; step `fedexp`",
+        "a PEFT method without factors, or `share_a`",
+        lambda job: (
+            (job.weighs("agreement", "norm") or named(job.how.step) == "fedexp")
+            and not (job.method.factored and job.rule.shares == "AB")
+        ),
+        "they compare the products the sites send, and there are none",
+        "weigh by examples, step plain",
+    ),
+    Clash(
+        "weight `skew`",
+        "a task other than `sequence_classification`",
+        lambda job: job.weighs("skew") and job.plan.task != "sequence_classification",
+        "it needs how each site's rows are spread over the labels, and rows have no one label",
+        "weigh by examples",
+    ),
+    Clash(
+        "`restricted_softmax`, `logit_calibration`",
+        "`causal_lm`",
+        lambda job: (
+            job.plan.task == "causal_lm"
+            and (job.plan.training.restricted_softmax, job.plan.training.logit_calibration) != (1, 0)
+        ),
+        "they are about classes, and the task has none",
+        "leave them out",
+    ),
+    Clash(
+        "weight `loss`",
+        "`evaluation.before = false`",
+        lambda job: job.weighs("loss") and not job.plan.evaluation.before,
+        "it needs the loss of the adapter each site received",
+        "set evaluation.before",
+    ),
+)
+
+
+def check(job: Job) -> None:
+    """
+    Raises:
+        ConfigError: two choices of the job do not go together; why, and what to choose instead.
+    """
+    for clash in CLASHES:
+        if clash.holds(job):
+            raise ConfigError(
+                f"{_chosen(job)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}"
+            )
+
+
+def _chosen(job: Job) -> str:
+    how = job.how
+    parts: Mapping[str, object] = {"merge": how.merge, "weigh": [named(w) for w in how.weigh], "step": named(how.step)}
+    return ", ".join(f"{name} = {value}" for name, value in parts.items())
