@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import __version__
-from .adapter import Adapter, Manifest, from_tensors
+from .adapter import LORA_A, LORA_B, Adapter, Manifest, from_tensors
 from .config import RoundPlan
 from .errors import ModelError
 
@@ -73,8 +73,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
             f"{PROVENANCE} as nvflare_fm writes them",
             f"{folder}: {error}",
         ) from None
-    layers = [n.removesuffix(".lora_A.weight") for n in tensors if n.endswith(".lora_A.weight")]
-    scales = {layer: _scale(layer, tensors[layer + ".lora_A.weight"].shape[0], config) for layer in layers}
+    layers = [
+        n.removesuffix(LORA_A) for n in tensors if n.endswith(LORA_A) and n.removesuffix(LORA_A) + LORA_B in tensors
+    ]
+    scales = {layer: _scale(layer, tensors[layer + LORA_A].shape[0], config) for layer in layers}
     lazy = from_tensors(tensors, scales, f"adapter {folder.name!r}")
     adapter = Adapter(dict(lazy.lora), dict(lazy.dense))
     return adapter, manifest, Provenance(told.get("round"), plan)

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
+from ..config import Factors
 from ..errors import ConfigError, WireError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def seeded_normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> T
 
 def tensors(model: "PeftModel", adapter: str = LOCAL) -> dict[str, Tensor]:
     """The adapter's values under PEFT's saved names, copied to the CPU in float32."""
-    own = {n: p for n, p in model.named_parameters() if p.requires_grad or f".{REST}." in n}
+    own = {n: p for n, p in model.named_parameters() if p.requires_grad or f".{LOCAL}." in n or f".{REST}." in n}
     state = get_peft_model_state_dict(model, state_dict=own, adapter_name=adapter, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
 
@@ -100,6 +101,13 @@ def put(model: "PeftModel", values: Mapping[str, Tensor], adapter: str = LOCAL) 
             "agree?"
         )
     set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
+
+
+def freeze(model: "PeftModel", factors: Factors) -> None:
+    """Leaves only `factors` of the trained adapter's pairs to be trained."""
+    for name, parameter in model.named_parameters():
+        if factors != "AB" and f".{LOCAL}." in name and ".lora_" in name:
+            parameter.requires_grad_(f".lora_{factors}." in name)
 
 
 def resolved(model: "PeftModel") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from ..config import Names, Quantization, Settings
+from ..config import LabelStatistics, Names, Quantization, Settings
 from ..errors import ConfigError, PolicyError
 from ..registry import nearest
 
@@ -19,7 +19,6 @@ T = TypeVar("T")
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 _one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], _one]
-LabelStatistics = Annotated[tuple[Literal["skew", "histogram"], ...], _one]
 FILE_NAME = "fm_site.yaml"
 
 
@@ -57,6 +56,7 @@ class Limits(Settings):
     memory_gib: float = Field(0, ge=0, description="of the trainer: GPU memory where there is one; 0: no limit")
     quantizations: tuple[Quantization, ...] = ("nf4", "fp4", "int8", "bf16", "fp16", "fp32")
     threads: int = Field(0, ge=0, description="CPU threads of the trainer; 0: torch decides")
+    max_weight: float = Field(1.0, gt=0, le=1, description="the largest share of the global adapter this site wants")
     pinned_only: bool = Field(False, description="a model without a fingerprint in this file is not used")
 
 
@@ -68,7 +68,7 @@ class Privacy(Settings):
         (), description="of every update: clip, noise, encryption. No job can give any yet: naming one refuses all"
     )
     label_statistics: LabelStatistics = Field(
-        (), description="what may leave of how often each label occurs: skew, histogram; empty: nothing"
+        (), description="what may leave of how often each label occurs: skew, its distance to even; empty: nothing"
     )
 
 

@@ -26,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapter import RoundTask
 from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
+from .attach import LOCAL
 from .base_model import BaseModel
 from .distributed import any_process, gather, processes
 from .tasks import IGNORED, collate
@@ -76,8 +77,12 @@ def train(
     site: str,
     should_stop: Callable[[], bool],
     log: Log | None = None,
+    scale: float = 1.0,
 ) -> Trained:
     """Trains what of `model` is trainable, in place, for one round.
+
+    Args:
+        scale: of the trained LoRA pairs.
 
     Raises:
         TrainingError: the loss is not a number any more, or it was told to stop.
@@ -90,6 +95,7 @@ def train(
         chosen,
         task,
         base,
+        class_shift(base, rows, plan),
         model=model,
         args=_arguments(plan, base, steps, _number(f"{plan.seed}/{task.round}/{site}"), log is not None),
         data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
@@ -98,7 +104,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     if plan.training.proximal_mu:
-        trainer.add_callback(Proximal(plan.training.proximal_mu))
+        trainer.add_callback(Proximal(plan.training.proximal_mu, scale))
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
@@ -143,12 +149,40 @@ def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: 
     return arguments
 
 
+@dataclass(frozen=True)
+class ClassShift:
+    """What a site does to its logits while it trains, so that classes it hardly has are not unlearned: z·keep − margin.
+
+    Nothing about its classes leaves the site for it, and evaluation does without.
+    """
+
+    keep: torch.Tensor
+    margin: torch.Tensor
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits * self.keep.to(logits) - self.margin.to(logits)
+
+
+def class_shift(base: BaseModel, rows: Dataset, plan: RoundPlan) -> ClassShift | None:
+    """FedRS: logits of classes that do not occur are scaled by α. FedLC (arXiv:2209.00189): a margin τ·n^(−1/4) for
+    each class, a class that does not occur counting as one that occurs once.
+    """
+    settings = plan.training
+    if settings.restricted_softmax == 1 and settings.logit_calibration == 0:
+        return None
+    counts = base.task.class_counts(rows, plan)
+    keep = torch.where(counts > 0, 1.0, settings.restricted_softmax)
+    return ClassShift(keep, settings.logit_calibration * counts.clamp(min=1) ** -0.25)
+
+
 class LocalTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with our order of rows, and a schedule that knows the rounds before and after."""
 
-    def __init__(self, order: list[int], task: RoundTask, base: BaseModel, **kwargs: Any) -> None:
+    def __init__(
+        self, order: list[int], task: RoundTask, base: BaseModel, shift: ClassShift | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.order, self.task, self.base = order, task, base
+        self.order, self.task, self.base, self.shift = order, task, base, shift
         self.loss_is_scaled_for_ga = True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
@@ -165,7 +199,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         Models' own losses are no such means: classifiers ignore how many batches make a step.
         """
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        nats = cross_entropy(*self.base.task.answers(logits, inputs["labels"]), reduction="sum")
+        answers, targets = self.base.task.answers(logits, inputs["labels"])
+        nats = cross_entropy(self.shift(answers) if self.shift else answers, targets, reduction="sum")
         return nats / num_items_in_batch * self.args.world_size  # DDP takes the mean of the processes' gradients
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -216,21 +251,34 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 class Proximal(TrainerCallback):  # type: ignore[misc]
-    """FedProx: the gradient μ(w − w_start) of μ/2 · ‖w − w_start‖², over what is trained.
+    """FedProx: the gradient of μ/2 · ‖ΔW − ΔW_start‖² for LoRA's pairs, which does not see how B and A are turned
+    inside the rank, and of μ/2 · ‖w − w_start‖² for all else that is trained.
 
     Added once a step, after clipping: clipping is to tame the data's gradient, not the pull back to the start.
     """
 
-    def __init__(self, mu: float) -> None:
-        self.mu = mu
+    def __init__(self, mu: float, scale: float) -> None:
+        self.mu, self.scale = mu, scale
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.pairs = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        named = dict(model.named_parameters())
+        factors = {n: named[n.replace(".lora_A.", ".lora_B.")] for n in named if f".lora_A.{LOCAL}." in n}
+        self.pairs = [(a := named[n], b, a.detach().clone(), b.detach().clone()) for n, b in factors.items()]
+        paired = {id(p) for a, b, *_ in self.pairs for p in (a, b)}
+        rest = [p for p in named.values() if p.requires_grad and id(p) not in paired]
+        self.singles = [(p, p.detach().clone()) for p in rest]
 
+    @torch.no_grad()
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        for parameter, start in self.pairs:
+        pull = self.mu * self.scale**2
+        for a, b, a0, b0 in self.pairs:
+            if b.grad is not None:
+                b.grad.add_(b @ (a @ a.T) - b0 @ (a0 @ a.T), alpha=pull)
+            if a.grad is not None:
+                a.grad.add_((b.T @ b) @ a - (b.T @ b0) @ a0, alpha=pull)
+        for parameter, start in self.singles:
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=self.mu)
+                parameter.grad.add_(parameter - start, alpha=self.mu)
 
 
 def _check_finite(loss: float) -> None:

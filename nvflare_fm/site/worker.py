@@ -16,8 +16,10 @@ from . import base_model, data, distributed, evaluation, peft_methods, training
 from .attach import resolved
 from .base_model import BaseModel
 from .data import SiteData
+from .own_adapter import OwnAdapter, shared_half
 from .peft_methods import PeftMethod
-from .policy import SiteConfig, accept, check_examples, fit
+from .policy import SiteConfig, accept, check_examples, check_label_statistics, fit
+from .tasks import label_skew
 from .tasks import registry as tasks
 
 
@@ -42,9 +44,10 @@ class Worker:
         overrides: SiteOverrides | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         log: training.Log | None = None,
+        own: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
-        self.should_stop, self.log = should_stop, log
+        self.should_stop, self.log, self.own = should_stop, log, own or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         quiet()
@@ -63,12 +66,17 @@ class Worker:
         task = RoundTask(plan, task.adapter, task.manifest, task.round, task.total_rounds)
         before = self._measured("before", task, self.validate(task)) if plan.evaluation.before else {}
         with training.memory_explained(plan), base.lent():
-            model = method.attach(base, task.adapter, plan.seed, plan.rest)
-            done = self._within_time(lambda stop: training.train(model, base, rows, task, self.site, stop, self.log))
+            model = method.attach(base, task.adapter, plan, task.round, self.own.read())
+            done = self._within_time(
+                lambda stop: training.train(model, base, rows, task, self.site, stop, self.log, method.scale)
+            )
             after = self._evaluate(model, job) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
             manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
         self._measured("after", task, after)
+        if plan.shares != "AB":
+            self.own.keep(adapter, manifest, task)
+            adapter = whole = shared_half(adapter)
         self._last = whole, manifest
         report = Report(
             examples=len(rows),
@@ -82,6 +90,8 @@ class Worker:
             before=before,
             after=after,
             bad_rows=job.data.bad_rows,
+            label_skew=label_skew(base.task.class_counts(rows, plan)) if "skew" in plan.label_statistics else None,
+            max_weight=self.config.limits.max_weight,
             lowered=job.lowered,
         )
         return AdapterUpdate(self.site, adapter, manifest, report)
@@ -94,7 +104,8 @@ class Worker:
         """
         job = self._job(task)
         with training.memory_explained(job.plan), job.base.lent():
-            model = job.method.attach(job.base, task.adapter, job.plan.seed, rest=True)
+            plan = job.plan.model_copy(update={"rest": "tail"})
+            model = job.method.attach(job.base, task.adapter, plan, own=self.own.read())
             return self._evaluate(model, job)
 
     def submit(self) -> tuple[Adapter, Manifest]:
@@ -142,6 +153,7 @@ class Worker:
         self._check_base(base, task)
         job = Job(plan, method, base, self._tokenized(plan, base), decision.lowered)
         check_examples(len(job.data.train), self.config)
+        check_label_statistics(plan.label_statistics, self.config)
         steps = training.steps_per_round(plan, len(job.data.train), distributed.processes()[1])
         if steps > self.config.limits.max_steps_per_round:
             raise PolicyError(

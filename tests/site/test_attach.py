@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
+from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.lora import shorten
 from nvflare_fm.site import base_model, peft_methods
@@ -21,6 +22,7 @@ from nvflare_fm.site.policy import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from tests.site import tiny
 
+START = RoundPlan()
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 7, 5]])
 
 
@@ -36,7 +38,7 @@ def method(rank: int, **more: Any) -> PeftMethod:
 def global_adapter(base: BaseModel, rank: int) -> Adapter:
     """A canonical adapter of size to matter."""
     with base.lent():
-        blank = method(1).extract(method(1).attach(base, Adapter(), 0, rest=True))
+        blank = method(1).extract(method(1).attach(base, Adapter(), START))
     torch.manual_seed(1)
     made = {n: LoraPair(torch.randn(rank, p.shape[1]), torch.randn(p.shape[0], rank)) for n, p in blank.lora.items()}
     return Adapter({n: shorten(p, rank)[0].rescaled(0.1) for n, p in made.items()})
@@ -64,7 +66,7 @@ def test_every_site_starts_at_exactly_the_global_adapter_whatever_its_rank(
         for layer, pair in start.lora.items():
             merged.get_submodule(layer.removeprefix("base_model.model.")).weight.add_(pair.delta())
     with base.lent():
-        model = method(rank, use_rslora=use_rslora).attach(base, start, 0, rest=True).eval()
+        model = method(rank, use_rslora=use_rslora).attach(base, start, START).eval()
         torch.testing.assert_close(logits(model), logits(merged), atol=2e-4, rtol=1e-4)
 
 
@@ -72,7 +74,7 @@ def test_without_rest_a_site_starts_from_the_first_directions_alone(llama: Path)
     base = base_of(llama, quantization="fp32")
     start = global_adapter(base, 6)
     with base.lent():
-        alone = method(2).extract(method(2).attach(base, start, 0, rest=False), whole=True)
+        alone = method(2).extract(method(2).attach(base, start, RoundPlan(rest="none")), whole=True)
     for layer, pair in alone.lora.items():
         first = LoraPair(start.lora[layer].A[:2], start.lora[layer].B[:, :2], start.lora[layer].scale)
         torch.testing.assert_close(pair.delta(), first.delta(), atol=1e-5, rtol=1e-4)
@@ -82,7 +84,7 @@ def test_the_whole_adapter_of_an_untrained_site_is_the_global_one(llama: Path) -
     base = base_of(llama)
     start = global_adapter(base, 6)
     with base.lent():
-        model = method(2).attach(base, start, 0, rest=True)
+        model = method(2).attach(base, start, START)
         whole, part = method(2).extract(model, whole=True), method(2).extract(model)
     assert {p.rank for p in part.lora.values()} == {2}
     assert {p.rank for p in whole.lora.values()} == {6}
@@ -93,7 +95,7 @@ def test_the_whole_adapter_of_an_untrained_site_is_the_global_one(llama: Path) -
 def test_only_the_local_adapter_is_trained_and_it_is_float32(llama: Path) -> None:
     base = base_of(llama)
     with base.lent():
-        model = method(2).attach(base, global_adapter(base, 6), 0, rest=True)
+        model = method(2).attach(base, global_adapter(base, 6), START)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         assert trained
         assert all(".local." in n and p.dtype == torch.float32 for n, p in trained.items())
@@ -105,7 +107,7 @@ def test_fresh_adapters_are_nested_by_rank_and_change_nothing(llama: Path) -> No
     adapters = {}
     for rank in (2, 5):
         with base.lent():
-            adapters[rank] = method(rank).extract(method(rank).attach(base, Adapter(), 7, rest=True))
+            adapters[rank] = method(rank).extract(method(rank).attach(base, Adapter(), RoundPlan(seed=7)))
     for layer, small in adapters[2].lora.items():
         assert torch.equal(small.A, adapters[5].lora[layer].A[:2])
         assert not small.B.any()
@@ -133,7 +135,7 @@ def test_the_base_is_bare_again_after_a_failure(llama: Path) -> None:
     names = [n for n, _ in base.model.named_modules()]
     start, narrow = global_adapter(base, 6), method(2, target_modules="q_proj")
     with pytest.raises(WireError), base.lent():
-        narrow.attach(base, start, 0, rest=True)
+        narrow.attach(base, start, START)
     assert [n for n, _ in base.model.named_modules()] == names
 
 
@@ -150,7 +152,7 @@ def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path:
     (tmp_path / "adapter_config.json").write_text(json.dumps(plain))
     save_file(dict(travelled.tensors()), tmp_path / "adapter_model.safetensors")
     with base.lent():
-        ours = logits(peft_methods.read(plan.peft).attach(base, travelled, 0, rest=True).eval())
+        ours = logits(peft_methods.read(plan.peft).attach(base, travelled, START).eval())
     with base.lent() as bare:
         theirs = logits(PeftModel.from_pretrained(bare, tmp_path).eval())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -175,16 +177,16 @@ def test_an_adapter_for_other_layers_is_refused_by_name(llama: Path) -> None:
     layer = sorted(start.lora)[0]
     fewer = replace(start, lora={n: p for n, p in start.lora.items() if n != layer})
     with base.lent(), pytest.raises(WireError, match=layer):
-        method(2).attach(base, fewer, 0, rest=True)
+        method(2).attach(base, fewer, START)
     wider = replace(start, lora={**start.lora, layer: LoraPair(torch.ones(2, 3), torch.ones(5, 2))})
     with base.lent(), pytest.raises(WireError, match=layer):
-        method(2).attach(base, wider, 0, rest=True)
+        method(2).attach(base, wider, START)
 
 
 def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:
     base = base_of(llama)
     with base.lent(), pytest.raises(ConfigError, match="nothing_like_it"):
-        method(2, target_modules="nothing_like_it").attach(base, Adapter(), 0, rest=True)
+        method(2, target_modules="nothing_like_it").attach(base, Adapter(), START)
 
 
 def test_the_resolved_settings_are_plain_json_without_a_path(llama: Path, tmp_path: Path) -> None:

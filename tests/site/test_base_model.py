@@ -130,7 +130,7 @@ def start(model: Path, **more: Any) -> Adapter:
     base = load(model, "sequence_classification", **more)
     method = peft_methods.read(plan.peft)
     with base.lent():
-        return method.extract(method.attach(base, Adapter(), plan.seed, rest=True))
+        return method.extract(method.attach(base, Adapter(), plan))
 
 
 def test_a_fresh_head_is_made_from_the_seed_alone(bert: Path, copy: Path, tmp_path: Path) -> None:

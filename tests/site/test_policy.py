@@ -256,7 +256,7 @@ def test_remote_code_cannot_even_be_asked_for():
 
 
 def test_a_rank_is_negotiable_only_where_ranks_may_differ():
-    with pytest.raises(ConfigError, match="needs one rank everywhere; take rank out of negotiable"):
+    with pytest.raises(ConfigError, match="one rank; take rank out of negotiable"):
         settle(plan(negotiable="rank"), Aggregation(merge="factor_mean"))
     assert settle(plan(negotiable="rank"), Aggregation()).negotiable == ("rank",)
 

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.combination import max_rank, settle
-from nvflare_fm.config import Aggregation, SiteOverrides
-from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
+from nvflare_fm.errors import ConfigError, PolicyError, WireError
+from nvflare_fm.export import read_adapter
 from nvflare_fm.lora import stack
 from nvflare_fm.simulate import alone, federate
+from nvflare_fm.site.own_adapter import OwnAdapter
+from nvflare_fm.site.training import class_shift
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
@@ -85,11 +90,13 @@ def test_nothing_can_be_submitted_before_training(llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("merge", "rest"), [("exact", True), ("svd", False), ("zero_pad", False), ("factor_mean", False)]
+    ("merge", "rest"), [("exact", "tail"), ("svd", "none"), ("factor_mean", "none"), ("stack", "all")]
 )
-def test_the_merge_rule_decides_whether_the_rest_rides_along(merge: str, rest: bool) -> None:
-    plan = settle(tiny.plan(rest=not rest, peft={"method": "lora"}), Aggregation(merge=merge))
-    assert plan.rest is rest
+def test_the_merge_rule_decides_whether_the_rest_rides_along(merge: str, rest: str) -> None:
+    plan = settle(
+        tiny.plan(rest="none" if rest == "tail" else "tail", peft={"method": "lora"}), Aggregation(merge=merge)
+    )
+    assert plan.rest == rest
     assert plan.peft["rank"] == max_rank(plan, Aggregation(merge=merge)) == 8
 
 
@@ -98,7 +105,7 @@ def test_the_merge_rule_decides_whether_the_rest_rides_along(merge: str, rest: b
     [
         ({}, {"merge": "factor_mean"}, {"b": 2}, "b is to train at rank 2, and factor_mean needs one rank everywhere"),
         ({"use_dora": True}, {}, {"b": 2}, "b is to train at rank 2, and DoRA needs one rank"),
-        ({"use_dora": True}, {"max_rank": 9}, {}, "max_rank 9 needs directions frozen"),
+        ({"use_dora": True}, {"max_rank": 9}, {}, "DoRA does not go with `max_rank`.*frozen"),
         ({"use_dorra": True}, {}, {}, 'did you mean "use_dora"'),
         ({"method": "lorra"}, {}, {}, 'did you mean "lora"'),
         ({}, {"merge": "exakt"}, {}, 'did you mean "exact"'),
@@ -162,3 +169,147 @@ def medquad(shared: Path, column: str) -> list[dict[str, Any]]:
     with gzip.open(shared / "data/medquad/medquad.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line in lines][::100]
     return [{"prompt": r["question"] + "\n", column: r["answer"], "label": r["qtype"]} for r in rows]
+
+
+def quick(**more: Any) -> RoundPlan:
+    return tiny.plan(**({"training": {"local_steps": 2, "batch_size": 4, "learning_rate": 1e-2}} | more))
+
+
+def test_a_frozen_factor_is_the_same_at_every_site_in_every_round(llama: Path, tmp_path: Path) -> None:
+    rounds = list(federate(sites(tmp_path, llama, "causal_lm", (4, 4)), quick(), Aggregation(merge="freeze_a"), 3))
+    first = rounds[0].updates[0].adapter.lora
+    for done in rounds:
+        for sent in done.updates:
+            assert all(torch.equal(sent.adapter.lora[n].A, first[n].A) for n in first)
+    assert any(
+        not torch.equal(rounds[2].combined.adapter.lora[n].B, rounds[1].combined.adapter.lora[n].B) for n in first
+    )
+
+
+def test_factors_are_trained_in_turn(llama: Path, tmp_path: Path) -> None:
+    rounds = list(federate(sites(tmp_path, llama, "causal_lm", (4, 4)), quick(), Aggregation(merge="alternate"), 3))
+    for number, (kept, moved) in enumerate((("B", "A"), ("A", "B")), 1):
+        before, after = (r.combined.adapter.lora for r in rounds[number - 1 : number + 1])
+        for layer in before:
+            torch.testing.assert_close(getattr(after[layer], kept), getattr(before[layer], kept), atol=1e-6, rtol=1e-5)
+        assert any((getattr(after[n], moved) - getattr(before[n], moved)).norm() > 1e-3 for n in before)
+
+
+def test_a_site_that_stacks_starts_at_exactly_g_with_a_fresh_pair_each_round(llama: Path, tmp_path: Path) -> None:
+    workers = sites(tmp_path, llama, "causal_lm", (2, 4))
+    first, second, third = federate(workers, quick(), Aggregation(merge="stack", max_rank=24), 3)
+    for done, start in ((second, first), (third, second)):
+        task = RoundTask(quick(), start.combined.adapter, start.combined.manifest)
+        for sent in done.updates:
+            assert sent.report.before["loss"] == pytest.approx(workers[sent.site].validate(task)["loss"], rel=1e-5)
+            for layer, pair in sent.adapter.lora.items():
+                earlier = start.combined.adapter.lora[layer].A
+                assert float((pair.A @ earlier.T).abs().max()) < 0.2, "a fresh pair starts across what is there"
+    for layer, pair in third.combined.adapter.lora.items():
+        parts = [(u, third.combined.weights[u.site]) for u in third.updates]
+        expected = second.combined.adapter.lora[layer].delta() + sum(
+            w * u.adapter.lora[layer].delta() for u, w in parts
+        )
+        torch.testing.assert_close(pair.delta(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_site_that_shares_a_keeps_its_b_is_measured_with_it_and_ends_with_a_model_of_its_own(
+    llama: Path, tmp_path: Path
+) -> None:
+    workers = sites(tmp_path, llama, "causal_lm", (4, 4))
+    for name, worker in workers.items():
+        worker.own = OwnAdapter(tmp_path / name)
+    first, second = federate(workers, quick(), Aggregation(merge="share_a"), 2)
+    for done in (first, second):
+        for sent in done.updates:
+            assert not sent.adapter.lora
+            assert not [name for name in sent.adapter.dense if "lora_B" in name]
+    plan = settle(quick(), Aggregation(merge="share_a"))
+    task = RoundTask(plan, second.combined.adapter, second.combined.manifest)
+    own = [workers[site].validate(task)["loss"] for site in sorted(workers)]
+    stranger = sites(tmp_path, llama, "causal_lm", (4, 4))
+    assert own[0] < stranger["site-0"].validate(task)["loss"] - 1e-3, "A alone is not what the site has"
+    assert not workers["site-0"].submit()[0].lora
+    again = tiny.worker(
+        tmp_path, llama, "causal_lm", "site-0", overrides=SiteOverrides(rank=4), own=OwnAdapter(tmp_path / "site-0")
+    )
+    assert again.validate(task)["loss"] == pytest.approx(own[0]), "a new trainer finds what the last one kept"
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    kept = read_adapter(tmp_path / "site-0" / "own_adapter")[0]
+    loaded = PeftModel.from_pretrained(base, tmp_path / "site-0" / "own_adapter")
+    assert get_peft_model_state_dict(loaded).keys() == kept.tensors().keys()
+
+
+def test_sites_may_be_drawn_for_each_round(llama: Path, tmp_path: Path) -> None:
+    workers = sites(tmp_path, llama, "causal_lm", (2, 2, 4))
+    seen = [set(done.reports) for done in federate(workers, quick(), Aggregation(), 4, sites_per_round=2)]
+    assert all(len(names) == 2 for names in seen)
+    assert set.union(*seen) == set(workers)
+
+
+def test_a_site_may_take_fewer_steps_and_says_so(llama: Path, tmp_path: Path) -> None:
+    worker = tiny.worker(tmp_path, llama, "causal_lm", overrides=SiteOverrides(local_steps=1))
+    assert worker.train(RoundTask(settle(quick(), Aggregation()))).report.steps == 1
+
+
+def one_sided(folder: Path, model: Path, **privacy: Any) -> Worker:
+    """A site that has only ever seen one class, and its neighbour half as often."""
+    rows = [{"text": s, "label": "calm" if i % 3 else "ill"} for i, s in enumerate(tiny.SENTENCES[:30])]
+    file = str(tiny.jsonl(folder / "one.jsonl", rows))
+    return Worker(
+        "site-1", tiny.site(model, Path(file), data={"notes": {"train": file, "validation": file}}, **privacy)
+    )
+
+
+def test_a_class_a_site_never_saw_drifts_less_under_a_restricted_softmax(bert: Path, tmp_path: Path) -> None:
+    moved = {}
+    for alpha in (1.0, 0.0):
+        training = {"local_steps": 8, "batch_size": 8, "learning_rate": 3e-2, "restricted_softmax": alpha}
+        still = one_sided(tmp_path, bert).train(
+            RoundTask(quick(task="sequence_classification", training=training | {"learning_rate": 1e-12}))
+        )
+        plan = quick(task="sequence_classification", training=training)
+        done = one_sided(tmp_path, bert).train(RoundTask(plan))
+        name = "base_model.model.classifier.weight"
+        moved[alpha] = float((done.adapter.dense[name] - still.adapter.dense[name])[2].norm())  # "well"
+    assert moved[0.0] < 1e-6 < 1e-3 < moved[1.0]
+
+
+def test_calibration_is_a_margin_by_how_rare_a_class_is(bert: Path, tmp_path: Path) -> None:
+    worker = one_sided(tmp_path, bert)
+    plan = quick(task="sequence_classification", training={"logit_calibration": 2.0})
+    job = worker._job(RoundTask(plan))
+    shift = class_shift(job.base, job.data.train, plan)
+    assert shift is not None
+    expected = torch.tensor([2.0 * 20**-0.25, 2.0 * 10**-0.25, 2.0])
+    torch.testing.assert_close(shift(torch.zeros(1, 3))[0], -expected.float())
+    assert class_shift(job.base, job.data.train, quick(task="sequence_classification")) is None
+
+
+def test_how_labels_are_spread_leaves_a_site_only_where_both_sides_say_so(bert: Path, tmp_path: Path) -> None:
+    plan = quick(task="sequence_classification")
+    asks = settle(plan, Aggregation(weigh=["examples", "skew"]))
+    willing = one_sided(tmp_path, bert, privacy={"label_statistics": "skew"})
+    expected = float((torch.tensor([20, 10, 0]) / 30 - 1 / 3).norm())
+    assert willing.train(RoundTask(asks)).report.label_skew == pytest.approx(expected)
+    assert willing.train(RoundTask(settle(plan, Aggregation()))).report.label_skew is None
+    with pytest.raises(PolicyError, match="tells no skew of its labels"):
+        one_sided(tmp_path, bert).train(RoundTask(asks))
+
+
+def test_one_federation_of_three_precisions_and_ranks_gives_one_adapter(llama: Path, tmp_path: Path) -> None:
+    asked = {"a": ("nf4", 2, 4), "b": ("int8", 8, 2), "c": ("fp32", 16, 6)}
+    workers = {
+        name: tiny.worker(
+            tmp_path, llama, "causal_lm", name, overrides=SiteOverrides(quantization=bits, rank=rank, batch_size=size)
+        )
+        for name, (bits, rank, size) in asked.items()
+    }
+    first, second = federate(workers, quick(), Aggregation(max_rank=16), 2)
+    assert {site: (r.quantization, r.rank) for site, r in second.reports.items()} == {
+        site: (bits, rank) for site, (bits, rank, _) in asked.items()
+    }
+    assert not second.combined.refused
+    assert sum(r.before["loss"] for r in second.reports.values()) < sum(
+        r.before["loss"] for r in first.reports.values()
+    )

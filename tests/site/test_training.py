@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
+from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
 from nvflare_fm.config import TrainingSettings
 from nvflare_fm.errors import PolicyError, TrainingError
 from nvflare_fm.site.training import memory_explained, order, schedule, steps_per_round
@@ -154,15 +154,20 @@ def test_a_strong_pull_holds_the_adapter_near_its_start(llama: Path, tmp_path: P
 
 
 def test_the_pull_is_mu_times_the_distance_from_the_start(llama: Path, tmp_path: Path) -> None:
-    """With plain SGD, w₁ = w₀ − ηg₀ and w₂ = w₁ − η(g₁ + μ(w₁ − w₀)): the pull alone tells two runs apart."""
+    """With plain SGD, w₁ = w₀ − ηg₀ and w₂ = w₁ − η(g₁ + pull(w₁)): the pull alone tells two runs apart. It is the
+    gradient of μ/2 · ‖ΔW‖², for B starts at zero.
+    """
     eta, mu = 0.05, 3.0
     one, free, held = (
         train(tmp_path, llama, local_steps=steps, learning_rate=eta, optim="sgd", proximal_mu=m, max_grad_norm=1e9)
         for steps, m in ((1, 0.0), (2, 0.0), (2, mu))
     )
     for layer, pair in held.adapter.lora.items():
-        pulled = free.adapter.lora[layer].B - eta * mu * one.adapter.lora[layer].B  # B starts at zero
-        torch.testing.assert_close(pair.B, pulled, atol=1e-6, rtol=1e-3)
+        first, without = one.adapter.lora[layer], free.adapter.lora[layer]
+        a, b = first.A.clone().requires_grad_(), first.B.clone().requires_grad_()
+        (mu / 2 * LoraPair(a, b, first.scale).delta().square().sum()).backward()
+        torch.testing.assert_close(pair.B, without.B - eta * b.grad, atol=1e-6, rtol=1e-3)
+        torch.testing.assert_close(pair.A, without.A - eta * a.grad, atol=1e-6, rtol=1e-3)
 
 
 def test_training_that_diverges_names_the_remedy(llama: Path, tmp_path: Path) -> None:

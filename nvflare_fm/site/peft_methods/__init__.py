@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...adapter import Adapter
-from ...config import Settings, TrainingSettings
+from ...config import RoundPlan, Settings, TrainingSettings
 from ...errors import ConfigError
 from ...registry import Registry
 
@@ -24,6 +24,11 @@ class PeftMethod(Settings):
     checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
 
     @property
+    def scale(self) -> float:
+        """Of the pairs it trains; 1 where it has none."""
+        return 1.0
+
+    @property
     def side_adapter(self) -> bool:
         """Whether directions above the site's rank can ride along frozen: ΔW must be additive."""
         return False
@@ -40,11 +45,15 @@ class PeftMethod(Settings):
     def initialise(self, model: "PeftModel", seed: int) -> None:
         """Makes the start that all sites share, where PEFT's own is random."""
 
-    def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
-        """`base.model` with the adapter called "local" trainable, holding `start` (empty: initialised from `seed`).
+    def attach(
+        self, base: "BaseModel", start: Adapter, plan: RoundPlan, number: int = 0, own: Adapter | None = None
+    ) -> "PeftModel":
+        """`base.model` with the adapter called "local" trainable, holding `start` (empty: made from the plan's seed).
 
         Args:
-            rest: directions of `start` above this site's rank ride along frozen; otherwise they are left out.
+            plan: its `rest` says what of `start` rides along frozen, its `factors` what is trained.
+            number: of the round; a site that trains a fresh pair every round has other directions in each.
+            own: this site's adapter, where the plan shares only a part of it.
 
         Raises:
             ConfigError: the method cannot be put on this model, or cannot hold `start`.
@@ -52,8 +61,8 @@ class PeftMethod(Settings):
         """
         from ..attach import put, wrap
 
-        model = wrap(base, self.config(base), seed)
-        self.initialise(model, seed)
+        model = wrap(base, self.config(base), plan.seed)
+        self.initialise(model, plan.seed)
         if start:
             put(model, start.tensors())
         return model

@@ -5,15 +5,17 @@ adapter, so that every site starts a round at exactly the global adapter, whatev
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ...adapter import Adapter, from_tensors
+from ...adapter import Adapter, LoraPair, from_tensors
 from ...aggregation.merge.zero_pad import pad
-from ...config import Names
+from ...config import Names, RoundPlan
 from ...errors import ConfigError, WireError
-from ...lora import head, refill, stack, tail, zero
+from ...lora import fresh_rows, head, refill, stack, tail, zero
+from ..own_adapter import joined
 from . import PeftMethod, registry
 
 if TYPE_CHECKING:
@@ -48,23 +50,37 @@ class Lora(PeftMethod):
     def trained_whole(self) -> tuple[str, ...]:
         return self.modules_to_save
 
-    def attach(self, base: "BaseModel", start: Adapter, seed: int, rest: bool) -> "PeftModel":
-        from ..attach import put, wrap
+    def attach(
+        self, base: "BaseModel", start: Adapter, plan: RoundPlan, number: int = 0, own: Adapter | None = None
+    ) -> "PeftModel":
+        from ..attach import freeze, put, wrap
 
-        model = wrap(base, self.config(base), seed)
+        model = wrap(base, self.config(base), plan.seed)
         blank = self.extract(model)
+        if plan.shares == "A" and start:
+            start = joined(start, own or blank)
         start = start or Adapter({layer: zero(*blank.lora[layer].shape) for layer in blank.lora}, blank.dense)
         _check_layers(start, blank)
         widest = max(pair.rank for pair in start.lora.values())
         if self.use_dora and widest not in (0, self.rank):
             raise ConfigError(f"DoRA needs one rank everywhere: this site trains {self.rank}, the adapter has {widest}")
-        trained = {
-            n: refill(head(p, self.rank), self.rank, n, seed).rescaled(self.scale) for n, p in start.lora.items()
-        }
+        trained, frozen = self._split(start, plan, number)
         put(model, Adapter(trained, start.dense).tensors())
-        if rest and widest > self.rank:
-            self._add_rest(model, start, widest - self.rank)
+        if widest := max(pair.rank for pair in frozen.values()):
+            self._add_rest(model, frozen, widest)
+        freeze(model, plan.factors)
         return model
+
+    def _split(self, start: Adapter, plan: RoundPlan, number: int) -> tuple[dict[str, LoraPair], dict[str, LoraPair]]:
+        """What of `start` is trained, at this site's rank and scale, and what rides along frozen."""
+        if plan.rest == "all":
+            rows = range(number * self.rank, (number + 1) * self.rank)
+            fresh = {n: fresh_rows(n, p.shape[1], rows, plan.seed, beside=p.A) for n, p in start.lora.items()}
+            columns = {n: p.B.new_zeros(p.shape[0], self.rank) for n, p in start.lora.items()}
+            return {n: LoraPair(a, columns[n], self.scale) for n, a in fresh.items()}, dict(start.lora)
+        kept = {n: refill(head(p, self.rank), self.rank, n, plan.seed) for n, p in start.lora.items()}
+        beside = {n: tail(p, self.rank if plan.rest == "tail" else p.rank) for n, p in start.lora.items()}
+        return {n: p.rescaled(self.scale) for n, p in kept.items()}, beside
 
     def config(self, base: "BaseModel") -> "LoraConfig":
         from peft import LoraConfig
@@ -80,7 +96,7 @@ class Lora(PeftMethod):
             modules_to_save=sorted({*base.heads, *self.modules_to_save}) or None,
         )
 
-    def _add_rest(self, model: "PeftModel", start: Adapter, rank: int) -> None:
+    def _add_rest(self, model: "PeftModel", pairs: Mapping[str, LoraPair], rank: int) -> None:
         from peft import LoraConfig, PeftModel
 
         from ..attach import LOCAL, REST, put
@@ -88,7 +104,7 @@ class Lora(PeftMethod):
         targets = model.peft_config[LOCAL].target_modules
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1, heads stay with "local"
         PeftModel.add_adapter(model, REST, config)
-        frozen = {n: pad(tail(p, self.rank), rank).rescaled(1.0) for n, p in start.lora.items()}
+        frozen = {n: pad(p, rank).rescaled(1.0) for n, p in pairs.items()}
         put(model, Adapter(frozen).tensors(), REST)
         model.base_model.set_adapter([LOCAL, REST])
         for name, parameter in model.named_parameters():

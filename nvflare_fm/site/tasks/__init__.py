@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,10 @@ class Task:
         learned = targets != IGNORED
         return logits[learned].float(), targets[learned]
 
+    def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
+        """How often each of the plan's labels occurs at the site; jobs for tasks without labels do not ask."""
+        raise NotImplementedError
+
     def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
         """What the metrics need of one batch: 1-D columns, concatenated over all batches before `metrics` sees them."""
         logits, targets = self.answers(logits, batch["labels"])
@@ -67,6 +72,11 @@ class Task:
 
 
 registry: Registry[Task] = Registry("task", __name__)
+
+
+def label_skew(counts: Tensor) -> float:
+    """The ℓ₂ distance of the distribution of labels to the uniform one, in [0, 1)."""
+    return float((counts / counts.sum() - 1 / len(counts)).norm())
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -16,6 +19,9 @@ class SequenceClassification(Task):
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
         ids = tokenizer(text_of(row, "text"), truncation=True, max_length=plan.max_length)["input_ids"]
         return {"input_ids": ids, "labels": label_index(row.get("label"), plan.labels)}
+
+    def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
+        return torch.bincount(torch.tensor(rows["labels"]), minlength=len(plan.labels)).double()
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         return classification_metrics(columns, range(len(plan.labels)))

@@ -6,6 +6,9 @@ A word's label stands at its first sub-token; the others are not learned, so a w
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -31,6 +34,10 @@ class TokenClassification(Task):
         if all(label == IGNORED for label in learned):
             raise BadRow("no word is left after tokenizing")
         return {"input_ids": encoded["input_ids"], "labels": learned}
+
+    def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
+        labels = [label for row in rows["labels"] for label in row if label != IGNORED]
+        return torch.bincount(torch.tensor(labels), minlength=len(plan.labels)).double()
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Over words. Macro-F1 leaves out the label "O", which most words bear: a model that says only O scores 0."""
