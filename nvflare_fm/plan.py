@@ -68,7 +68,7 @@ def trained_bytes(shape: AdapterShape, plan: RoundPlan, rank: int, widest: int) 
     of the global adapter that ride along frozen.
     """
     state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
-    beside = max(0, widest - rank) if plan.rest else 0
+    beside = {"none": 0, "tail": max(0, widest - rank), "all": widest}[plan.rest]
     return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - shape.dense)
 
 
@@ -141,12 +141,18 @@ def cost(
         steps=steps,
         seconds=seconds_per_step * steps if seconds_per_step is not None and steps else None,
         bytes_down_first=starts_at,
-        bytes_down=(adapter.size(widest) if adapter else None) if trains else starts_at,
-        bytes_up=(adapter.size(rank) if adapter else None) if trains else 0,
+        bytes_down=(_size(adapter, widest, plan.shares) if adapter else None) if trains else starts_at,
+        bytes_up=(_size(adapter, rank, plan.shares) if adapter else None) if trains else 0,
         base_bytes=base.size(plan) if base else None,
         trained_bytes=trained_bytes(adapter, plan, rank, widest) if adapter and trains else None,
         activation_bytes=activation_bytes(base, adapter, plan) if base and adapter and trains else None,
     )
+
+
+def _size(adapter: AdapterShape, rank: int, shares: str) -> int:
+    """Bytes of what travels: where only A does, each layer's fan_out does not count."""
+    travels = {n: (fan_out if "B" in shares else 0, fan_in) for n, (fan_out, fan_in) in adapter.layers.items()}
+    return AdapterShape(travels, adapter.dense).size(rank)
 
 
 def global_rank(plan: RoundPlan, how: Aggregation, ranks: Iterable[int]) -> int:

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from nvflare_fm import templates
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
-from nvflare_fm.config import EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
+from nvflare_fm.config import DERIVED, EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.export import Provenance, read_adapter, write_adapter
 from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
@@ -137,7 +137,7 @@ def test_every_setting_is_a_knob(template: str) -> None:
     (controller,) = [p for p in parts(FOLDER / template, "server") if p["path"].endswith("FedPEFT")]
     plan = controller["args"]["plan"]
     labels = {"labels"} if plan["task"] == "causal_lm" else set()  # it has none
-    assert set(plan) == set(RoundPlan.model_fields) - {"rest"} - labels  # rest follows from the merge rule
+    assert set(plan) == set(RoundPlan.model_fields) - set(DERIVED) - labels
     assert set(plan["training"]) == set(TrainingSettings.model_fields)
     assert set(plan["evaluation"]) == set(EvaluationSettings.model_fields)
     assert set(plan["peft"]) == {"method", *methods[plan["peft"]["method"]].model_fields}

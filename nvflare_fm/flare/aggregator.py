@@ -6,6 +6,7 @@ The same for every merge and weight rule. It loads neither the base model nor tr
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_context import FLContext
@@ -15,11 +16,11 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
 from ..adapter import AdapterUpdate, Manifest, RoundTask
-from ..aggregation import merge as merge_rules
-from ..aggregation import weigh as weight_factors
 from ..aggregation.cohort import check_values
 from ..aggregation.combine import Combined, combine
-from ..config import Aggregation, RoundPlan
+from ..aggregation.step import Memory
+from ..config import Aggregation, RoundPlan, Rule
+from ..lora import effective_rank
 from . import wire
 from .ledger import mean
 
@@ -36,21 +37,24 @@ class AdapterAggregator(ModelAggregator):
     def __init__(
         self,
         merge: str = "exact",
-        weigh: Sequence[str] = ("examples",),
+        weigh: Sequence[Rule] = ("examples",),
+        max_weight: float = 1.0,
+        normalize_steps: bool = False,
+        step: Rule = "plain",
         max_rank: int = 0,
+        keep_energy: float = 1.0,
         sigma: str = "B",
         seed: int = 0,
     ) -> None:
         FLComponent.__init__(self)
         super().__init__()
-        self.merge, self.weigh, self.max_rank, self.sigma, self.seed = merge, list(weigh), max_rank, sigma, seed
-        given = {"merge": merge, "weigh": weigh, "max_rank": max_rank, "sigma": sigma, "seed": seed}
-        self.how = Aggregation.read(given, "aggregator")
-        merge_rules.registry[self.how.merge]  # unknown names are refused here, before a round is lost
-        for name in self.how.weigh:
-            weight_factors.registry[name]
+        self.merge, self.weigh, self.max_weight = merge, list(weigh), max_weight
+        self.normalize_steps, self.step = normalize_steps, step
+        self.max_rank, self.keep_energy, self.sigma, self.seed = max_rank, keep_energy, sigma, seed
+        self.how = Aggregation.read({name: getattr(self, name) for name in Aggregation.model_fields}, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
+        self.memory = Memory()  # of the server step; a resumed job starts with an empty one
         self.begin(RoundTask(RoundPlan()), rank=1)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -81,10 +85,12 @@ class AdapterAggregator(ModelAggregator):
             WireError: nothing can be merged.
         """
         task = self.task
-        combined = combine(task.adapter, task.manifest, list(self.updates.values()), self.how, self.rank)
-        self.combined = combined
+        updates = list(self.updates.values())
+        combined = combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory)
+        self.combined, self.memory = combined, combined.memory
         self._log(combined)
-        model = wire.write_saved(wire.Saved(combined.adapter, _shared(combined.manifest), task.round, task.plan))
+        manifest = _shared(combined.manifest) if combined.adapter.lora else combined.manifest
+        model = wire.write_saved(wire.Saved(combined.adapter, manifest, task.round, task.plan))
         before = {site: self.updates[site].report.before for site in combined.weights}
         model.metrics = mean(before, combined.weights) or None
         return model
@@ -94,6 +100,12 @@ class AdapterAggregator(ModelAggregator):
         self.logger.info(f"round {self.task.round}: weights {shares}")
         for site, reason in sorted(combined.refused.items()):
             self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
+        if combined.spectrum:
+            ranks = [effective_rank(torch.tensor(values)) for values in combined.spectrum.values()]
+            self.logger.info(
+                f"round {self.task.round}: effective rank {sum(ranks) / len(ranks):.2f} on average, "
+                f"{min(ranks):.2f} to {max(ranks):.2f} over the layers"
+            )
         if lost := combined.energy_lost:
             worst = max(lost, key=lambda layer: lost[layer])
             average = sum(lost.values()) / len(lost)

@@ -21,8 +21,9 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from ..adapter import RoundTask
-from ..combination import max_rank, settle
-from ..config import RoundPlan
+from ..aggregation.cohort import drawn
+from ..combination import max_rank, of_round, settle
+from ..config import DERIVED, RoundPlan
 from ..errors import ConfigError, FmError
 from . import wire
 from .aggregator import AdapterAggregator
@@ -43,6 +44,7 @@ class FedPEFT(FedAvg):
         grace_s: a round ends so many seconds after `min_responses` usable updates are in; 0: it waits for every site.
         plan: what the sites are to do, a `config.RoundPlan`; sent with every task.
         aggregator: how their adapters become one.
+        sites_per_round: so many of the connected sites are drawn for each round, by the plan's seed; 0: all.
         persistor_id: of the `AdapterPersistor`.
         key_metric: decides which round's adapter is the best: its mean over the sites that were sent it, each weighing
             what it weighs in the merge. Empty: no best is kept.
@@ -65,12 +67,15 @@ class FedPEFT(FedAvg):
         key_metric: str = "loss",
         key_metric_mode: str = "min",
         disk_offload: bool = False,
+        sites_per_round: int = 0,
     ) -> None:
         if num_rounds < 1 or min_responses < 1 or deadline_s < 0 or grace_s < 0:
             raise ConfigError(
                 f"num_rounds {num_rounds} and min_responses {min_responses} must be at least 1, "
                 f"deadline_s {deadline_s} and grace_s {grace_s} not negative"
             )
+        if sites_per_round and sites_per_round < min_responses:
+            raise ConfigError(f"sites_per_round {sites_per_round} cannot give min_responses {min_responses} answers")
         if key_metric_mode not in ("min", "max"):
             raise ConfigError(f'key_metric_mode must be "min" or "max", got {key_metric_mode!r}')
         aggregator = aggregator or AdapterAggregator()
@@ -90,9 +95,9 @@ class FedPEFT(FedAvg):
             dict(plan or {}),
         )
         self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
-        self.disk_offload, self.total_rounds = disk_offload, num_rounds
-        if "rest" in self.plan:
-            raise ConfigError("plan: rest follows from the merge rule; leave it out")
+        self.disk_offload, self.sites_per_round, self.total_rounds = disk_offload, sites_per_round, num_rounds
+        if decided := [name for name in DERIVED if name in self.plan]:
+            raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
         self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how)
         self.ledger = Ledger(0, num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the metrics known last
@@ -122,8 +127,9 @@ class FedPEFT(FedAvg):
         return model
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
-        """Every connected site, in the order of their names."""
-        return sorted(client.name for client in self.engine.get_clients())
+        """The connected sites of this round, in the order of their names."""
+        connected = (client.name for client in self.engine.get_clients())
+        return drawn(connected, self.sites_per_round, self.round_plan.seed, self.current_round)
 
     def send_model(
         self,
@@ -135,7 +141,8 @@ class FedPEFT(FedAvg):
     ) -> None:
         """Sends the round's task to all sites at once, and returns when the round is over."""
         saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
-        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
+        plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
+        task = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
         self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how))
         self._ask(task, task_name, targets or self.sample_clients(), callback or self._aggregate_one_result)
 
@@ -262,7 +269,7 @@ class FedPEFT(FedAvg):
             self.ledger.answered.append(site)
             return True
 
-        self._ask(task, AppConstants.TASK_VALIDATION, self.sample_clients(), take)
+        self._ask(task, AppConstants.TASK_VALIDATION, sorted(weights), take)
         self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
         self.ledger.metrics = mean(measured, weights)
         self._close()

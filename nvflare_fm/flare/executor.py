@@ -41,7 +41,7 @@ class PeftExecutor(ClientAPIExecutor):
 
     Args:
         processes: trainer processes at the site, one GPU each; more than one run under `torch.distributed.run`.
-        rank, lora_alpha, quantization, batch_size, model, data: see `config.SiteOverrides`.
+        rank, lora_alpha, quantization, batch_size, local_steps, model, data: see `config.SiteOverrides`.
         launch_timeout_s: for the trainer to report for duty; it loads the base model only after that.
 
     Raises:
@@ -55,6 +55,7 @@ class PeftExecutor(ClientAPIExecutor):
         lora_alpha: float | None = None,
         quantization: str | None = None,
         batch_size: int | None = None,
+        local_steps: int | None = None,
         model: str | None = None,
         data: str | None = None,
         launch_timeout_s: float = 600.0,
@@ -63,13 +64,13 @@ class PeftExecutor(ClientAPIExecutor):
             raise ConfigError(f"processes must be a whole number of at least 1, got {processes!r}")
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
         self.rank, self.lora_alpha, self.quantization = rank, lora_alpha, quantization
-        self.batch_size, self.model, self.data = batch_size, model, data
+        self.batch_size, self.local_steps, self.model, self.data = batch_size, local_steps, model, data
         given = {name: getattr(self, name) for name in SiteOverrides.model_fields}
         self.overrides = SiteOverrides.read(given, "executor")
         self._at: tuple[int | None, Signal] = None, Signal()  # the round we work at, and what stops it
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
-            command=self._argv(""),
+            command=self._argv("", ""),
             launch_timeout=launch_timeout_s,
             stop_grace_period=_STOPS_WITHIN_S,
             heartbeat_timeout=_HANGS_AFTER_S,
@@ -83,7 +84,8 @@ class PeftExecutor(ClientAPIExecutor):
             local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
             site_file = local / f"{fl_ctx.get_identity_name()}.{FILE_NAME}"  # simulated sites share one folder
             site_file = site_file if site_file.exists() else local / FILE_NAME
-            self._command = self._argv(str(site_file))
+            job_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
+            self._command = self._argv(str(site_file), job_folder)
             self._gate = Gate(site_file, self.overrides, self.processes)
             _limit_threads(site_file)
             fl_ctx.get_engine().register_aux_message_handler(wire.ROUND_OVER, self._call_off)
@@ -104,14 +106,14 @@ class PeftExecutor(ClientAPIExecutor):
             abort_signal.trigger("the round is over")
         return make_reply(ReturnCode.OK)
 
-    def _argv(self, site_file: str) -> list[str]:
+    def _argv(self, site_file: str, job_folder: str) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         # NVFlare would resolve ${secret:NAME} in a command, from the site's environment, whoever wrote it there
         overrides = json.dumps(self.overrides.model_dump(exclude_none=True)).replace("$", "\\u0024")
         return [
             sys.executable,
             *(launcher if self.processes > 1 else []),
-            *("-m", TRAINER, "--site-file", site_file, "--overrides", overrides),
+            *("-m", TRAINER, "--site-file", site_file, "--job-folder", job_folder, "--overrides", overrides),
         ]
 
     def _create_external_process_backend(self) -> ExternalProcessBackend:

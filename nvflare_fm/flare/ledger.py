@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapter import AdapterUpdate
 from ..aggregation.combine import Combined
+from ..lora import effective_rank
 from . import wire
 
 FILE_NAME = "rounds.jsonl"
@@ -32,7 +35,10 @@ class Ledger:
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → what it contributed
     metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from
     after: dict[str, float] = field(default_factory=dict)  # of the sites' own adapters, after training
+    factors: dict[str, dict[str, float]] = field(default_factory=dict)  # weight factor → site → its value
     energy_lost: dict[str, float] = field(default_factory=dict)
+    spectrum: dict[str, list[float]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
+    effective_rank: dict[str, float] = field(default_factory=dict)  # layer → directions that carry its energy
     started: float = field(default_factory=time.monotonic)
 
     def usable(self) -> int:
@@ -50,6 +56,9 @@ class Ledger:
     def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate]) -> None:
         self.out |= {site: f"rejected: {reason}" for site, reason in combined.refused.items()}
         self.energy_lost = dict(combined.energy_lost)
+        self.factors = {name: dict(values) for name, values in combined.factors.items()}
+        self.spectrum = {layer: list(values) for layer, values in combined.spectrum.items()}
+        self.effective_rank = {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()}
         self.sites = {site: _contribution(updates[site], weight) for site, weight in combined.weights.items()}
         self.metrics = mean({s: updates[s].report.before for s in combined.weights}, combined.weights)
         self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)

@@ -15,7 +15,7 @@ from nvflare.recipe.spec import Recipe
 
 from .. import export
 from ..combination import settle
-from ..config import RoundPlan, SiteOverrides
+from ..config import RoundPlan, Rule, SiteOverrides
 from ..site import peft_methods
 from .aggregator import AdapterAggregator
 from .controller import FedPEFT
@@ -79,9 +79,10 @@ class FedPEFTRecipe(AdapterRecipe):
 
     Args:
         name: of the job.
-        num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload: see `FedPEFT`.
+        num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload, sites_per_round: see `FedPEFT`.
         min_sites: sites the job needs to start, and usable updates it needs in every round.
-        merge, weigh, max_rank, sigma: see `AdapterAggregator`; max_rank 0 is the largest rank any site trains.
+        merge, weigh, max_weight, normalize_steps, step, max_rank, keep_energy, sigma: see `config.Aggregation`;
+            max_rank 0 is the largest rank any site trains.
         sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
             these sites take part.
         processes, launch_timeout_s: see `PeftExecutor`.
@@ -102,8 +103,12 @@ class FedPEFTRecipe(AdapterRecipe):
         num_rounds: int = 5,
         min_sites: int = 1,
         merge: str = "exact",
-        weigh: Sequence[str] = ("examples",),
+        weigh: Sequence[Rule] = ("examples",),
+        max_weight: float = 1.0,
+        normalize_steps: bool = False,
+        step: Rule = "plain",
         max_rank: int = 0,
+        keep_energy: float = 1.0,
         sigma: str = "B",
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         processes: int = 1,
@@ -117,6 +122,7 @@ class FedPEFTRecipe(AdapterRecipe):
         resume: bool = False,
         cross_site_evaluation: bool = False,
         disk_offload: bool = False,
+        sites_per_round: int = 0,
         **plan: Any,
     ) -> None:
         overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in (sites or {}).items()}
@@ -124,7 +130,9 @@ class FedPEFTRecipe(AdapterRecipe):
         largest = max((o.rank for o in overrides.values() if o.rank), default=0)
         if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
             max_rank = largest
-        aggregator = AdapterAggregator(merge, weigh, max_rank, sigma, asked.seed)
+        aggregator = AdapterAggregator(
+            merge, weigh, max_weight, normalize_steps, step, max_rank, keep_energy, sigma, asked.seed
+        )
         settle(asked, aggregator.how, overrides)
         controller = FedPEFT(
             num_rounds=num_rounds,
@@ -136,6 +144,7 @@ class FedPEFTRecipe(AdapterRecipe):
             key_metric=key_metric,
             key_metric_mode=key_metric_mode,
             disk_offload=disk_offload,
+            sites_per_round=sites_per_round,
         )
         components: list[tuple[Any, str | None]] = [(controller, None)]
         if cross_site_evaluation:

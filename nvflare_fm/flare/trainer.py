@@ -41,12 +41,13 @@ terminated = threading.Event()
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--site-file", type=Path, required=True, help="the site's fm_site.yaml")
+    options.add_argument("--job-folder", type=Path, required=True, help="where this site keeps what is its own")
     options.add_argument("--overrides", type=json.loads, default={}, help="a config.SiteOverrides, as JSON")
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     flare.init()
     crew = Crew() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    post = Post(given.site_file, given.overrides)
+    post = Post(given.site_file, given.job_folder, given.overrides)
     while (order := _next_order(crew)) is not None:
         answer = post.answer(*order)
         if speaks() and not should_stop():
@@ -91,8 +92,8 @@ def _report(name: str, value: float, step: int) -> None:
 class Post:
     """Carries out orders, and answers each whatever happens."""
 
-    def __init__(self, site_file: Path, overrides: Mapping[str, Any]) -> None:
-        self.site_file, self.overrides = site_file, overrides
+    def __init__(self, site_file: Path, job_folder: Path, overrides: Mapping[str, Any]) -> None:
+        self.site_file, self.job_folder, self.overrides = site_file, job_folder, overrides
         self.unwell = False  # failed in a way that other processes of the site need not have noticed
         self._worker: Worker | None = None
         self._plan: RoundPlan | None = None  # what the adapter we may be asked to submit was trained by
@@ -125,11 +126,13 @@ class Post:
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
             from ..site.confine import confine
+            from ..site.own_adapter import OwnAdapter
             from ..site.worker import Worker
 
             config, overrides = load_site(self.site_file), SiteOverrides.read(self.overrides, "overrides")
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
-            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report)
+            own = OwnAdapter(self.job_folder)
+            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report, own)
         return self._worker
 
 

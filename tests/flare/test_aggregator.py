@@ -14,6 +14,7 @@ from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
+from nvflare_fm.flare.controller import FedPEFT
 
 from .messages import MANIFEST, adapter, same, update
 
@@ -80,7 +81,7 @@ def test_a_round_starts_without_the_updates_of_the_last() -> None:
 @pytest.mark.parametrize("settings", [{"merge": "exakt"}, {"weigh": ["example"]}, {"sigma": "C"}, {"max_rank": -1}])
 def test_an_unknown_rule_is_refused_while_the_job_loads(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        AdapterAggregator(**settings)
+        FedPEFT(plan={}, aggregator=AdapterAggregator(**settings))
 
 
 def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> None:

@@ -127,7 +127,7 @@ def test_resuming_needs_something_to_resume_from() -> None:
         ({"plan": {"lerning_rate": 1}}, "unknown setting 'lerning_rate'"),
         ({"plan": {"training": {"lerning_rate": 1}}}, 'did you mean "learning_rate"'),
         ({"plan": {"peft": {"method": "lorra"}}}, 'did you mean "lora"'),
-        ({"plan": {"rest": False}}, "rest follows from the merge rule"),
+        ({"plan": {"rest": "none"}}, "rest follows from how the adapters are merged"),
     ],
 )
 def test_a_job_that_cannot_work_is_refused_while_it_loads(settings: dict[str, Any], reason: str) -> None:
@@ -162,15 +162,15 @@ def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[
 
 def test_a_name_that_is_no_alias_reaches_the_site_unresolved_to_be_refused_there() -> None:
     for name in ("${secret:HOME}", "$${secret:file:/etc/passwd}", "--help", "/srv/other"):
-        argv = PeftExecutor(data=name)._argv("/site/local/fm_site.yaml")
+        argv = PeftExecutor(data=name)._argv("/site/local/fm_site.yaml", "/site/job")
         assert not any("${" in part for part in argv)
         assert json.loads(argv[-1]) == {"data": name}
 
 
 def test_the_command_is_fixed_but_for_checked_values() -> None:
-    argv = PeftExecutor(rank=4, data="notes")._argv("/site/local/fm_site.yaml")
+    argv = PeftExecutor(rank=4, data="notes")._argv("/site/local/fm_site.yaml", "/site/job")
     assert argv[1:] == [
-        *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml"),
+        *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml", "--job-folder", "/site/job"),
         *("--overrides", '{"rank": 4, "data": "notes"}'),
     ]
 
