@@ -121,7 +121,7 @@ BUGS = [
     Bug("aggregation/merge/zero_pad.py", "(0, missing)), pair.scale)", "(0, missing)))", "test_merge"),
     Bug("aggregation/merge/zero_pad.py", "pad_(pair.B, (0, missing))", "pad_(pair.B, (missing, 0))", "test_merge"),
     # weights
-    Bug("aggregation/weigh/__init__.py", "[w / total for w in weights], limits", "weights, limits", "test_weigh"),
+    Bug("aggregation/weigh/__init__.py", "else w * left / free", "else w", "test_weigh"),
     Bug("aggregation/weigh/__init__.py", "weights = [w * v for w, v in", "weights = [v for w, v in", "test_weigh"),
     Bug("aggregation/weigh/__init__.py", "all(0 <= v <", "all(-9 <= v <", "test_weigh"),
     Bug("aggregation/weigh/__init__.py", "_refuse_unless(0 < total <", "_refuse_unless(0 <= total <", "test_weigh"),
@@ -208,6 +208,7 @@ BUGS = [
     Bug("lora.py", "torch.special.entr(energy / energy.sum())", "torch.special.entr(energy)", "test_lora"),
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
+    Bug("site/training.py", "self.loss_is_scaled_for_ga = True", "pass", "site/test_training"),
     # settings and registries
     Bug("config.py", 'extra="forbid"', 'extra="ignore"', "test_config"),
     Bug("config.py", "frozen=True, extra", "extra", "test_config"),
@@ -219,7 +220,7 @@ BUGS = [
     Bug("aggregation/combine.py", "import torch\n", "import torch\nimport transformers\n", "test_layers"),
     # plan: what a job costs
     Bug("plan.py", "return FLOAT32 * self.numbers(rank)", "return 2 * self.numbers(rank)", "test_plan"),
-    Bug("plan.py", "beside = max(0, widest - rank) if plan.rest else 0", "beside = 0", "test_plan"),
+    Bug("plan.py", '"tail": max(0, widest - rank)', '"tail": 0', "test_plan"),
     Bug("plan.py", "return max(ranks)", "return min(ranks)", "test_plan"),
     # templates: a job of one's own
     Bug("templates.py", "found = [knob for knob in found if knob.is_set] or found", "found = list(found)", "test_cli"),

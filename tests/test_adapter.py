@@ -83,13 +83,13 @@ def test_tensors_are_fetched_one_layer_at_a_time_and_only_when_read(malformed_al
 
 
 def test_a_lazy_mapping_knows_its_names_in_order_and_no_others():
-    lazy = Lazy({"b", "a"}, str.upper)
-    assert list(lazy) == ["a", "b"]
-    assert len(lazy) == 2
+    lazy = Lazy(["b", "d", "a", "c"], str.upper)
+    assert list(lazy) == ["a", "b", "c", "d"]
+    assert len(lazy) == 4
     assert lazy["a"] == "A"
-    assert "c" not in lazy
+    assert "e" not in lazy
     with pytest.raises(KeyError):
-        lazy["c"]
+        lazy["e"]
 
 
 def test_an_adapter_with_nothing_in_it_is_false():

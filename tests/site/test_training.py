@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
 from nvflare_fm.config import TrainingSettings
@@ -89,8 +90,12 @@ def test_the_same_round_twice_gives_the_same_bits_and_another_round_others(llama
     assert not equal(first.adapter, train(tmp_path, llama, round=1).adapter)
 
 
+@pytest.mark.parametrize("scales", [True, False], ids=["a model that scales its loss", "one that does not"])
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
-def test_accumulated_small_batches_are_one_large_batch(llama: Path, tmp_path: Path, task: str) -> None:
+def test_accumulated_small_batches_are_one_large_batch(
+    llama: Path, tmp_path: Path, task: str, scales: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedModel, "accepts_loss_kwargs", scales, raising=False)
     large = train(tmp_path, llama, task=task, batch_size=8, optim="sgd", max_grad_norm=1e9)
     small = train(
         tmp_path, llama, task=task, batch_size=2, gradient_accumulation_steps=4, optim="sgd", max_grad_norm=1e9

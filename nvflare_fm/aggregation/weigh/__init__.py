@@ -38,21 +38,21 @@ def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> W
     total = sum(weights)
     _refuse_unless(0 < total < float("inf"), entries, sites, weights)
     limits = [min(max_weight, u.report.max_weight) for u in cohort.updates]
-    return Weights(dict(zip(sites, capped([w / total for w in weights], limits), strict=True)), factors)
+    return Weights(dict(zip(sites, capped(weights, limits), strict=True)), factors)
 
 
-def capped(shares: Sequence[float], limits: Sequence[float]) -> list[float]:
-    """Shares that sum to 1, each within its limit where the limits leave room for it; what a site may not count goes
-    to the others in proportion to their shares. Where the limits sum to less than 1, shares in proportion to them.
+def capped(weights: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """`weights` divided so that they sum to 1, each within its limit where the limits leave room for it; what a site
+    may not count goes to the others in proportion. Where the limits sum to less than 1, shares in proportion to them.
     """
-    room = [limit if share > 0 else 0.0 for share, limit in zip(shares, limits, strict=True)]
+    room = [limit if weight > 0 else 0.0 for weight, limit in zip(weights, limits, strict=True)]
     if sum(room) <= 1:
         return [limit / sum(room) for limit in room]
     full: set[int] = set()
     while True:
         left = 1 - sum(limits[i] for i in full)
-        free = sum(s for i, s in enumerate(shares) if i not in full)
-        result = [limits[i] if i in full else s * left / free for i, s in enumerate(shares)]
+        free = sum(w for i, w in enumerate(weights) if i not in full)
+        result = [limits[i] if i in full else w * left / free for i, w in enumerate(weights)]
         over = {i for i, r in enumerate(result) if i not in full and r > limits[i]}
         if not over:
             return result
