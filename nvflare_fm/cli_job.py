@@ -77,6 +77,9 @@ def plan(
     seconds_per_step: Annotated[
         list[str], typer.Option(help="as nvflare-fm site check measured it: 0.8, or SITE=0.8 for each site")
     ] = [],  # noqa: B006
+    memory: Annotated[
+        list[str], typer.Option(help="GiB a site has for training, as limits.memory_gib: 24, or SITE=24 for each site")
+    ] = [],  # noqa: B006
     measure: Annotated[
         bool, typer.Option("--measure", help="train a few steps here, on made-up rows; needs --model with weights")
     ] = False,
@@ -86,7 +89,8 @@ def plan(
     from .flare.forecast import forecast
 
     try:
-        told = forecast(job, model, dict(map(_rate, seconds_per_step)), measure)
+        rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
+        told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
     except FmError as error:
         sys.exit(f"nvflare-fm: {error}")
     if as_json:
@@ -95,22 +99,25 @@ def plan(
         _show(told)
 
 
-def _rate(text: str) -> tuple[str, float]:
-    site, _, seconds = text.rpartition("=")
+def _by_site(option: str, text: str) -> tuple[str, float]:
+    site, _, value = text.rpartition("=")
     try:
-        return site, float(seconds)
+        return site, float(value)
     except ValueError:
-        raise ConfigError(f"--seconds-per-step {text!r} is no number of seconds; write 0.8 or SITE=0.8") from None
+        raise ConfigError(f"{option} {text!r} is no number; write 0.8 or SITE=0.8") from None
 
 
 def _show(told: "Forecast") -> None:
     table = Table(title=told.title, show_edge=False)
-    for name in ("site", "rank", "base", "memory", "steps a round", "s a round", "down a round", "up a round"):
+    fits = any(cost.rank_that_fits is not None for cost in told.costs)
+    names = ["site", "rank", *(["rank that fits"] if fits else []), "base", "memory", "steps a round", "s a round"]
+    for name in (*names, "down a round", "up a round"):
         table.add_column(name, justify="left" if name in ("site", "base") else "right", no_wrap=name == "site")
     for cost in told.costs:
         table.add_row(
             cost.site,
             str(cost.rank or "–"),
+            *([_known(cost.rank_that_fits, str(cost.rank_that_fits))] if fits else []),
             cost.quantization,
             _size(cost.memory_bytes),
             _known(cost.steps, f"{cost.steps} × {cost.rows_per_step} rows"),

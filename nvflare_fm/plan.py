@@ -4,6 +4,7 @@ Bytes are exact. Memory is an estimate, held against real training in docs/bench
 Korthikanti et al. (arXiv:2205.05198), for a base model that is frozen.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -105,6 +106,7 @@ class Cost:
     base_bytes: int | None  # memory of the frozen weights
     trained_bytes: int | None  # of the adapter, its gradients and optimizer state
     activation_bytes: int | None  # at most, of a step
+    rank_that_fits: int | None  # the largest, up to that of the global adapter, in the memory the site has; 0: none
 
     @property
     def memory_bytes(self) -> int | None:
@@ -121,6 +123,7 @@ def cost(
     adapter: AdapterShape | None,
     base: BaseShape | None,
     seconds_per_step: float | None,
+    memory_bytes: float | None,
     trains: bool,
 ) -> Cost:
     """
@@ -129,6 +132,7 @@ def cost(
         processes: trainer processes; memory is that of one.
         widest: rank of the global adapter, see `global_rank`.
         starts_at: bytes of the adapter the job starts from; 0: none.
+        memory_bytes: that the site has; None: not known.
         trains: otherwise the adapter comes once and metrics go back.
     """
     training, rank = plan.training, int(plan.peft.get("rank", 0))
@@ -146,7 +150,18 @@ def cost(
         base_bytes=base.size(plan) if base else None,
         trained_bytes=trained_bytes(adapter, plan, rank, widest) if adapter and trains else None,
         activation_bytes=activation_bytes(base, adapter, plan) if base and adapter and trains else None,
+        rank_that_fits=(
+            rank_that_fits(memory_bytes, base, adapter, plan, widest)
+            if memory_bytes is not None and base and adapter and adapter.layers and trains
+            else None
+        ),
     )
+
+
+def rank_that_fits(memory_bytes: float, base: BaseShape, adapter: AdapterShape, plan: RoundPlan, widest: int) -> int:
+    """The largest rank, up to that of the global adapter, at which a site trains in its memory; 0: not even at 1."""
+    left = memory_bytes - base.size(plan) - activation_bytes(base, adapter, plan)
+    return bisect_right(range(1, widest + 1), left, key=lambda rank: trained_bytes(adapter, plan, rank, widest))
 
 
 def _size(adapter: AdapterShape, rank: int, shares: str) -> int:

@@ -208,6 +208,8 @@ def written(value: Any, now: str) -> str:
     if not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     held = json.loads(now)
+    if value.startswith("{"):
+        return json.dumps(_rule(value), ensure_ascii=False)
     if isinstance(held, list) or value.startswith("[") or (isinstance(held, str) and "," in value):
         return json.dumps(_items(value), ensure_ascii=False)
     if isinstance(held, str):
@@ -222,10 +224,22 @@ def _number(value: str) -> str:
     return value if re.fullmatch(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", value) else repr(float(value))
 
 
-def _items(value: str) -> list[str]:
-    """`["a", "b"]`, `[a, b]` or `a,b`."""
+def _rule(value: str) -> Any:
+    """`{"rule": "adam", "beta1": 0.5}`.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
     try:
-        return [str(item) for item in json.loads(value)]
+        return json.loads(value)
+    except ValueError:
+        raise ConfigError(f'{value} is not JSON; write {{"rule": "adam", "beta1": 0.5}}') from None
+
+
+def _items(value: str) -> list[Any]:
+    """`["a", "b"]`, `[a, b]` or `a,b`; of rules with settings, the first."""
+    try:
+        return [item if isinstance(item, dict) else str(item) for item in json.loads(value)]
     except (ValueError, TypeError):
         bare = value.removeprefix("[").removesuffix("]")
         return [item.strip().strip("'\"") for item in bare.split(",") if item.strip()]

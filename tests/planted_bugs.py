@@ -209,6 +209,9 @@ BUGS = [
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
     Bug("site/training.py", "self.loss_is_scaled_for_ga = True", "pass", "site/test_training"),
+    Bug("flare/wire.py", "replace(update.manifest, labels=())", "update.manifest", "flare/test_wire"),
+    Bug("flare/wire.py", "if task.plan.labels or not labels:", "if not labels:", "flare/test_wire"),
+    Bug("plan.py", "key=lambda rank: trained_bytes(adapter, plan, rank, widest)", "key=lambda rank: 0", "test_plan"),
     # settings and registries
     Bug("config.py", 'extra="forbid"', 'extra="ignore"', "test_config"),
     Bug("config.py", "frozen=True, extra", "extra", "test_config"),

@@ -163,9 +163,20 @@ def test_values_are_set_where_they_belong_and_every_comment_stays(job: Path) -> 
     assert not [file for file in job.rglob("*") if file.name == "custom"]
 
 
+def test_a_rule_may_be_given_with_its_settings(job: Path) -> None:
+    weigh = 'weigh=["examples", {"rule": "loss", "q": 2}]'
+    done = typed("new", "lora_instruction_tuning", "-o", job, weigh, 'step={"rule": "momentum", "beta": 0.9}')
+    assert done.exit_code == 0, done.exception
+    how = read_job(job).how
+    assert list(how.weigh) == ["examples", {"rule": "loss", "q": 2}]
+    assert how.step == {"rule": "momentum", "beta": 0.9}
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
+        ('step={"rule": "adam", "beta_1": 1}', 'did you mean "beta1"'),
+        ("step={rule: adam}", "is not JSON"),
         ("lerning_rate=1", "no knob 'lerning_rate'; did you mean \"learning_rate\""),
         ("training.lerning_rate=1", 'did you mean "plan.training.learning_rate"'),
         ("batch_size=3", "can mean training.batch_size or evaluation.batch_size"),

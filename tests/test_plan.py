@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
-from nvflare_fm.plan import AdapterShape, BaseShape, activation_bytes, global_rank, trained_bytes
+from nvflare_fm.plan import AdapterShape, BaseShape, activation_bytes, global_rank, rank_that_fits, trained_bytes
 from nvflare_fm.site.rehearsal import seconds_per_step
 from nvflare_fm.site.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
@@ -201,3 +202,34 @@ def test_a_plan_can_be_read_by_a_program(tmp_path: Path, models: dict[str, Path]
     assert plain["sites"][0]["memory_bytes"] == sum(
         plain["sites"][0][part] for part in ("base_bytes", "trained_bytes", "activation_bytes")
     )
+
+
+@given(rank=st.integers(1, 12), widest=st.integers(1, 12), slack=st.floats(-1, 1))
+def test_the_rank_that_fits_is_the_largest_whose_memory_is_there(rank: int, widest: int, slack: float) -> None:
+    plan = tiny.plan()
+    fixed = BASE.size(plan) + activation_bytes(BASE, SHAPE, plan)
+    has = fixed + trained_bytes(SHAPE, plan, rank, widest) + slack
+    fits = rank_that_fits(has, BASE, SHAPE, plan, widest)
+    held = [r for r in range(1, widest + 1) if fixed + trained_bytes(SHAPE, plan, r, widest) <= has]
+    assert fits == max(held, default=0)
+
+
+def test_a_site_is_told_the_rank_that_fits_into_its_memory(tmp_path: Path, models: dict[str, Path]) -> None:
+    job = exported(tmp_path, peft={"method": "lora", "rank": 16}, sites={"alder": {}, "birch": {}})
+    memory = {"alder": 64.0, "birch": 0.0001}
+    alder, birch = forecast(job, models["llama"], {}, measure=False, memory=memory).costs
+    assert (alder.rank_that_fits, birch.rank_that_fits) == (16, 0)
+    assert told(job, models["llama"]).costs[0].rank_that_fits is None
+    with pytest.raises(ConfigError, match="--memory names 'oak'"):
+        forecast(job, models["llama"], {}, measure=False, memory={"oak": 1.0})
+    with pytest.raises(ConfigError, match="--memory needs the base model's layers"):
+        forecast(job, None, {}, measure=False, memory=memory)
+
+
+@pytest.mark.parametrize("shares", ["AB", "A"])
+def test_where_a_alone_is_shared_only_a_is_paid_for(shares: str, models: dict[str, Path], tmp_path: Path) -> None:
+    job = exported(tmp_path, merge="share_a" if shares == "A" else "factor_mean", peft={"method": "lora", "rank": 4})
+    plan = settle(tiny.plan(), Aggregation(merge="share_a" if shares == "A" else "factor_mean"))
+    sent = tiny.worker(tmp_path, models["llama"], "causal_lm").train(RoundTask(plan))
+    (cost,) = told(job, models["llama"]).costs
+    assert cost.bytes_up == cost.bytes_down == wire.size(sent.adapter.tensors())

@@ -75,7 +75,7 @@ class AdapterAggregator(ModelAggregator):
         Raises:
             WireError: names the site and what is wrong; its update does not count.
         """
-        update = wire.read_update(model, model.meta["client_name"])
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels)
         check_values(update)
         self.updates[update.site] = update
 

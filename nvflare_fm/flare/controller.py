@@ -269,7 +269,8 @@ class FedPEFT(FedAvg):
             self.ledger.answered.append(site)
             return True
 
-        self._ask(task, AppConstants.TASK_VALIDATION, sorted(weights), take)
+        sites = sorted(weights) if self.sites_per_round else self.sample_clients()
+        self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
         self.ledger.metrics = mean(measured, weights)
         self._close()

@@ -31,27 +31,39 @@ class Forecast:
         return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes}
 
 
-def forecast(folder: Path, model: Path | None, rates: Mapping[str, float], measure: bool) -> Forecast:
+def forecast(
+    folder: Path,
+    model: Path | None,
+    rates: Mapping[str, float],
+    measure: bool,
+    memory: Mapping[str, float] | None = None,
+) -> Forecast:
     """
     Args:
         folder: of the job.
         model: folder of the base model; None: bytes are known only if the job brings an adapter, memory is not.
         rates: site → seconds a step; "": every other site.
         measure: take the missing rates by training a few steps here.
+        memory: site → GiB it has for training, for the rank that fits; "": every other site.
 
     Raises:
         FmError: the job cannot work, or the model does not suit it.
     """
     job = read_job(folder)
-    if unknown := sorted(set(rates) - {""} - set(job.sites)):
-        raise ConfigError(f"--seconds-per-step names {unknown[0]!r}, the job has {sorted(job.sites)}")
+    for option, given in (("--seconds-per-step", rates), ("--memory", memory or {})):
+        if unknown := sorted(set(given) - {""} - set(job.sites)):
+            raise ConfigError(f"{option} names {unknown[0]!r}, the job has {sorted(job.sites)}")
+    if memory and model is None:
+        raise ConfigError("--memory needs the base model's layers: say where it is with --model")
     if measure and model is None:
         raise ConfigError("--measure trains the base model: say where it is with --model")
-    costs = [_cost(job, site, model, rates, measure) for site in sorted(job.sites)]
+    costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
     return Forecast(job.name, len(job.rounds), costs, _notes(job, costs, model, measure))
 
 
-def _cost(job: Job, site: str, model: Path | None, rates: Mapping[str, float], measure: bool) -> Cost:
+def _cost(
+    job: Job, site: str, model: Path | None, rates: Mapping[str, float], measure: bool, memory: Mapping[str, float]
+) -> Cost:
     plan = job.sites[site].overrides.applied(job.plan)
     base, adapter = _shapes(job, site, model)
     rate = rates.get(site, rates.get(""))
@@ -59,6 +71,7 @@ def _cost(job: Job, site: str, model: Path | None, rates: Mapping[str, float], m
         from ..site.rehearsal import seconds_per_step
 
         rate = seconds_per_step(model, plan)
+    has = memory.get(site, memory.get(""))
     ranks = [each.overrides.applied(job.plan).peft.get("rank", 0) for each in job.sites.values()]
     return cost(
         EVERY if site == ALL else site,
@@ -69,6 +82,7 @@ def _cost(job: Job, site: str, model: Path | None, rates: Mapping[str, float], m
         adapter=adapter,
         base=base,
         seconds_per_step=rate,
+        memory_bytes=None if has is None else has * 2**30,
         trains=bool(job.rounds),
     )
 

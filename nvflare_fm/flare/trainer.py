@@ -97,6 +97,7 @@ class Post:
         self.unwell = False  # failed in a way that other processes of the site need not have noticed
         self._worker: Worker | None = None
         self._plan: RoundPlan | None = None  # what the adapter we may be asked to submit was trained by
+        self._labels: tuple[str, ...] = ()  # of this job, as the server named them
 
     def answer(self, name: str, message: FLModel) -> FLModel:
         try:
@@ -114,8 +115,9 @@ class Post:
         worker = self._hire()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            return wire.write_saved(wire.Saved(adapter, manifest, plan=self._plan))
-        task = wire.read_task(message)
+            return wire.write_submission(adapter, manifest, self._plan)
+        task = wire.labelled(wire.read_task(message), self._labels)
+        self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
             return wire.write_metrics(worker.validate(task))
         update = worker.train(task)

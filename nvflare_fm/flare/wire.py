@@ -4,7 +4,7 @@ Everything under one meta key, with a version; what is missing or of the wrong t
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -97,13 +97,19 @@ def read_plan(model: FLModel) -> RoundPlan | None:
 
 
 def write_update(update: AdapterUpdate) -> FLModel:
-    """What a site sends. The metrics of the adapter it received go where NVFlare's own widgets look for them."""
-    meta = _described(update.adapter, update.manifest) | {"report": plain(asdict(update.report))}
+    """What a site sends. The metrics of the adapter it received go where NVFlare's own widgets look for them.
+
+    Without labels: the server named them itself, and no list of them leaves a site.
+    """
+    meta = _described(update.adapter, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
     return _model(update.adapter, meta, metrics=dict(update.report.before) or None)
 
 
-def read_update(model: FLModel, site: str) -> AdapterUpdate:
+def read_update(model: FLModel, site: str, labels: tuple[str, ...] = ()) -> AdapterUpdate:
     """The inverse of `write_update`. `site` is who NVFlare authenticated, whatever the message says.
+
+    Args:
+        labels: that the site was asked to train with.
 
     Raises:
         WireError: names the site and what is missing.
@@ -115,7 +121,21 @@ def read_update(model: FLModel, site: str) -> AdapterUpdate:
     if not model.params:
         raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?")
     manifest = _typed(_MANIFEST, content, "manifest", site)
-    return AdapterUpdate(site, _adapter(model.params, content, site), manifest, report)
+    return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
+
+
+def write_submission(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None) -> FLModel:
+    """What a site sends for others to measure: an adapter and the plan it was trained by, both without labels."""
+    plan = plan.model_copy(update={"labels": ()}) if plan else None
+    return write_saved(Saved(adapter, replace(manifest, labels=()), plan=plan))
+
+
+def labelled(task: RoundTask, labels: tuple[str, ...]) -> RoundTask:
+    """A task as it is to be carried out where it measures what a site submitted: with the labels of this job."""
+    if task.plan.labels or not labels:
+        return task
+    manifest = replace(task.manifest, labels=labels) if task.manifest else None
+    return replace(task, plan=task.plan.model_copy(update={"labels": labels}), manifest=manifest)
 
 
 def write_metrics(metrics: Mapping[str, float]) -> FLModel:

@@ -278,8 +278,8 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     mine = [row for shift in (0, 9, 18) for row in (*rows(shift), *visits(shift))]
     texts = {row[column] for row in mine for column in ("prompt", "completion", "text") if column in row}
     folders = {str(system.kits), str(system.kits.parents[2]), str(base), str(Path.home())}
-    private = {*texts, *folders, SECRET, "walks", "Quarantine", UNKNOWN, "Syringomyelia"}
+    private = {*texts, *folders, *LABELS, SECRET, "walks", "Quarantine", UNKNOWN, "Syringomyelia"}
     assert not [text for text in private if text.strip().encode() in sent]
-    assert b"id2label" not in sent  # the job's own labels travel with its plan; the model's list of them does not
+    assert b"id2label" not in sent
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
     assert socket.gethostname().encode() not in words

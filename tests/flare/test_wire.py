@@ -33,6 +33,26 @@ def test_an_update_arrives_bit_for_bit_and_under_the_name_nvflare_authenticated(
     assert (got.site, got.manifest, got.report) == ("alder", sent.manifest, sent.report)
 
 
+def test_no_list_of_labels_leaves_a_site_and_the_server_knows_the_ones_it_asked_for() -> None:
+    manifest = replace(MANIFEST, labels=("calm", "ill"))
+    sent = replace(update("alder", seed=1), manifest=manifest)
+    message = wire.write_update(sent)
+    assert "calm" not in repr(message.meta)
+    assert wire.read_update(posted(message), "alder", ("calm", "ill")).manifest == manifest
+
+
+def test_what_a_site_submits_names_no_labels_and_is_measured_with_those_of_the_job() -> None:
+    plan = RoundPlan(task="sequence_classification", labels=("calm", "ill"))
+    manifest = replace(MANIFEST, labels=plan.labels)
+    message = wire.write_submission(adapter(0), manifest, plan)
+    assert "calm" not in repr(message.meta)
+    task = wire.labelled(wire.read_task(posted(message)), plan.labels)
+    assert (task.plan, task.manifest) == (plan, manifest)
+    own = RoundTask(plan, adapter(0), manifest)
+    assert wire.labelled(own, ("other", "names")) is own
+    assert wire.labelled(wire.read_task(posted(message)), ()).plan.labels == ()
+
+
 def test_a_task_arrives_with_its_plan_and_round() -> None:
     task = RoundTask(RoundPlan(seed=3, peft={"method": "lora", "rank": 2}), adapter(0), MANIFEST, 4, 9)
     got = wire.read_task(posted(wire.write_task(task)))
