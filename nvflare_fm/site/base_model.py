@@ -180,8 +180,9 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
     model_class = getattr(transformers, task.auto_class)
     with torch.device("meta"):
-        on_top = parts_on_top(model_class.from_config(config, trust_remote_code=False))
-    skipped = {*on_top, *kept}
+        bare = model_class.from_config(config, trust_remote_code=False)
+    on_top = parts_on_top(bare)
+    skipped = {*on_top, *(name for name, _ in bare.named_modules() if _ends(name, kept))}
     while True:
         model, info = model_class.from_pretrained(
             folder,
@@ -208,6 +209,11 @@ def parts_on_top(model: PreTrainedModel) -> set[str]:
     """What the task's class puts on top of the backbone: classifier, score, lm_head, pre_classifier, …"""
     parts = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
     return parts - {model.base_model_prefix}
+
+
+def _ends(name: str, parts: tuple[str, ...]) -> bool:
+    """As PEFT finds modules_to_save; what is inside them is trained with them, so it stays out of quantization too."""
+    return any(f".{name}".endswith(f".{part}") for part in parts)
 
 
 def _quantization(plan: RoundPlan, dtype: torch.dtype, skipped: list[str]) -> BitsAndBytesConfig | None:

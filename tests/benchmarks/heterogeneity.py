@@ -60,21 +60,21 @@ class Method:
 
 METHODS = {
     "ours (exact)": Method(),
-    "ours, sites alike": Method(Aggregation(weigh=("uniform",))),
-    "FedIT, rank 4": Method(Aggregation(merge="factor_mean"), rank=4),
+    "ours + sites alike": Method(Aggregation(weigh=("uniform",))),
+    "FedIT rank 4": Method(Aggregation(merge="factor_mean"), rank=4),
     "HetLoRA": Method(Aggregation(merge="zero_pad", weigh=("norm",))),
     "FlexLoRA": Method(Aggregation(merge="svd")),
-    "HLoRA, scale-blind": Method(Aggregation(merge="svd"), worker=peers.ScaleBlindWorker),
-    "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
-    "RoLoRA, rank 4": Method(Aggregation(merge="alternate"), rank=4),
+    "HLoRA scale-blind": Method(Aggregation(merge="svd"), worker=peers.ScaleBlindWorker),
+    "FFA-LoRA rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
+    "RoLoRA rank 4": Method(Aggregation(merge="alternate"), rank=4),
     "raFLoRA": Method(Aggregation(merge="rank_partition")),
-    "FLoRA, not folded": Method(Aggregation(merge="stack", max_rank=64)),
-    "FLoRA, folded into NF4": Method(Aggregation(merge="stack"), folds=True),
-    "ours, FedRS": Method(training={"restricted_softmax": 0.5}),
-    "ours, FedLC": Method(training={"logit_calibration": 1.0}),
-    "ours, FedExP": Method(Aggregation(step="fedexp")),
-    "ours, momentum": Method(Aggregation(step="momentum")),
-    "ours, agreement": Method(Aggregation(weigh=("examples", "agreement"))),
+    "FLoRA not folded": Method(Aggregation(merge="stack", max_rank=64)),
+    "FLoRA folded into NF4": Method(Aggregation(merge="stack"), folds=True),
+    "ours + FedRS": Method(training={"restricted_softmax": 0.5}),
+    "ours + FedLC": Method(training={"logit_calibration": 1.0}),
+    "ours + FedExP": Method(Aggregation(step="fedexp")),
+    "ours + momentum": Method(Aggregation(step="momentum")),
+    "ours + agreement": Method(Aggregation(weigh=("examples", "agreement"))),
 }
 
 
@@ -98,7 +98,7 @@ def study(name: str, folder: Path | None, model: Path | None) -> Study:
             {json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()}
         )
         plan = {"task": "sequence_classification", "labels": labels, "max_length": 24, "training": training}
-        return Study(root, model or sites.two_layers(RUNS / "minilm-2"), plan, "accuracy")
+        return Study(root, model or sites.minilm(), plan, "accuracy")
     plan = {"task": "causal_lm", "max_length": 128, "training": training | {"batch_size": 8}}
     return Study(root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
 
@@ -207,7 +207,20 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 Folder = typer.Option(None, help="one folder per site with train.jsonl and test.jsonl")
-Model = typer.Option(None, help="folder of the base model; else MiniLM's first two layers, or stories260k")
+Model = typer.Option(None, help="folder of the base model; else MiniLM, or stories260k")
+
+
+def named(methods: str) -> list[str]:
+    """The methods asked for; none: all of them.
+
+    Raises:
+        BadParameter: there is no such method.
+    """
+    known = ["pooled", "alone", *METHODS]
+    asked = [method.strip() for method in methods.split(",")] if methods else known
+    if unknown := sorted(set(asked) - set(known)):
+        raise typer.BadParameter(f"no method {unknown[0]!r}; known: {known}")
+    return asked
 
 
 def overall(bench_rows: dict[str, int], scores: dict[str, float]) -> float:
@@ -220,7 +233,7 @@ def tune(name: str, folder: Path = Folder, model: Path = Model, methods: str = "
     """Finds each method's learning rate on held-out training rows; every method gets the same rates to try."""
     torch.set_num_threads(1)
     chosen, file = study(name, folder, model), RUNS / f"{name}-tuning.jsonl"
-    for method in methods.split(",") if methods else [*METHODS, "pooled"]:
+    for method in [m for m in named(methods) if m != "alone"]:  # a site alone takes the rate of pooled training
         for rate in RATES:
             if any((row["method"], row["rate"]) == (method, rate) for row in lines(file)):
                 continue
@@ -262,7 +275,7 @@ def run(
     torch.set_num_threads(1)
     chosen, file = study(name, folder, model), RUNS / f"{name}.jsonl"
     rates = tuned(name, chosen.lower_is_better)
-    wanted = methods.split(",") if methods else ["pooled", "alone", *METHODS]
+    wanted = named(methods)
     if untuned := [m for m in wanted if not (rate or m in rates)]:
         raise typer.BadParameter(f"no rate for {untuned}: run tune first, or give --rate")
     jobs = [(method, seed) for seed in range(first_seed, first_seed + seeds) for method in wanted]
@@ -288,7 +301,7 @@ def report(name: str, folder: Path = Folder, model: Path = Model, against: str =
     worst, sign = (max, -1) if chosen.lower_is_better else (min, 1)
     final = {(r["method"], r["seed"]): r for r in rows if r["round"] == ROUNDS and r["method"] != "alone"}
     methods = sorted({m for m, _ in final}, key=lambda m: -sign * statistics.mean(by_seed(final, m).values()))
-    target = statistics.mean(by_seed(final, "FedIT, rank 4").values()) if "FedIT, rank 4" in methods else None
+    target = statistics.mean(by_seed(final, "FedIT rank 4").values()) if "FedIT rank 4" in methods else None
     table = Table("method", "rate", "seeds", chosen.metric, "worst site", "to target: rounds", "MB", f"minus {against}")
     for method in methods:
         scores = by_seed(final, method)

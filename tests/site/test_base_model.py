@@ -178,6 +178,17 @@ def test_an_embedding_can_be_trained_whole(llama: Path, tmp_path: Path) -> None:
     assert "base_model.model.model.embed_tokens.weight" in update.adapter.dense
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_what_lies_inside_a_module_that_is_trained_whole_is_not_quantized(
+    bert: Path, tmp_path: Path, quantization: str
+) -> None:
+    peft = {"method": "lora", "rank": 2, "modules_to_save": ["pooler"]}
+    plan = tiny.plan("sequence_classification", peft=peft, quantization=quantization)
+    update = tiny.worker(tmp_path, bert, "sequence_classification").train(RoundTask(plan))
+    assert "base_model.model.bert.pooler.dense.weight" in update.adapter.dense
+    assert not [layer for layer in update.adapter.lora if "pooler" in layer]
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
 def test_every_kind_of_weights_trains_on_a_cpu(
