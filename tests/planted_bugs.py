@@ -209,6 +209,8 @@ BUGS = [
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
     Bug("site/training.py", "self.loss_is_scaled_for_ga = True", "pass", "site/test_training"),
+    Bug("flare/aggregator.py", "check(self.how.weigh, update)", "pass", "flare/test_aggregator"),
+    Bug("aggregation/cohort.py", "if not 0 < update.report.max_weight <= 1:", "if False:", "flare/test_aggregator"),
     Bug("flare/wire.py", "replace(update.manifest, labels=())", "update.manifest", "flare/test_wire"),
     Bug("flare/wire.py", "if task.plan.labels or not labels:", "if not labels:", "flare/test_wire"),
     Bug("plan.py", "key=lambda rank: trained_bytes(adapter, plan, rank, widest)", "key=lambda rank: 0", "test_plan"),

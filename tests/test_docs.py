@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from nvflare_fm.aggregation import merge
+from nvflare_fm.adapter import Adapter, AdapterUpdate, Manifest, Report
+from nvflare_fm.aggregation import merge, weigh
+from nvflare_fm.aggregation.cohort import Cohort
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -76,25 +78,37 @@ def test_every_script_in_the_docs_exists() -> None:
 
 
 @pytest.fixture
-def pasted(tmp_path: Path) -> Iterator[Path]:
-    """The how-to's rule, in a package of its own, taken back out of the registry afterwards."""
-    (block,) = blocks(ROOT / "docs" / "how_to" / "add_a_merge_rule.md", "python")
-    file = tmp_path / "heaviest.py"
-    file.write_text(block, encoding="utf-8")
-    yield file
+def pasted(tmp_path: Path) -> Iterator[None]:
+    """The how-to's rules, each in a module of its own, taken back out of the registries afterwards."""
+    for number, block in enumerate(blocks(ROOT / "docs" / "how_to" / "add_a_merge_rule.md", "python")):
+        file = tmp_path / f"rule_{number}.py"
+        file.write_text(block, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec
+        assert spec.loader
+        module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    yield
     merge.registry._entries.pop("heaviest", None)
+    weigh.registry._entries.pop("slow", None)
 
 
-def test_the_merge_rule_of_the_how_to_is_a_rule(pasted: Path) -> None:
+@pytest.mark.usefixtures("pasted")
+def test_the_merge_rule_of_the_how_to_is_a_rule() -> None:
     from nvflare_fm.adapter import LoraPair
     from nvflare_fm.lora import fresh_rows, zero
 
-    spec = importlib.util.spec_from_file_location("heaviest", pasted)
-    assert spec
-    assert spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
     pairs = [LoraPair(fresh_rows("layer", 5, range(r), seed=r), fresh_rows("b", 4, range(r), seed=r).T) for r in (1, 2)]
     assert merge.registry["heaviest"].merge(zero(4, 5), pairs, [0.3, 0.7]) is pairs[1]
+
+
+@pytest.mark.usefixtures("pasted")
+def test_the_weight_of_the_how_to_is_one_that_a_job_can_ask_for_with_its_setting() -> None:
+    reports = {"a": Report(examples=1, tokens=100, seconds=1.0), "b": Report(examples=1, tokens=900, seconds=1.0)}
+    manifest = Manifest("base", "causal_lm", "lora")
+    updates = [AdapterUpdate(site, Adapter(), manifest, report) for site, report in reports.items()]
+    shares = weigh.weigh([{"rule": "slow", "tokens_per_s": 300}], Cohort(updates)).shares
+    assert shares == pytest.approx({"a": 0.25, "b": 0.75})
 
 
 def test_the_python_of_the_readme_and_the_tutorial_runs(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def check_values(update: AdapterUpdate) -> None:
     Raises:
         WireError: names the site and the tensor.
     """
+    if not 0 < update.report.max_weight <= 1:
+        raise WireError(f"{update.site} asks for a share of at most {update.report.max_weight}; it must be in (0, 1]")
     for layer, scale in update.adapter.scales().items():
         if not 0 < scale < float("inf"):
             raise WireError(f"{update.site} sent scale {scale} for {layer!r}; a scale must be positive and finite")

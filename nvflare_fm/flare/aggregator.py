@@ -17,8 +17,9 @@ from nvflare.fuel.utils import fobs
 
 from ..adapter import AdapterUpdate, Manifest, RoundTask
 from ..aggregation.cohort import check_values
-from ..aggregation.combine import Combined, combine
+from ..aggregation.combine import Combined, combine, per_step
 from ..aggregation.step import Memory
+from ..aggregation.weigh import check
 from ..config import Aggregation, RoundPlan, Rule
 from ..lora import effective_rank
 from . import wire
@@ -73,10 +74,13 @@ class AdapterAggregator(ModelAggregator):
     def accept_model(self, model: FLModel) -> None:
         """
         Raises:
-            WireError: names the site and what is wrong; its update does not count.
+            WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
         update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels)
         check_values(update)
+        check(self.how.weigh, update)
+        if self.how.normalize_steps:
+            per_step([1.0], [update])
         self.updates[update.site] = update
 
     def aggregate_model(self) -> FLModel:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -92,3 +93,27 @@ def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "report", "why"),
+    [
+        ({"weigh": ["loss"]}, {"before": {}}, "alder reports no loss"),
+        ({"weigh": ["examples", "skew"]}, {}, "alder did not say how its labels are spread"),
+        ({"weigh": ["skew"]}, {"label_skew": float("nan")}, "alder"),
+        ({"normalize_steps": True}, {"steps": 0}, "alder reports 0 steps"),
+        ({}, {"max_weight": 0.0}, "alder asks for a share of at most 0.0"),
+        ({}, {"max_weight": float("nan")}, "alder asks for a share"),
+    ],
+)
+def test_a_site_that_cannot_be_weighed_is_left_out_and_does_not_stop_the_round(
+    settings: dict[str, Any], report: dict[str, Any], why: str
+) -> None:
+    aggregator, faulty, sound = opened(**settings), update("alder", 0), update("birch", 1)
+    sound = replace(sound, report=replace(sound.report, label_skew=0.2, steps=5))
+    with pytest.raises((ConfigError, WireError), match=why):
+        aggregator.accept_model(arrival(replace(faulty, report=replace(faulty.report, **report))))
+    aggregator.accept_model(arrival(sound))
+    aggregator.aggregate_model()
+    assert aggregator.combined
+    assert dict(aggregator.combined.weights) == {"birch": 1.0}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...adapter import AdapterUpdate
 from ...config import Rule
 from ...errors import ConfigError
 from ...registry import Registry
@@ -39,6 +40,17 @@ def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> W
     _refuse_unless(0 < total < float("inf"), entries, sites, weights)
     limits = [min(max_weight, u.report.max_weight) for u in cohort.updates]
     return Weights(dict(zip(sites, capped(weights, limits), strict=True)), factors)
+
+
+def check(entries: Sequence[Rule], update: AdapterUpdate) -> None:
+    """Refuses an update that one of the factors cannot weigh, before it can stop the others' round.
+
+    Raises:
+        ConfigError: names the site and what it did not report, or reported wrongly.
+    """
+    for entry in entries:
+        values = asked(registry, entry)(Cohort([update]))
+        _refuse_unless(0 <= values[0] < float("inf"), [entry], [update.site], values)
 
 
 def capped(weights: Sequence[float], limits: Sequence[float]) -> list[float]:
