@@ -245,7 +245,7 @@ def test_a_plan_is_shown_to_people_and_to_programs(job: Path, base: Path) -> Non
     told = json.loads(typed("plan", job, "--model", base, "--json").stdout)
     assert told["sites"][0]["bytes_up"] > 0
     assert "--model" in typed("plan", job).stdout
-    assert "no number of seconds" in str(typed("plan", job, "--seconds-per-step", "quick").exception)
+    assert "--seconds-per-step 'quick' is no number" in str(typed("plan", job, "--seconds-per-step", "quick").exception)
     assert "--model" in str(typed("plan", job, "--measure").exception)
 
 
