@@ -63,7 +63,7 @@ def check(
     """Loads and hashes the models, reads the data, trains a few steps. Exit status 0: ready, 1: see each ✗."""
     from .config import RoundPlan
     from .site.checkup import checkup
-    from .site.policy import FILE_NAME
+    from .site.site_config import FILE_NAME
 
     asked = {
         "task": task,

@@ -5,7 +5,7 @@ import pytest
 
 from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.site.policy import SiteConfig
+from nvflare_fm.site.site_config import SiteConfig
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, Aggregation, SiteOverrides, SiteConfig]
 

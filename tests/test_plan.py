@@ -72,7 +72,7 @@ def test_bytes_down_are_those_of_the_merged_adapter(merge: str, models: dict[str
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_the_weights_take_what_was_told(quantization: str, kind: str, models: dict[str, Path], tmp_path: Path) -> None:
     from nvflare_fm.site import base_model
-    from nvflare_fm.site.policy import ModelSource
+    from nvflare_fm.site.site_config import ModelSource
 
     task = "causal_lm" if kind == "llama" else "sequence_classification"
     plan = tiny.plan(task, quantization=quantization, compute_dtype="fp32")

@@ -24,7 +24,7 @@ from nvflare_fm.config import (
 )
 from nvflare_fm.legality import CLASHES
 from nvflare_fm.site import peft_methods
-from nvflare_fm.site.policy import SiteConfig
+from nvflare_fm.site.site_config import SiteConfig
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/reference/write.py from the code. Do not edit. -->\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import EvaluationSettings, RoundPlan, TrainingSettings
 from ..errors import DataError
-from ..site.policy import DataSource, Limits, ModelSource, SiteConfig
+from ..site.site_config import DataSource, Limits, ModelSource, SiteConfig
 from .generator import STYLES
 
 TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"

@@ -10,7 +10,7 @@ from nvflare.apis.fl_constant import WorkspaceConstants
 from nvflare.job_config.api import FedJob
 from nvflare.recipe import sim_env
 
-from ..site.policy import FILE_NAME, SiteConfig
+from ..site.site_config import FILE_NAME, SiteConfig
 from . import allow_list
 
 

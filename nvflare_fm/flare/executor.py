@@ -27,7 +27,7 @@ from nvflare.fuel.utils import fobs
 
 from ..config import SiteOverrides
 from ..errors import ConfigError, FmError
-from ..site.policy import FILE_NAME, load_site
+from ..site.site_config import FILE_NAME, load_site
 from . import wire
 from .gate import Gate
 

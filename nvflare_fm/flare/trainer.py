@@ -27,7 +27,7 @@ from torch import distributed
 
 from ..config import RoundPlan, SiteOverrides
 from ..errors import FmError, TrainingError
-from ..site.policy import load_site
+from ..site.site_config import load_site
 from . import wire
 
 if TYPE_CHECKING:

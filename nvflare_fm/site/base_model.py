@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint
-from .policy import ModelSource
+from .site_config import ModelSource
 from .tasks import Task
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

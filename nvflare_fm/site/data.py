@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RoundPlan
 from ..errors import DataError
-from .policy import DataSource, held_in
 from .rows import rows
+from .site_config import DataSource, held_in
 from .tasks import BadRow, Task
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """A site's word on a job: accepted, lowered where its plan says that is negotiable, or refused with the reason.
 
-What the site offers and allows is `site_config`; its names are at hand here too.
+What the site offers and allows is `site_config`.
 """
 
 from collections.abc import Collection
@@ -9,37 +9,7 @@ from dataclasses import dataclass
 from ..config import RoundPlan
 from ..errors import PolicyError
 from .peft_methods import complete
-from .site_config import (
-    FILE_NAME,
-    DataSource,
-    Limits,
-    ModelSource,
-    Privacy,
-    SiteConfig,
-    Welcome,
-    held_in,
-    load_site,
-)
-
-__all__ = [
-    "FILE_NAME",
-    "DataSource",
-    "Decision",
-    "Limits",
-    "ModelSource",
-    "Privacy",
-    "SiteConfig",
-    "Submitter",
-    "Welcome",
-    "accept",
-    "check_examples",
-    "check_label_statistics",
-    "check_processes",
-    "decide",
-    "fit",
-    "held_in",
-    "load_site",
-]
+from .site_config import FILE_NAME, Limits, Privacy, SiteConfig, Welcome
 
 
 @dataclass(frozen=True)

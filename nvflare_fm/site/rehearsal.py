@@ -7,7 +7,7 @@ from typing import Any
 
 from ..adapter import RoundTask
 from ..config import EvaluationSettings, RoundPlan
-from .policy import SiteConfig
+from .site_config import SiteConfig
 
 STEPS = 3
 

@@ -18,7 +18,8 @@ from .base_model import BaseModel
 from .data import SiteData
 from .own_adapter import OwnAdapter, shared_half
 from .peft_methods import PeftMethod
-from .policy import SiteConfig, accept, check_examples, check_label_statistics, fit
+from .policy import accept, check_examples, check_label_statistics, fit
+from .site_config import SiteConfig
 from .tasks import label_skew
 from .tasks import registry as tasks
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.simulate import alone, federate
-from nvflare_fm.site.policy import DataSource, ModelSource, SiteConfig
+from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
 app = typer.Typer(add_completion=False)

@@ -36,7 +36,7 @@ from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.lora import svd
 from nvflare_fm.simulate import Round, alone, federate
 from nvflare_fm.site import base_model
-from nvflare_fm.site.policy import DataSource, ModelSource, SiteConfig
+from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
 app = typer.Typer(add_completion=False)

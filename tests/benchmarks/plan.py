@@ -43,9 +43,9 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.config import RoundPlan
     from nvflare_fm.plan import activation_bytes, trained_bytes
-    from nvflare_fm.site.policy import SiteConfig
     from nvflare_fm.site.rehearsal import made_up
     from nvflare_fm.site.shapes import shapes
+    from nvflare_fm.site.site_config import SiteConfig
     from nvflare_fm.site.training import peak_memory_mib
     from nvflare_fm.site.worker import Worker
 

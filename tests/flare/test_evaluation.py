@@ -8,7 +8,8 @@ from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe
-from nvflare_fm.site.policy import Limits, SiteConfig, fit
+from nvflare_fm.site.policy import fit
+from nvflare_fm.site.site_config import Limits, SiteConfig
 
 TRAINED = RoundPlan.read(
     {

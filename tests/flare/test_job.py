@@ -16,7 +16,7 @@ from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import FedPEFTRecipe
-from nvflare_fm.site.policy import SiteConfig, load_site
+from nvflare_fm.site.site_config import SiteConfig, load_site
 
 from .messages import MANIFEST, adapter
 

@@ -15,7 +15,7 @@ from nvflare.lighter.provisioner import Provisioner
 
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare.provision import allow, remove, without_byoc
-from nvflare_fm.site.policy import SiteConfig, load_site
+from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
 from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
 

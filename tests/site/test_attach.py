@@ -18,7 +18,7 @@ from nvflare_fm.lora import shorten
 from nvflare_fm.site import base_model, peft_methods
 from nvflare_fm.site.base_model import BaseModel
 from nvflare_fm.site.peft_methods import PeftMethod
-from nvflare_fm.site.policy import ModelSource
+from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from tests.site import tiny
 

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from nvflare_fm.errors import DataError
 from nvflare_fm.site import data
 from nvflare_fm.site.data import SiteData
-from nvflare_fm.site.policy import DataSource
+from nvflare_fm.site.site_config import DataSource
 from nvflare_fm.site.tasks import registry
 from tests.site import tiny
 

@@ -11,18 +11,8 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site.policy import (
-    FILE_NAME,
-    SiteConfig,
-    Submitter,
-    accept,
-    check_examples,
-    check_label_statistics,
-    decide,
-    fit,
-    held_in,
-    load_site,
-)
+from nvflare_fm.site.policy import Submitter, accept, check_examples, check_label_statistics, decide, fit
+from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
