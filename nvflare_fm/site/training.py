@@ -26,9 +26,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapter import RoundTask
 from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
-from .attach import LOCAL
 from .base_model import BaseModel
+from .class_shift import ClassShift, class_shift
 from .distributed import any_process, gather, processes
+from .proximal import Proximal
 from .tasks import IGNORED, collate
 
 Log = Callable[[str, float, int], None]
@@ -149,32 +150,6 @@ def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: 
     return arguments
 
 
-@dataclass(frozen=True)
-class ClassShift:
-    """What a site does to its logits while it trains, so that classes it hardly has are not unlearned: z·keep − margin.
-
-    Nothing about its classes leaves the site for it, and evaluation does without.
-    """
-
-    keep: torch.Tensor
-    margin: torch.Tensor
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits * self.keep.to(logits) - self.margin.to(logits)
-
-
-def class_shift(base: BaseModel, rows: Dataset, plan: RoundPlan) -> ClassShift | None:
-    """FedRS: logits of classes that do not occur are scaled by α. FedLC (arXiv:2209.00189): a margin τ·n^(−1/4) for
-    each class, a class that does not occur counting as one that occurs once.
-    """
-    settings = plan.training
-    if settings.restricted_softmax == 1 and settings.logit_calibration == 0:
-        return None
-    counts = base.task.class_counts(rows, plan)
-    keep = torch.where(counts > 0, 1.0, settings.restricted_softmax)
-    return ClassShift(keep, settings.logit_calibration * counts.clamp(min=1) ** -0.25)
-
-
 class LocalTrainer(Trainer):  # type: ignore[misc]
     """transformers' Trainer with our order of rows, and a schedule that knows the rounds before and after."""
 
@@ -248,37 +223,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         for ours, theirs in (("train_loss", "loss"), ("learning_rate", "learning_rate")):
             if self.log and theirs in logs:
                 self.log(ours, logs[theirs], self.steps_before + state.global_step)
-
-
-class Proximal(TrainerCallback):  # type: ignore[misc]
-    """FedProx: the gradient of μ/2 · ‖ΔW − ΔW_start‖² for LoRA's pairs, which does not see how B and A are turned
-    inside the rank, and of μ/2 · ‖w − w_start‖² for all else that is trained.
-
-    Added once a step, after clipping: clipping is to tame the data's gradient, not the pull back to the start.
-    """
-
-    def __init__(self, mu: float, scale: float) -> None:
-        self.mu, self.scale = mu, scale
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        named = dict(model.named_parameters())
-        factors = {n: named[n.replace(".lora_A.", ".lora_B.")] for n in named if f".lora_A.{LOCAL}." in n}
-        self.pairs = [(a := named[n], b, a.detach().clone(), b.detach().clone()) for n, b in factors.items()]
-        paired = {id(p) for a, b, *_ in self.pairs for p in (a, b)}
-        rest = [p for p in named.values() if p.requires_grad and id(p) not in paired]
-        self.singles = [(p, p.detach().clone()) for p in rest]
-
-    @torch.no_grad()
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        pull = self.mu * self.scale**2
-        for a, b, a0, b0 in self.pairs:
-            if b.grad is not None:
-                b.grad.add_(b @ (a @ a.T) - b0 @ (a0 @ a.T), alpha=pull)
-            if a.grad is not None:
-                a.grad.add_((b.T @ b) @ a - (b.T @ b0) @ a0, alpha=pull)
-        for parameter, start in self.singles:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - start, alpha=self.mu)
 
 
 def _check_finite(loss: float) -> None:

@@ -20,8 +20,8 @@ from nvflare_fm.errors import ConfigError, PolicyError, WireError
 from nvflare_fm.export import read_adapter
 from nvflare_fm.lora import stack
 from nvflare_fm.simulate import alone, federate
+from nvflare_fm.site.class_shift import class_shift
 from nvflare_fm.site.own_adapter import OwnAdapter
-from nvflare_fm.site.training import class_shift
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
