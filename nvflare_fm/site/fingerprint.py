@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from .mean_pooling import means_tokens
 
 # What may differ between two copies of one model: who saved it, in which type it is loaded, how it is labelled.
 _INCIDENTAL = {
@@ -24,6 +25,8 @@ def fingerprint(folder: Path) -> str:
     """
     config = json.loads((folder / "config.json").read_text())
     digest = hashlib.sha256(json.dumps(_meaningful(config), sort_keys=True).encode())
+    if means_tokens(folder):
+        digest.update(b"mean over tokens\n")  # its classifiers read something else than those of the same weights
     with ThreadPoolExecutor() as pool:  # hashlib lets other threads run
         files = list(pool.map(_tensor_digests, sorted(folder.glob("*.safetensors"))))
     for line in sorted(line for lines in files for line in lines):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +77,7 @@ def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)
         with torch.device("meta"):
-            return config, getattr(transformers, task.auto_class).from_config(config, trust_remote_code=False)
+            return config, task.model_class(folder).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"no {plan.task} model can be made from the folder's config.json; is it a model that transformers knows "

