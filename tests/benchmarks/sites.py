@@ -3,6 +3,7 @@
     python tests/benchmarks/sites.py medquad-lm OUT
     python tests/benchmarks/sites.py medquad-types OUT
     python tests/benchmarks/sites.py banking77-0.3 OUT          # Dirichlet α over ten sites; 0: alike
+    python tests/benchmarks/sites.py banking77lm-0.3 OUT        # the same rows, to be written from their label
 
 MedQuAD is split by disease, never by row, because 612 diseases occur at more than one NIH institute: a disease is in
 the test set of all sites or of none.
@@ -95,6 +96,16 @@ def banking77(alpha: float, count: int = 10, seed: int = 0) -> Iterator[tuple[st
 SETS: dict[str, Callable[[Row], Row]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
 
 
+def request(row: Row) -> Row:
+    return {"prompt": row["label"].replace("_", " ").strip() + "\n", "completion": row["text"].strip()}
+
+
+def split_banking77(name: str) -> Iterator[tuple[str, str, Row]]:
+    kind, alpha = name.split("-")
+    for site, split, row in banking77(float(alpha)):
+        yield site, split, request(row) if kind == "banking77lm" else row
+
+
 def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]]:
     for row in medquad():
         yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)
@@ -106,7 +117,7 @@ def write(name: str, out: Path, test_share: float = 0.2) -> Path:
         return out
     files: dict[Path, list[str]] = {}
     labels = set()
-    rows = banking77(float(name.split("-")[1])) if name.startswith("banking77") else split_medquad(name, test_share)
+    rows = split_banking77(name) if name.startswith("banking77") else split_medquad(name, test_share)
     for site, split, record in rows:
         labels.add(record.get("label"))
         files.setdefault(out / site / f"{split}.jsonl", []).append(json.dumps(record))

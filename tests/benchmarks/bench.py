@@ -1,0 +1,193 @@
+"""One study of sites that differ: its data, its base model, its plan, and what a method makes of them.
+
+All sites of a process share one quantized base model and tokenize their rows once, whatever methods are run.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import peers
+import sites
+
+from nvflare_fm.adapter import Adapter, Manifest, RoundTask
+from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.combination import settle
+from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
+from nvflare_fm.lora import svd
+from nvflare_fm.simulate import Round, alone, federate
+from nvflare_fm.site import base_model
+from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
+from nvflare_fm.site.worker import Worker
+
+RUNS = Path("runs/heterogeneity")
+RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of the sites, in the order of their names
+SCALE = 4.0  # of every site's pairs, whatever its rank
+ROUNDS, TEST_ROWS = 20, 100
+
+
+@dataclass(frozen=True)
+class Method:
+    """A peer as its paper has it, or ours.
+
+    Args:
+        rank: of all sites; 0: mixed.
+        alpha: of all sites, so that their scales are alpha / rank; 0: one scale at every site.
+        folds: adapters are added to the base model each round.
+        training: what its sites set differently.
+    """
+
+    how: Aggregation = field(default_factory=Aggregation)
+    rank: int = 0
+    alpha: float = 0.0
+    worker: type[Worker] = Worker
+    folds: bool = False
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder per site with `train.jsonl` and `test.jsonl`, a base model and a plan."""
+
+    name: str
+    folder: Path
+    model: Path
+    plan: dict[str, Any]
+    metric: str
+    lower_is_better: bool = False
+
+    @cached_property
+    def names(self) -> list[str]:
+        return sorted(p.parent.name for p in self.folder.glob("*/train.jsonl"))
+
+    def rows(self, site: str, split: str) -> list[str]:
+        return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
+
+
+def study(name: str, folder: Path | None = None, model: Path | None = None) -> Study:
+    """
+    Args:
+        folder: of data of one's own; else `name` is one of those in `sites`.
+        model: a base model of one's own; else MiniLM's first two layers, or stories260k.
+    """
+    root = folder or sites.write(name, RUNS / "data" / name)
+    first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
+    training = {"local_steps": 5, "batch_size": 8, "lr_scheduler_type": "cosine"}
+    if "label" not in first:
+        plan = {"task": "causal_lm", "max_length": 64, "training": training}
+        return Study(name, root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
+    labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
+    plan = {"task": "sequence_classification", "labels": labels, "max_length": 24, "training": training}
+    base = model or sites.first_layers(sites.minilm(), 2, RUNS / "models" / "minilm-2")
+    return Study(name, root, base, plan, "accuracy")
+
+
+class Bench:
+    """A study at one learning rate. Workers, with their base model and tokens, are kept from method to method."""
+
+    _kept: dict[tuple[str, Path, Path, Path], Worker] = {}
+
+    def __init__(self, study: Study, rate: float, held_out: bool = False) -> None:
+        self.study, self.names, self.held_out = study, study.names, held_out
+        plan = {**study.plan, "quantization": "nf4"}
+        plan["peft"] = {"method": "lora", "rank": max(RANKS), "lora_alpha": SCALE * max(RANKS)}
+        plan["training"] = {**study.plan["training"], "learning_rate": rate}
+        plan["evaluation"] = {"before": False, "after": False, "max_examples": TEST_ROWS, "batch_size": 50}
+        self.plan = RoundPlan.read(plan, "study")
+        self.files = {name: self._files(name) for name in self.names}
+        self.rows = {name: min(TEST_ROWS, len(test.read_text().splitlines())) for name, (_, test) in self.files.items()}
+
+    def _files(self, name: str) -> tuple[Path, Path]:
+        """Train and test, or for tuning a fifth of the training rows as test and the others to train on."""
+        source = self.study.folder / name
+        if not self.held_out:
+            return source / "train.jsonl", source / "test.jsonl"
+        folder = RUNS / "held_out" / self.study.folder.name / name
+        found = folder / "fit.jsonl", folder / "valid.jsonl"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            rows = self.study.rows(name, "train")
+            for file, held in zip(found, (False, True), strict=True):
+                file.write_text("".join(row + "\n" for row in rows if (sites.fraction(row) < 0.2) == held))
+        return found
+
+    def workers(self, method: Method) -> dict[str, Worker]:
+        ranks = {name: method.rank or RANKS[place % len(RANKS)] for place, name in enumerate(self.names)}
+        return {name: self._worker(name, *self.files[name], rank, method) for name, rank in ranks.items()}
+
+    def pooled(self) -> Worker:
+        file = RUNS / f"{self.study.folder.name}-{'fit' if self.held_out else 'train'}-pooled.jsonl"
+        if not file.exists():
+            file.write_text("".join(train.read_text() for train, _ in self.files.values()))
+        return self._worker("pooled", file, self.files[self.names[0]][1], max(RANKS), Method())
+
+    def _worker(self, name: str, train: Path, test: Path, rank: int, method: Method) -> Worker:
+        data = {"notes": DataSource(train=str(train.resolve()), validation=str(test.resolve()))}
+        config = SiteConfig(models={"base": ModelSource(path=str(self.study.model.resolve()))}, data=data)
+        worker = method.worker(name, config, SiteOverrides(rank=rank, lora_alpha=method.alpha or SCALE * rank))
+        worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
+        return worker
+
+    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
+        training = self.plan.training.model_copy(update=method.training)
+        plan = self.plan.model_copy(update={"seed": seed, "training": training})
+        rank = method.rank or max(RANKS)
+        plan = plan.model_copy(update={"peft": {**plan.peft, "rank": rank, "lora_alpha": method.alpha or SCALE * rank}})
+        if method.folds:
+            return self._folding(method, workers, plan)
+        return federate(workers, plan, method.how, ROUNDS)
+
+    def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
+        plan = settle(plan, method.how)
+        adapter, manifest = Adapter(), None
+        for number in range(ROUNDS):
+            task = RoundTask(plan, adapter, manifest, number, ROUNDS)
+            updates = tuple(workers[name].train(task) for name in sorted(workers))
+            combined = combine(adapter, manifest, updates, method.how, sum(RANKS))
+            adapter, manifest = peers.fold(combined, workers[self.names[0]], task)
+            yield Round(number, replace(combined, adapter=adapter), updates)
+        base_model._loaded.clear()  # what was folded into is nobody else's base
+
+    def measure(self, workers: dict[str, Worker], adapter: Adapter, manifest: Manifest | None) -> dict[str, float]:
+        task = RoundTask(settle(self.plan, Aggregation()), adapter, manifest)
+        return {name: workers[name].validate(task)[self.study.metric] for name in self.names}
+
+    def overall(self, scores: dict[str, float]) -> float:
+        """Over all sites' test rows together."""
+        return sum(self.rows[s] * scores[s] for s in scores) / sum(self.rows[s] for s in scores)
+
+
+def above(adapter: Adapter, rank: int) -> float:
+    """The share of energy in the directions above `rank`, over all layers."""
+    energy = [svd(adapter.lora[layer])[1].square() for layer in adapter.lora]
+    total = sum(float(e.sum()) for e in energy)
+    return sum(float(e[rank:].sum()) for e in energy) / total if total else 0.0
+
+
+def size(adapter: Adapter) -> int:
+    return sum(t.numel() * t.element_size() for t in adapter.tensors().values())
+
+
+def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[dict[str, Any]]:
+    """What a federation scores after every `every` rounds and after the last."""
+    workers, up, down = bench.workers(method), 0, 0
+    for done in bench.rounds(method, workers, seed):
+        up += sum(size(update.adapter) for update in done.updates)
+        adapter = done.combined.adapter
+        if (done.number + 1) % every == 0 or done.number + 1 == ROUNDS:
+            scores = bench.measure(workers, adapter, done.combined.manifest)
+            share = above(adapter, min(RANKS)) if not method.rank else None
+            yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
+        down += len(workers) * size(adapter)
+
+
+def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
+    plan = settle(bench.plan.model_copy(update={"seed": seed}), Aggregation())
+    judges = bench.workers(Method())
+    for site in ["pooled"] if name == "pooled" else bench.names:
+        adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, ROUNDS)
+        yield {"round": ROUNDS, "trained_at": site, "scores": bench.measure(judges, adapter, manifest)}
