@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from . import legality
 from .aggregation import merge, step, weigh
 from .aggregation.asked import asked
-from .config import Aggregation, RoundPlan, SiteOverrides
+from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from .errors import ConfigError
 from .site.peft_methods import check_training, complete, read
 
@@ -31,6 +31,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     plan = plan.model_copy(
         update={
             "peft": complete(plan.peft),
+            "training": _adjusted(plan),
             "rest": rest,
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
@@ -41,6 +42,12 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
     return plan
+
+
+def _adjusted(plan: RoundPlan) -> TrainingSettings:
+    if plan.training.logit_adjustment is not None:
+        return plan.training
+    return plan.training.model_copy(update={"logit_adjustment": float(plan.task == "sequence_classification")})
 
 
 def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:

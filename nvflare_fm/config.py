@@ -3,6 +3,7 @@
 After pydantic's own way of saying what is wrong, with the nearest known key added.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -92,6 +93,12 @@ class TrainingSettings(Settings):
         ge=0,
         description="FedLC (arXiv:2209.00189): τ; logits are lowered by τ·n^(−1/4) in training",
     )
+    logit_adjustment: float | None = Field(
+        None,
+        ge=0,
+        description="logit adjustment (arXiv:2007.07314): τ; a site adds τ·log of its class frequencies in training; "
+        "unset: 1 for sequence_classification, else 0",
+    )
 
 
 class EvaluationSettings(Settings):
@@ -162,11 +169,22 @@ class Aggregation(Settings):
     seed: int = Field(0, ge=0)
 
 
+def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """The same PEFT settings at another rank, and at the same scale: `lora_alpha` follows the rank. A site of lower
+    rank trains the first directions of the others, so it must move them as fast as they do.
+    """
+    changed = {**peft, "rank": rank}
+    if "rank" in peft and "lora_alpha" in peft:
+        share = rank / peft["rank"]
+        changed["lora_alpha"] = peft["lora_alpha"] * (math.sqrt(share) if peft.get("use_rslora") else share)
+    return changed
+
+
 class SiteOverrides(Settings):
     """What a job asks of one site differently from the plan. None: as the plan says."""
 
     rank: int | None = Field(None, ge=1)
-    lora_alpha: float | None = Field(None, gt=0)
+    lora_alpha: float | None = Field(None, gt=0, description="else what keeps the plan's scale at this site's rank")
     quantization: Quantization | None = None
     batch_size: int | None = Field(None, ge=1)
     local_steps: int | None = Field(None, ge=1)
@@ -176,6 +194,7 @@ class SiteOverrides(Settings):
     def applied(self, plan: RoundPlan) -> RoundPlan:
         """The plan as this site is to carry it out."""
         given = self.model_dump(exclude_none=True)
-        peft = dict(plan.peft) | {k: given.pop(k) for k in ("rank", "lora_alpha") if k in given}
+        peft = at_rank(plan.peft, given.pop("rank")) if "rank" in given else dict(plan.peft)
+        peft |= {k: given.pop(k) for k in ("lora_alpha",) if k in given}
         training: dict[str, Any] = {k: given.pop(k) for k in ("batch_size", "local_steps") if k in given}
         return plan.model_copy(update={**given, "peft": peft, "training": plan.training.model_copy(update=training)})

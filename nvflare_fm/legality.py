@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .aggregation.merge import MergeRule
-from .config import Aggregation, RoundPlan, Rule
+from .config import Aggregation, RoundPlan, Rule, TrainingSettings
 from .errors import ConfigError
 from .site.peft_methods import PeftMethod
 
@@ -39,6 +39,10 @@ def named(entry: Rule) -> str:
 
 def _one_rank(job: Job) -> bool:
     return job.method.factored and not (job.rule.mixed_ranks and job.method.side_adapter)
+
+
+def _shifts_classes(training: TrainingSettings) -> bool:
+    return training.restricted_softmax != 1 or bool(training.logit_calibration or training.logit_adjustment)
 
 
 CLASHES = (
@@ -107,12 +111,9 @@ CLASHES = (
         "weigh by examples",
     ),
     Clash(
-        "`restricted_softmax`, `logit_calibration`",
+        "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",
         "`causal_lm`",
-        lambda job: (
-            job.plan.task == "causal_lm"
-            and (job.plan.training.restricted_softmax, job.plan.training.logit_calibration) != (1, 0)
-        ),
+        lambda job: job.plan.task == "causal_lm" and _shifts_classes(job.plan.training),
         "they are about classes, and the task has none",
         "leave them out",
     ),

@@ -112,8 +112,7 @@ def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor |
         fresh = torch.empty(fan_in).uniform_(-1, 1, generator=generator)
         if len(basis) < fan_in:
             for _ in range(2):  # twice is enough (Kahan; Parlett, The Symmetric Eigenvalue Problem)
-                for other in basis:
-                    fresh = fresh - (fresh @ other) * other
+                fresh = fresh - (basis @ fresh) @ basis
         basis = torch.cat([basis, torch.nn.functional.normalize(fresh, dim=0)[None]])
     return basis[len(basis) - len(rows) :]
 

@@ -24,6 +24,7 @@ REFUSED = [
     ({}, {"weigh": ["examples", "skew"]}, "rows have no one label"),
     ({"training": {"restricted_softmax": 0.5}}, {}, "about classes"),
     ({"training": {"logit_calibration": 1.0}}, {}, "about classes"),
+    ({"training": {"logit_adjustment": 1.0}}, {}, "about classes"),
     ({"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}, "set evaluation.before"),
 ]
 
@@ -63,3 +64,17 @@ def test_what_goes_together_is_let_through(plan, how):
 def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_other_does():
     assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["examples", "skew"])).label_statistics == ("skew",)
     assert settle(RoundPlan(**CLASSIFY, label_statistics=["skew"]), Aggregation()).label_statistics == ()
+
+
+@pytest.mark.parametrize(
+    ("plan", "said", "sent"),
+    [
+        ({}, None, 0.0),
+        (CLASSIFY, None, 1.0),
+        (CLASSIFY | {"task": "token_classification"}, None, 0.0),
+        (CLASSIFY, 0.5, 0.5),
+    ],
+)
+def test_logits_are_adjusted_where_a_text_has_one_label_unless_the_job_says_otherwise(plan, said, sent):
+    settled = settle(RoundPlan(**plan, training={"logit_adjustment": said}), Aggregation())
+    assert settled.training.logit_adjustment == sent

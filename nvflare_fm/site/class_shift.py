@@ -1,4 +1,5 @@
-"""Logits changed while a site trains, so that it does not unlearn the classes it hardly has: FedRS and FedLC."""
+"""Logits changed while a site trains, so that it does not unlearn the classes it hardly has: FedRS, FedLC and logit
+adjustment."""
 
 from dataclasses import dataclass
 
@@ -25,11 +26,15 @@ class ClassShift:
 
 def class_shift(base: BaseModel, rows: Dataset, plan: RoundPlan) -> ClassShift | None:
     """FedRS: logits of classes that do not occur are scaled by α. FedLC (arXiv:2209.00189): a margin τ·n^(−1/4) for
-    each class, a class that does not occur counting as one that occurs once.
+    each class, a class that does not occur counting as one that occurs once. Logit adjustment (arXiv:2007.07314): a
+    margin −τ·log π, with π the frequency of a class at this site, one that does not occur counting as half a row.
     """
     settings = plan.training
-    if settings.restricted_softmax == 1 and settings.logit_calibration == 0:
+    adjustment = settings.logit_adjustment or 0.0
+    if settings.restricted_softmax == 1 and settings.logit_calibration == adjustment == 0:
         return None
     counts = base.task.class_counts(rows, plan)
     keep = torch.where(counts > 0, 1.0, settings.restricted_softmax)
-    return ClassShift(keep, settings.logit_calibration * counts.clamp(min=1) ** -0.25)
+    rare = counts.clamp(min=1) ** -0.25
+    often = (counts + 0.5) / (counts + 0.5).sum()
+    return ClassShift(keep, settings.logit_calibration * rare - adjustment * often.log())

@@ -6,7 +6,7 @@ What the site offers and allows is `site_config`.
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..config import RoundPlan
+from ..config import RoundPlan, at_rank
 from ..errors import PolicyError
 from .peft_methods import complete
 from .site_config import FILE_NAME, Limits, Privacy, SiteConfig, Welcome
@@ -85,7 +85,7 @@ def _within(plan: RoundPlan, limits: Limits) -> tuple[RoundPlan, tuple[str, ...]
         changes["gradient_accumulation_steps"] = (
             training.gradient_accumulation_steps * training.batch_size // given["batch_size"]
         )
-    peft = {**plan.peft, "rank": given["rank"]} if "rank" in given else plan.peft
+    peft = at_rank(plan.peft, given["rank"]) if "rank" in given else plan.peft
     return plan.model_copy(update={"peft": peft, "training": training.model_copy(update=changes)}), lowered, refused
 
 

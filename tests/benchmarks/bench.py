@@ -5,13 +5,14 @@ All sites of a process share one quantized base model and tokenize their rows on
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import peers
 import sites
+from methods import Method
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import combine
@@ -24,28 +25,9 @@ from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
 RUNS = Path("runs/heterogeneity")
-RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of the sites, in the order of their names
-SCALE = 4.0  # of every site's pairs, whatever its rank
+RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of fewer, as widely spread
+SCALE = 1.0  # of every site's pairs, whatever its rank
 ROUNDS, TEST_ROWS = 20, 100
-
-
-@dataclass(frozen=True)
-class Method:
-    """A peer as its paper has it, or ours.
-
-    Args:
-        rank: of all sites; 0: mixed.
-        alpha: of all sites, so that their scales are alpha / rank; 0: one scale at every site.
-        folds: adapters are added to the base model each round.
-        training: what its sites set differently.
-    """
-
-    how: Aggregation = field(default_factory=Aggregation)
-    rank: int = 0
-    alpha: float = 0.0
-    worker: type[Worker] = Worker
-    folds: bool = False
-    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +70,7 @@ def study(name: str, folder: Path | None = None, model: Path | None = None) -> S
 class Bench:
     """A study at one learning rate. Workers, with their base model and tokens, are kept from method to method."""
 
-    _kept: dict[tuple[str, Path, Path, Path], Worker] = {}
+    _kept: ClassVar[dict[tuple[str, Path, Path, Path], Worker]] = {}
 
     def __init__(self, study: Study, rate: float, held_out: bool = False) -> None:
         self.study, self.names, self.held_out = study, study.names, held_out
@@ -115,19 +97,27 @@ class Bench:
         return found
 
     def workers(self, method: Method) -> dict[str, Worker]:
-        ranks = {name: method.rank or RANKS[place % len(RANKS)] for place, name in enumerate(self.names)}
-        return {name: self._worker(name, *self.files[name], rank, method) for name, rank in ranks.items()}
+        return {name: self._worker(name, *self.files[name], place, method) for place, name in enumerate(self.names)}
+
+    def _rank(self, place: int) -> int:
+        return RANKS[round(place * (len(RANKS) - 1) / max(1, len(self.names) - 1)) % len(RANKS)]
 
     def pooled(self) -> Worker:
         file = RUNS / f"{self.study.folder.name}-{'fit' if self.held_out else 'train'}-pooled.jsonl"
         if not file.exists():
             file.write_text("".join(train.read_text() for train, _ in self.files.values()))
-        return self._worker("pooled", file, self.files[self.names[0]][1], max(RANKS), Method())
+        return self._worker("pooled", file, self.files[self.names[0]][1], len(self.names) - 1, Method())
 
-    def _worker(self, name: str, train: Path, test: Path, rank: int, method: Method) -> Worker:
+    def _worker(self, name: str, train: Path, test: Path, place: int, method: Method) -> Worker:
         data = {"notes": DataSource(train=str(train.resolve()), validation=str(test.resolve()))}
         config = SiteConfig(models={"base": ModelSource(path=str(self.study.model.resolve()))}, data=data)
-        worker = method.worker(name, config, SiteOverrides(rank=rank, lora_alpha=method.alpha or SCALE * rank))
+        rank = method.rank or self._rank(place)
+        overrides = SiteOverrides(
+            rank=rank,
+            lora_alpha=method.alpha or SCALE * rank,
+            quantization=method.quantizations[place % len(method.quantizations)],
+        )
+        worker = method.worker(name, config, overrides)
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
@@ -186,7 +176,8 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
-    plan = settle(bench.plan.model_copy(update={"seed": seed}), Aggregation())
+    training = bench.plan.training.model_copy(update={"logit_adjustment": 0.0})
+    plan = settle(bench.plan.model_copy(update={"seed": seed, "training": training}), Aggregation())
     judges = bench.workers(Method())
     for site in ["pooled"] if name == "pooled" else bench.names:
         adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, ROUNDS)

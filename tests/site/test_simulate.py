@@ -286,6 +286,17 @@ def test_calibration_is_a_margin_by_how_rare_a_class_is(bert: Path, tmp_path: Pa
     assert class_shift(job.base, job.data.train, quick(task="sequence_classification")) is None
 
 
+def test_adjusted_logits_leave_out_what_a_sites_own_frequencies_explain(bert: Path, tmp_path: Path) -> None:
+    """A model that answers with the site's frequencies has equal adjusted logits only where all classes are as often."""
+    worker = one_sided(tmp_path, bert)
+    plan = quick(task="sequence_classification", training={"logit_adjustment": 2.0})
+    job = worker._job(RoundTask(plan))
+    shift = class_shift(job.base, job.data.train, plan)
+    assert shift is not None
+    frequencies = torch.tensor([20.5, 10.5, 0.5]) / 31.5
+    torch.testing.assert_close(shift(torch.zeros(1, 3))[0], 2.0 * frequencies.log())
+
+
 def test_how_labels_are_spread_leaves_a_site_only_where_both_sides_say_so(bert: Path, tmp_path: Path) -> None:
     plan = quick(task="sequence_classification")
     asks = settle(plan, Aggregation(weigh=["examples", "skew"]))

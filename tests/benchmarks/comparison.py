@@ -1,0 +1,155 @@
+"""What runs of a study say: final scores, worst sites, the way to a target, paired differences, and pictures."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bench import RANKS, ROUNDS, RUNS, Study
+from methods import METHODS, OURS
+from rich.table import Table
+
+TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # Student's t, two-sided, by degrees of freedom
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {sd:.{digits}f}" if values else "–"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of a study."""
+
+    study: Study
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return lines(RUNS / f"{self.study.name}.jsonl")
+
+    @property
+    def sign(self) -> int:
+        return -1 if self.study.lower_is_better else 1
+
+    @cached_property
+    def final(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """method → seed → the last line; the best method first."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for row in self.rows:
+            if row["round"] == ROUNDS and row["method"] != "alone":
+                found.setdefault(row["method"], {})[row["seed"]] = row
+        return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
+
+    def _mean(self, by_seed: dict[int, dict[str, Any]]) -> float:
+        return statistics.mean(row["score"] for row in by_seed.values())
+
+    def worst(self, method: str) -> list[float]:
+        pick = max if self.study.lower_is_better else min
+        return [pick(row["scores"].values()) for row in self.final[method].values()]
+
+    def to_target(self, method: str) -> list[tuple[int, int]]:
+        """(round, bytes) at which each seed first reaches the target, of the seeds that do."""
+        reached: dict[int, tuple[int, int]] = {}
+        for row in self.rows if TARGET in self.final and method in METHODS else []:
+            good = self.sign * (row["score"] - self._mean(self.final[TARGET])) >= 0
+            if row["method"] == method and good:
+                reached.setdefault(row["seed"], (row["round"], row["bytes_up"] + row["bytes_down"]))
+        return list(reached.values())
+
+    def paired(self, method: str, against: str) -> list[float]:
+        """How much better a method is than another, seed by seed."""
+        ours, theirs = self.final.get(against, {}), self.final[method]
+        return [self.sign * (theirs[seed]["score"] - ours[seed]["score"]) for seed in theirs if seed in ours]
+
+
+def verdict(differences: list[float]) -> str:
+    """A tie unless Student's 95 % interval of the paired differences leaves out 0."""
+    if len(differences) < 2:
+        return "?"
+    half = T95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
+    mean = statistics.mean(differences)
+    return "tie" if abs(mean) <= half else "better" if mean > 0 else "worse"
+
+
+def tables(study: Study, against: str) -> Iterator[Table]:
+    results = Results(study)
+    yield _compared(results, against)
+    if any(row["method"] == "alone" for row in results.rows):
+        yield _homes(results, against)
+
+
+def _compared(results: Results, against: str) -> Table:
+    table = Table(
+        *("method", "rate", "seeds", results.study.metric, "worst site", "to target: rounds", "MB"),
+        *(f"better than {against} by", ""),
+        title=results.study.name,
+    )
+    for method, by_seed in results.final.items():
+        reached, paired = results.to_target(method), results.paired(method, against)
+        table.add_row(
+            method,
+            f"{next(iter(by_seed.values()))['rate']:g}",
+            str(len(by_seed)),
+            spread([row["score"] for row in by_seed.values()]),
+            spread(results.worst(method)),
+            f"{spread([float(r) for r, _ in reached], 0)}" + (f" ({len(reached)} seeds)" if reached else ""),
+            spread([b / 1e6 for _, b in reached], 1),
+            *(("", "") if method == against else (spread(paired), verdict(paired))),
+        )
+    return table
+
+
+def _homes(results: Results, ours: str) -> Table:
+    """Each site alone against the federation, the smallest site first."""
+    alone = [row for row in results.rows if row["method"] == "alone"]
+    last = list(results.final.get(ours, {}).values())
+    sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
+    table = Table(
+        *("site", "training rows"), *(f"{who}, {on}" for on in ("at home", "everywhere") for who in ("alone", ours))
+    )
+    for site in sorted(sizes, key=lambda s: sizes[s]):
+        mine = [row for row in alone if row["trained_at"] == site]
+        table.add_row(
+            site,
+            str(sizes[site]),
+            spread([row["scores"][site] for row in mine]),
+            spread([row["scores"][site] for row in last]),
+            spread([row["score"] for row in mine]),
+            spread([row["score"] for row in last]),
+        )
+    return table
+
+
+def picture(study: Study) -> Path:
+    """Score and energy of the high directions by round; our default in front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    results = Results(study)
+    for method in (m for m in results.final if m in METHODS):
+        for axis, what in zip(axes, ("score", "above"), strict=True):
+            curve: dict[int, list[float]] = {}
+            for row in results.rows:
+                if row["method"] == method and row.get(what) is not None:
+                    curve.setdefault(row["round"], []).append(row[what])
+            style = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == OURS else {"linewidth": 1}
+            axis.plot(list(curve), [statistics.mean(v) for v in curve.values()], label=method, marker=".", **style)
+    axes[0].set(xlabel="round", ylabel=f"{study.metric}, all sites' test rows", title=study.name)
+    axes[1].set(xlabel="round", ylabel=f"energy above rank {min(RANKS)}", title="do high directions live?")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    file = RUNS / f"{study.name}.png"
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return file

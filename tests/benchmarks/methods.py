@@ -1,0 +1,71 @@
+"""What is compared: the default configuration, its parts one by one, and faithful versions of what others do.
+
+Every peer trains at one scale at every site, as ours does; only the scale-blind one is defined by not doing so.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import peers
+
+from nvflare_fm.config import Aggregation
+from nvflare_fm.site.worker import Worker
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    Args:
+        rank: of all sites; 0: mixed.
+        alpha: of all sites, so that their scales are alpha / rank; 0: one scale at every site.
+        folds: adapters are added to the base model each round.
+        quantizations: of the base model, over the sites in turn.
+        training: what its sites set differently from the defaults.
+    """
+
+    how: Aggregation = field(default_factory=Aggregation)
+    rank: int = 0
+    alpha: float = 0.0
+    worker: type[Worker] = Worker
+    folds: bool = False
+    quantizations: tuple[str, ...] = ("nf4",)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def peer(merge: str, *weigh: str, **more: Any) -> Method:
+    """Another's rule, whose classifier learns as usual."""
+    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",)), training={"logit_adjustment": 0.0}, **more)
+
+
+PEERS = {
+    "FedIT, rank 4": peer("factor_mean", rank=4),
+    "FedIT, zero-padded": peer("zero_pad"),
+    "HetLoRA": peer("zero_pad", "norm"),
+    "FlexLoRA": peer("svd"),
+    "HLoRA, scale-blind": peer("svd", alpha=16.0, worker=peers.ScaleBlindWorker),
+    "FFA-LoRA, rank 4": peer("freeze_a", rank=4),
+    "RoLoRA, rank 4": peer("alternate", rank=4),
+    "FedSA-LoRA, rank 4": peer("share_a", rank=4),
+    "raFLoRA": peer("rank_partition"),
+    "FLoRA, folded into NF4": peer("stack", folds=True),
+}
+PARTS = {
+    "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
+    "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
+    "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
+    "ours, one α": Method(alpha=16.0),
+    "ours, sites alike": Method(Aggregation(weigh=("uniform",))),
+    "ours, by agreement": Method(Aggregation(weigh=("examples", "agreement"))),
+    "ours, FedExP": Method(Aggregation(step="fedexp")),
+    "ours, momentum": Method(Aggregation(step="momentum")),
+    "ours, fresh pairs": Method(Aggregation(merge="stack")),
+}
+PRECISIONS = {
+    "ours, all fp32": Method(quantizations=("fp32",)),
+    "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
+}
+METHODS = {OURS: Method(), **PEERS, **PARTS, **PRECISIONS}
+BASELINES = ("pooled", "alone")
+COMPARED = [OURS, *PEERS, *BASELINES]  # what a table of the docs holds
