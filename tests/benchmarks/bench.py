@@ -55,7 +55,8 @@ def study(name: str, folder: Path | None = None, model: Path | None = None) -> S
         folder: of data of one's own; else `name` is one of those in `sites`.
         model: a base model of one's own; else MiniLM's first two layers, or stories260k.
     """
-    root = folder or sites.write(name, RUNS / "data" / name)
+    data, _, start = name.partition("@")
+    root = folder or sites.write(data, RUNS / "data" / data)
     first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
     training = {"local_steps": 5, "batch_size": 8, "lr_scheduler_type": "cosine"}
     if "label" not in first:
@@ -64,6 +65,8 @@ def study(name: str, folder: Path | None = None, model: Path | None = None) -> S
     labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
     plan = {"task": "sequence_classification", "labels": labels, "max_length": 24, "training": training}
     base = model or sites.first_layers(sites.minilm(), 2, RUNS / "models" / "minilm-2")
+    if start == "random":
+        base = sites.randomized(base, RUNS / "models" / f"{base.name}-random")
     return Study(name, root, base, plan, "accuracy")
 
 

@@ -112,9 +112,8 @@ def _homes(results: Results, ours: str) -> Table:
     alone = [row for row in results.rows if row["method"] == "alone"]
     last = list(results.final.get(ours, {}).values())
     sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
-    table = Table(
-        *("site", "training rows"), *(f"{who}, {on}" for on in ("at home", "everywhere") for who in ("alone", ours))
-    )
+    columns = (f"{who}, {on}" for on in ("at home", "everywhere") for who in ("alone", ours))
+    table = Table("site", "training rows", *columns, title=results.study.name)
     for site in sorted(sizes, key=lambda s: sizes[s]):
         mine = [row for row in alone if row["trained_at"] == site]
         table.add_row(

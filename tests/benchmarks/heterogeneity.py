@@ -1,13 +1,13 @@
 """Sites that differ: our default against what others do, in data, in rank, in both. Resumable; a line a measurement.
 
-    python tests/benchmarks/heterogeneity.py tune banking77-0.3      # the same budget for every method, on held-out rows
+    python tests/benchmarks/heterogeneity.py tune banking77-0.3      # the same budget for every method, held-out rows
     python tests/benchmarks/heterogeneity.py run banking77-0.1       # fixed settings, fresh seeds
     python tests/benchmarks/heterogeneity.py report banking77-0.1    # tables, paired differences and a figure
     python tests/benchmarks/heterogeneity.py grid                    # tunes and runs all that the docs report
 
-Studies: banking77-A and banking77lm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm. `@random` behind a name:
-from a base model whose weights are random. Data of your own, one folder per site with train.jsonl and test.jsonl
-(`text` and `label`, or `prompt` and `completion`):
+Studies: banking77-A and banking77lm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm. `@random` behind a
+name: from a base model whose weights are random. Data of your own, one folder per site with train.jsonl and
+test.jsonl (`text` and `label`, or `prompt` and `completion`):
 
     python tests/benchmarks/heterogeneity.py tune NAME --folder SITES --model BASE     # then run, then report
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 import typer
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
 MODELS = {"stories260k": SHARED / "models" / "stories260k"}
@@ -44,6 +46,17 @@ def first_layers(source: Path, layers: int, out: Path) -> Path:
         (out.with_suffix(".part") / "config.json").write_text(json.dumps(config))
         kept = {n: t for n, t in load_file(source / "model.safetensors").items() if _layer(n) < layers}
         save_file(kept, out.with_suffix(".part") / "model.safetensors", metadata={"format": "pt"})
+        out.with_suffix(".part").rename(out)
+    return out
+
+
+def randomized(source: Path, out: Path) -> Path:
+    """A copy of the encoder in `source` with fresh weights, as its architecture starts its training."""
+    if not out.exists():
+        shutil.copytree(source, out.with_suffix(".part"))
+        torch.manual_seed(0)
+        fresh = AutoModel.from_config(AutoConfig.from_pretrained(source))
+        save_file(fresh.state_dict(), out.with_suffix(".part") / "model.safetensors", metadata={"format": "pt"})
         out.with_suffix(".part").rename(out)
     return out
 

@@ -287,7 +287,6 @@ def test_calibration_is_a_margin_by_how_rare_a_class_is(bert: Path, tmp_path: Pa
 
 
 def test_adjusted_logits_leave_out_what_a_sites_own_frequencies_explain(bert: Path, tmp_path: Path) -> None:
-    """A model that answers with the site's frequencies has equal adjusted logits only where all classes are as often."""
     worker = one_sided(tmp_path, bert)
     plan = quick(task="sequence_classification", training={"logit_adjustment": 2.0})
     job = worker._job(RoundTask(plan))
