@@ -291,7 +291,7 @@ def draw(merges: dict[int, dict[str, Any]], file: Path) -> None:
         axis.plot(carried, there, "o", color="C0", markerfacecolor="white", label="carried on from some blocks")
     right.set(xlabel="sites", ylabel="MiB", title="memory", ylim=(0, None))
     right.set_xscale("log", base=2)
-    right.legend()
+    right.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(file)
     console.print(f"figure: {file}")
