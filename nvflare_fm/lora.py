@@ -5,16 +5,20 @@ Everything acts on products ΔW = scale · B @ A, which do not change when B and
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import inner
 from .adapter import LoraPair
+from .krylov import leading
 
 Sigma = Literal["B", "balanced", "A"]  # which factor holds the singular values
 _SHARE_OF_B: dict[str, float] = {"B": 1.0, "balanced": 0.5, "A": 0.0}
+DIRECT = 256  # the largest rank whose singular values are all computed; above it QR's copies and time grow too much
 
 
 def zero(fan_out: int, fan_in: int, dtype: torch.dtype = torch.float32) -> LoraPair:
@@ -22,44 +26,81 @@ def zero(fan_out: int, fan_in: int, dtype: torch.dtype = torch.float32) -> LoraP
     return LoraPair(torch.zeros(0, fan_in, dtype=dtype), torch.zeros(fan_out, 0, dtype=dtype))
 
 
+class Joined(Sequence[LoraPair]):
+    """One sequence after another, without reading what is in them."""
+
+    def __init__(self, *parts: Sequence[LoraPair]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: Any) -> Any:
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError("no pair is left")
+
+
 def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
-    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976)."""
-    return LoraPair(
-        A=torch.cat([p.A for p in pairs]),
-        B=torch.cat([w * p.scale * p.B for p, w in zip(pairs, weights, strict=True)], dim=1),
-    )
+    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976), in the precision of the
+    first. Where `pairs` reads its items when asked, one of them is held besides the result.
+    """
+    ranks = [p.rank for p in pairs]
+    (fan_out, fan_in), first = pairs[0].shape, pairs[0]
+    a, b = first.A.new_empty(sum(ranks), fan_in), first.B.new_empty(fan_out, sum(ranks))
+    for rank, end, pair, weight in zip(ranks, accumulate(ranks), pairs, weights, strict=True):
+        a[end - rank : end] = pair.A
+        b[:, end - rank : end] = weight * pair.scale * pair.B
+    return LoraPair(a, b)
 
 
-def svd(pair: LoraPair) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, "k m"]]:
+def svd(
+    pair: LoraPair, rank: int | None = None
+) -> tuple[Float[Tensor, "d n"], Float[Tensor, " k"], Float[Tensor, "n m"]]:
     """U, Σ, Vᵀ of ΔW with k = min(fan_out, rank, fan_in) at most: QR of both factors, SVD of the small core, in
     float64. O((d + m)R² + R³) against O(dm·min(d, m)) for the dense ΔW. The largest entry of each
-    left vector is positive, so equal changes have equal signs.
+    left vector is positive, so equal changes have equal signs. Of U and Vᵀ no more than the first `rank`.
     """
     q_b, r_b = torch.linalg.qr(pair.B.double())
     q_a, r_a = torch.linalg.qr(pair.A.T.double())
     u, sigma, vt = torch.linalg.svd(pair.scale * r_b @ r_a.T, full_matrices=False)
-    u, vt = q_b @ u, vt @ q_a.T
+    u, vt = q_b @ u[:, :rank], vt[:rank] @ q_a.T
     signs = torch.sign(u.gather(0, u.abs().argmax(dim=0, keepdim=True)))
     return (u * signs).to(pair.B.dtype), sigma, (vt * signs.T).to(pair.A.dtype)
 
 
-def shorten(pair: LoraPair, rank: int, sigma: Sigma = "B", keep_energy: float = 1.0) -> tuple[LoraPair, float]:
+def shorten(
+    pair: LoraPair, rank: int, sigma: Sigma = "B", keep_energy: float = 1.0, direct: int = DIRECT
+) -> tuple[LoraPair, float]:
     """The closest pair of at most `rank` (Eckart-Young), in canonical form, and the share of ‖ΔW‖² lost. With
     `keep_energy` below 1, of no more directions than hold that share.
 
     Canonical form is ΔW = U Σ Vᵀ with singular values falling; `sigma` says which factor holds Σ. The default,
-    B = UΣ and A = Vᵀ, is the gauge LoRA itself starts in. Directions that are empty are left out.
+    B = UΣ and A = Vᵀ, is the gauge LoRA itself starts in. Directions that are empty are left out. Of a pair longer than
+    `direct` only the leading directions are computed; what is lost is measured against ‖ΔW‖² all the same.
     """
-    u, values, vt = svd(pair)
+    u, values, vt, beside = _spectral(pair, rank, direct)
     energy = values.square()
+    whole = float(energy.sum()) + beside
     floor = 8 * torch.finfo(pair.B.dtype).eps * values[:1]  # a few rounding errors; not grown with the layer's width
     kept = min(rank, int((values > floor).sum()))
     if keep_energy < 1 and kept:
-        kept = min(kept, 1 + int((energy.cumsum(0) < keep_energy * energy.sum()).sum()))
-    lost = float(energy[kept:].sum() / energy.sum()) if kept < len(values) and energy.sum() > 0 else 0.0
+        kept = min(kept, 1 + int((energy.cumsum(0) < keep_energy * whole).sum()))
+    lost = (float(energy[kept:].sum()) + beside) / whole if whole > 0 else 0.0
     root = values[:kept].to(u.dtype)
     in_b = _SHARE_OF_B[sigma]
     return LoraPair(A=root[:, None] ** (1 - in_b) * vt[:kept], B=u[:, :kept] * root**in_b), lost
+
+
+def _spectral(pair: LoraPair, rank: int, direct: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """U, Σ, Vᵀ of ΔW or, where it is longer than `direct`, of its leading part; and the energy that is not in them."""
+    if pair.rank <= max(direct, rank):
+        return *svd(pair, rank), 0.0
+    energy = inner.energy(pair, pair.B.dtype)
+    u, values, vt = svd(leading(pair, rank, energy), rank)
+    return u.to(pair.B.dtype), values, vt.to(pair.A.dtype), max(energy - float(values.square().sum()), 0.0)
 
 
 def spectrum(pair: LoraPair) -> Float[Tensor, " rank"]:
@@ -87,16 +128,13 @@ def tail(pair: LoraPair, rank: int) -> LoraPair:
 
 
 def gram(pairs: Sequence[LoraPair]) -> Float[Tensor, "k k"]:
-    """⟨ΔWᵢ, ΔWⱼ⟩ = tr((BⱼᵀBᵢ)(AᵢAⱼᵀ)) for every two pairs, in float64. One matrix serves weights, steps and guards."""
-    all_b = torch.cat([p.scale * p.B.double() for p in pairs], dim=1)
-    all_a = torch.cat([p.A.double() for p in pairs])
-    owner = torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor([p.rank for p in pairs]))
-    rows = []
-    for site in range(len(pairs)):
-        b, a = all_b[:, owner == site], all_a[owner == site]
-        inner = ((b.T @ all_b) * (a @ all_a.T)).sum(0)
-        rows.append(torch.zeros(len(pairs), dtype=torch.float64).index_add(0, owner, inner))
-    return torch.stack(rows)
+    """⟨ΔWᵢ, ΔWⱼ⟩ for every two pairs, in float64. One matrix serves weights, steps and guards."""
+    return inner.of_sums(stack(pairs, [1.0] * len(pairs)), owners([p.rank for p in pairs]))
+
+
+def owners(ranks: Sequence[int]) -> Float[Tensor, "rank k"]:
+    """Whose each direction of a stack is: 1 in the column of its pair, 0 elsewhere."""
+    return torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=0)
 
 
 def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor | None = None) -> Float[Tensor, "r m"]:

@@ -5,11 +5,11 @@ The answer depends on the set of updates, never on the order they came in.
 
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from torch import Tensor
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Rest
 from ..errors import WireError
-from ..lora import gram, head, stack
+from ..inner import energy, of_sums
+from ..lora import Joined, owners, stack
 
 K = TypeVar("K", bound=Hashable)
 
@@ -34,27 +35,44 @@ class Cohort:
     @cached_property
     def gram(self) -> Float[Tensor, "k k"]:
         """⟨Dᵢ, Dⱼ⟩ summed over all layers, where Dₖ is what site k changed of the products."""
-        return self._sum(gram([self._change(layer, u) for u in self.updates]) for layer in self._layers)
+        none = torch.zeros(len(self.updates), len(self.updates), dtype=torch.float64)
+        return sum((self._changes(layer) for layer in self._layers), none)
 
     @cached_property
     def norms(self) -> Float[Tensor, " k"]:
         """‖ΔWₖ‖ over all layers, of what each site trained."""
-        return (
-            self._sum(gram([u.adapter.lora[layer] for u in self.updates]) for layer in self._layers).diagonal().sqrt()
-        )
+        energies = [sum(energy(u.adapter.lora[layer]) for layer in self._layers) for u in self.updates]
+        return torch.tensor(energies, dtype=torch.float64).sqrt()
 
     @property
     def _layers(self) -> list[str]:
         return sorted(self.updates[0].adapter.lora)
 
-    def _sum(self, products: Iterator[Tensor]) -> Tensor:
-        return sum(products, torch.zeros(len(self.updates), len(self.updates), dtype=torch.float64))
-
-    def _change(self, layer: str, update: AdapterUpdate) -> LoraPair:
-        pair = update.adapter.lora[layer]
+    def _changes(self, layer: str) -> Float[Tensor, "k k"]:
+        """⟨Dᵢ, Dⱼ⟩ in one layer. Each Dₖ is a sum over the same directions: those of all sites, and those of the global
+        adapter, of which site k started from the first rₖ.
+        """
+        pairs = Trained(self.updates, layer)
+        ranks = [p.rank for p in pairs]
         if not self.state or self.rest == "all":
-            return pair
-        return stack([pair, head(self.state.lora[layer], pair.rank)], [1.0, -1.0])
+            return of_sums(stack(pairs, [1.0] * len(ranks)), owners(ranks))
+        start = self.state.lora[layer].to(torch.float32)
+        began = (torch.arange(start.rank)[:, None] < torch.tensor(ranks)).double()
+        every = stack(Joined([start], pairs), [1.0] * (1 + len(ranks)))
+        return of_sums(every, torch.cat([-began, owners(ranks)]))
+
+
+class Trained(Sequence[LoraPair]):
+    """One layer of every site in float32, read anew at each access and not kept: a sum holds one site at a time."""
+
+    def __init__(self, updates: Sequence[AdapterUpdate], layer: str) -> None:
+        self.updates, self.layer = updates, layer
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.updates[index].adapter.lora[self.layer].to(torch.float32)
 
 
 def drawn(sites: Iterable[str], count: int, seed: int, number: int) -> list[str]:
@@ -117,9 +135,10 @@ def admit(
         nonlocal updates
         if not updates:
             return
-        reference = _most_common([what(u) for u in updates]) if expected is None else expected
-        refused.update({u.site: say(what(u), reference) for u in updates if what(u) != reference})
-        updates = [u for u in updates if what(u) == reference]
+        found = [what(u) for u in updates]  # once: the answer may take reading the whole adapter
+        reference = _most_common(found) if expected is None else expected
+        refused.update({u.site: say(w, reference) for u, w in zip(updates, found, strict=True) if w != reference})
+        updates = [u for u, w in zip(updates, found, strict=True) if w == reference]
 
     keep(lambda u: u.manifest.base, manifest.base if manifest else None, _other_base)
     keep(lambda u: (u.manifest.task, u.manifest.peft, u.manifest.labels), _kind(manifest), _other_kind)

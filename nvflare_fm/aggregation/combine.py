@@ -11,7 +11,7 @@ from ..config import Aggregation
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
 from . import merge, step
-from .cohort import Cohort, admit
+from .cohort import Cohort, Trained, admit
 from .step import Memory
 from .weigh import weigh
 
@@ -57,7 +57,7 @@ def combine(
     mover = step.Mover(step.choose(how.step, cohort, shares), memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
-        pairs = [u.adapter.lora[layer].to(torch.float32) for u in accepted]
+        pairs = Trained(accepted, layer)
         start = state.lora[layer].to(torch.float32) if state else zero(*pairs[0].shape)
         merged = mover.pair(layer, start, rule.merge(start, pairs, counts))
         if rule.canonical:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ...adapter import LoraPair
-from ...lora import stack
+from ...lora import Joined, stack
 from . import rule
 
 
@@ -19,4 +19,5 @@ def exact(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) 
     kept = torch.ones(start.rank, dtype=torch.float64)
     for pair, weight in zip(pairs, weights, strict=True):
         kept[: pair.rank] -= weight
-    return stack([LoraPair(start.A, start.B * kept.to(start.B), start.scale), *pairs], [1.0, *weights])
+    left = LoraPair(start.A, start.B * kept.to(start.B), start.scale)
+    return stack(Joined([left], pairs), [1.0, *weights])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...adapter import Adapter, LoraPair
 from ...config import Rule
-from ...lora import gram, shorten, stack, zero
+from ...inner import energy
+from ...lora import shorten, stack, zero
 from ...registry import Registry
 from ..asked import asked
 from ..cohort import Cohort
@@ -72,7 +73,7 @@ class Mover:
         if self.step.plain:
             return merged
         change = stack([merged, start], [1.0, -1.0])
-        gain = self._gain(layer, gram([change])[0, 0] / (change.shape[0] * change.shape[1]))
+        gain = self._gain(layer, torch.tensor(energy(change)) / (change.shape[0] * change.shape[1]))
         past = self.past.change.lora.get(layer, zero(*start.shape))
         moved = stack([past, change], [self.step.keep, self.step.add])
         if self.step.keep:
