@@ -18,7 +18,6 @@ the ranks 2, 2, 2, 4, 4, 8, 8, 16, 16, 32 in the order of their names, unless a 
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,8 @@ from rich.progress import track
 
 app = typer.Typer(add_completion=False)
 console = Console(width=150)
-RATES = (5e-3, 1e-2, 2e-2)  # the tuning budget of every method
-EVERY, TUNING_SEED = 4, 100
+RATES = [5e-3, 1e-2, 2e-2]  # what every method tries first; then half or double, while the best is at an end
+MOST_RATES, EVERY, TUNING_SEED = 5, 4, 100
 ALPHAS = ("0", "1", "0.3", "0.1")
 GRID = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
 GRID = [*GRID[:2], "medquad-types", "medquad-lm", *GRID[2:]]
@@ -113,21 +112,44 @@ def named(methods: str, known: list[str]) -> list[str]:
     return asked
 
 
+def tried(name: str) -> dict[str, dict[float, float]]:
+    """method → rate → score."""
+    found: dict[str, dict[float, float]] = {}
+    for row in lines(tuning_file(name)):
+        found.setdefault(row["method"], {})[row["rate"]] = row["score"]
+    return found
+
+
+def best(scores: dict[float, float], lower_is_better: bool) -> float:
+    return (min if lower_is_better else max)(scores, key=lambda rate: scores[rate])
+
+
 def tuned(name: str, lower_is_better: bool) -> dict[str, float]:
     """The best rate of each method. Our parts take that of ours, sites alone that of pooled training."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for row in lines(tuning_file(name)):
-        found.setdefault(row["method"], []).append((row["score"], row["rate"]))
-    best: Callable[..., tuple[float, float]] = min if lower_is_better else max
-    rates = {method: best(scores)[1] for method, scores in found.items()}
+    rates = {method: best(scores, lower_is_better) for method, scores in tried(name).items()}
     if OURS in rates:
         rates = dict.fromkeys([*PARTS, *PRECISIONS], rates[OURS]) | rates
     return rates | ({"alone": rates["pooled"]} if "pooled" in rates else {})
 
 
-def to_tune(name: str, folder: Path | None, model: Path | None, methods: list[str]) -> list[Job]:
+def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]:
+    """What a method is still to try."""
+    if missing := [rate for rate in RATES if rate not in scores]:
+        return missing
+    found = best(scores, lower_is_better)
+    beyond = found / 2 if found == min(scores) else found * 2
+    return [] if len(scores) == MOST_RATES or beyond in scores else [beyond]
+
+
+def tune_all(name: str, folder: Path | None, model: Path | None, methods: list[str], cores: int) -> None:
+    lower = study(name, folder, model).lower_is_better  # data and models are written before several processes want them
     asked = [method for method in methods if method not in ("alone", *PARTS, *PRECISIONS)]
-    return [Job(name, folder, model, method, rate, TUNING_SEED, True) for method in asked for rate in RATES]
+    while jobs := [
+        Job(name, folder, model, method, rate, TUNING_SEED, True)
+        for method in asked
+        for rate in next_rates(tried(name).get(method, {}), lower)
+    ]:
+        carry_out_all(jobs, cores)
 
 
 def to_run(name: str, folder: Path | None, model: Path | None, methods: list[str], seeds: list[int]) -> list[Job]:
@@ -143,9 +165,8 @@ def to_run(name: str, folder: Path | None, model: Path | None, methods: list[str
 
 @app.command()
 def tune(name: str, folder: Path = Folder, model: Path = Model, methods: str = Methods, cores: int = Cores) -> None:
-    """Finds each method's learning rate on held-out training rows; every method gets the same rates to try."""
-    study(name, folder, model)  # data and models are written before several processes want them
-    carry_out_all(to_tune(name, folder, model, named(methods, COMPARED)), cores)
+    """Finds each method's learning rate on held-out training rows; every method tries by the same rule."""
+    tune_all(name, folder, model, named(methods, COMPARED), cores)
 
 
 @app.command()
@@ -167,8 +188,7 @@ def run(
 def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
     for name in ("banking77-0.3", "banking77lm-0.3", "medquad-types", "medquad-lm"):
-        study(name)
-        carry_out_all(to_tune(name, None, None, COMPARED), cores)
+        tune_all(name, None, None, COMPARED, cores)
     jobs = [job for name in GRID for job in to_run(name, None, None, COMPARED, list(range(seeds)))]
     for name in ("banking77-0.1", "banking77lm-0.1", "medquad-lm"):
         jobs += to_run(name, None, None, [*PARTS, *PRECISIONS], list(range(seeds)))
