@@ -17,14 +17,15 @@ from methods import Method
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
+from nvflare_fm.config import RoundPlan, SiteOverrides
 from nvflare_fm.lora import svd
 from nvflare_fm.simulate import Round, alone, federate
 from nvflare_fm.site import base_model
 from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
-RUNS = Path("runs/heterogeneity")
+RUNS = Path("runs/heterogeneity")  # data, models
+RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurement
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of fewer, as widely spread
 SCALE = 1.0  # of every site's pairs, whatever its rank
 ROUNDS, TEST_ROWS = 20, 100
@@ -108,6 +109,7 @@ class Bench:
     def pooled(self) -> Worker:
         file = RUNS / f"{self.study.folder.name}-{'fit' if self.held_out else 'train'}-pooled.jsonl"
         if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(train.read_text() for train, _ in self.files.values()))
         return self._worker("pooled", file, self.files[self.names[0]][1], len(self.names) - 1, Method())
 
@@ -124,17 +126,18 @@ class Bench:
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
-    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
-        training = self.plan.training.model_copy(update=method.training)
-        plan = self.plan.model_copy(update={"seed": seed, "training": training})
+    def settled(self, method: Method, seed: int = 0) -> RoundPlan:
+        """The plan as a method's sites carry it out."""
         rank = method.rank or max(RANKS)
-        plan = plan.model_copy(update={"peft": {**plan.peft, "rank": rank, "lora_alpha": method.alpha or SCALE * rank}})
-        if method.folds:
-            return self._folding(method, workers, plan)
-        return federate(workers, plan, method.how, ROUNDS)
+        peft = {**self.plan.peft, "rank": rank, "lora_alpha": method.alpha or SCALE * rank}
+        training = self.plan.training.model_copy(update=method.training)
+        return settle(self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training}), method.how)
+
+    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
+        plan = self.settled(method, seed)
+        return self._folding(method, workers, plan) if method.folds else federate(workers, plan, method.how, ROUNDS)
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
-        plan = settle(plan, method.how)
         adapter, manifest = Adapter(), None
         for number in range(ROUNDS):
             task = RoundTask(plan, adapter, manifest, number, ROUNDS)
@@ -144,8 +147,10 @@ class Bench:
             yield Round(number, replace(combined, adapter=adapter), updates)
         base_model._loaded.clear()  # what was folded into is nobody else's base
 
-    def measure(self, workers: dict[str, Worker], adapter: Adapter, manifest: Manifest | None) -> dict[str, float]:
-        task = RoundTask(settle(self.plan, Aggregation()), adapter, manifest)
+    def measure(
+        self, workers: dict[str, Worker], method: Method, adapter: Adapter, manifest: Manifest | None
+    ) -> dict[str, float]:
+        task = RoundTask(self.settled(method), adapter, manifest)
         return {name: workers[name].validate(task)[self.study.metric] for name in self.names}
 
     def overall(self, scores: dict[str, float]) -> float:
@@ -171,7 +176,7 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
         up += sum(size(update.adapter) for update in done.updates)
         adapter = done.combined.adapter
         if (done.number + 1) % every == 0 or done.number + 1 == ROUNDS:
-            scores = bench.measure(workers, adapter, done.combined.manifest)
+            scores = bench.measure(workers, method, adapter, done.combined.manifest)
             share = above(adapter, min(RANKS)) if not method.rank else None
             yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
         down += len(workers) * size(adapter)
@@ -179,9 +184,9 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
-    training = bench.plan.training.model_copy(update={"logit_adjustment": 0.0})
-    plan = settle(bench.plan.model_copy(update={"seed": seed, "training": training}), Aggregation())
-    judges = bench.workers(Method())
+    method = Method(training={"logit_adjustment": 0.0})
+    plan, judges = bench.settled(method, seed), bench.workers(method)
     for site in ["pooled"] if name == "pooled" else bench.names:
         adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, ROUNDS)
-        yield {"round": ROUNDS, "trained_at": site, "scores": bench.measure(judges, adapter, manifest)}
+        scores = bench.measure(judges, method, adapter, manifest)
+        yield {"round": ROUNDS, "trained_at": site, "scores": scores}

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench import RANKS, ROUNDS, RUNS, Study
+from bench import RANKS, RESULTS, ROUNDS, RUNS, Study
 from methods import METHODS, OURS
 from rich.table import Table
 
@@ -33,7 +33,7 @@ class Results:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return lines(RUNS / f"{self.study.name}.jsonl")
+        return lines(RESULTS / f"{self.study.name}.jsonl")
 
     @property
     def sign(self) -> int:

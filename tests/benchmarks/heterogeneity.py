@@ -11,6 +11,8 @@ test.jsonl (`text` and `label`, or `prompt` and `completion`):
 
     python tests/benchmarks/heterogeneity.py tune NAME --folder SITES --model BASE     # then run, then report
 
+What was measured lies in tests/benchmarks/results and is gone on with; `--cores` says how many runs go side by side.
+
 A method's learning rate is chosen once for a data set and a model: banking77 is tuned at A = 0.3, for all A. Sites have
 the ranks 2, 2, 2, 4, 4, 8, 8, 16, 16, 32 in the order of their names, unless a method needs one rank everywhere.
 """
@@ -26,7 +28,7 @@ from typing import Any
 import comparison
 import torch
 import typer
-from bench import ROUNDS, RUNS, Bench, baseline, federated, study
+from bench import RESULTS, ROUNDS, Bench, baseline, federated, study
 from comparison import lines
 from methods import BASELINES, COMPARED, METHODS, OURS, PARTS, PRECISIONS
 from rich.console import Console
@@ -60,7 +62,7 @@ class Job:
 
     @property
     def file(self) -> Path:
-        return tuning_file(self.study) if self.tuning else RUNS / f"{self.study}.jsonl"
+        return tuning_file(self.study) if self.tuning else RESULTS / f"{self.study}.jsonl"
 
     def done(self) -> bool:
         return any(
@@ -71,7 +73,8 @@ class Job:
 
 def tuning_file(name: str) -> Path:
     data = name.partition("@")[0]
-    return RUNS / f"{data.rpartition('-')[0] + '-0.3' if data in GRID[:2] + GRID[4:] else data}-tuning.jsonl"
+    kind, _, alpha = data.rpartition("-")
+    return RESULTS / f"{f'{kind}-0.3' if alpha in ALPHAS else data}-tuning.jsonl"
 
 
 def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
@@ -83,22 +86,36 @@ def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
     else:
         found = list(federated(bench, METHODS[job.method], job.seed, ROUNDS if job.tuning else EVERY))
     who = {"method": job.method, "seed": job.seed, "rate": job.rate}
-    return [{**who, "score": bench.overall(row["scores"]), **row} for row in found], time.monotonic() - began
+    return [rounded({**who, "score": bench.overall(row["scores"]), **row}) for row in found], time.monotonic() - began
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Without digits that say nothing; the rate is a setting, no measurement."""
+    return row | {
+        "score": round(row["score"], 5),
+        "scores": {site: round(score, 5) for site, score in row["scores"].items()},
+    }
 
 
 def carry_out_all(jobs: list[Job], cores: int) -> None:
     """Those that the results lack; what is found is written as each run ends."""
-    open_jobs = [job for job in jobs if not job.done()]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(cores, mp_context=context) as pool:
-        running = {pool.submit(carry_out, job): job for job in open_jobs}
-        for future in track(as_completed(running), "runs", len(running), console=console):
-            job, (rows, seconds) = running[future], future.result()
-            job.file.parent.mkdir(parents=True, exist_ok=True)
-            with job.file.open("a") as out:
-                out.writelines(json.dumps(row) + "\n" for row in rows)
-            scores = " ".join(f"{row['score']:.4f}" for row in rows)
-            console.log(f"{job.study}, {job.method} at {job.rate:g}, seed {job.seed}: {scores} in {seconds:.0f} s")
+        running = {pool.submit(carry_out, job): job for job in jobs if not job.done()}
+        try:
+            for future in track(as_completed(running), "runs", len(running), console=console):
+                write(running[future], *future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write(job: Job, rows: list[dict[str, Any]], seconds: float) -> None:
+    job.file.parent.mkdir(parents=True, exist_ok=True)
+    with job.file.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    scores = " ".join(f"{row['score']:.4f}" for row in rows)
+    console.log(f"{job.study}, {job.method} at {job.rate:g}, seed {job.seed}: {scores} in {seconds:.0f} s")
 
 
 def named(methods: str, known: list[str]) -> list[str]:

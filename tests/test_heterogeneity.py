@@ -1,0 +1,74 @@
+"""The study of sites that differ runs on a user's own folders, whatever the method, and says what its lines mean."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.site import tiny
+
+
+@pytest.fixture(scope="module")
+def harness() -> Iterator[dict[str, Any]]:
+    """The modules of the benchmark, which are scripts beside each other, with federations of two rounds."""
+    folder = str(Path(__file__).parent / "benchmarks")
+    sys.path.insert(0, folder)
+    import bench
+    import comparison
+    import heterogeneity
+
+    modules = {"bench": bench, "comparison": comparison, "heterogeneity": heterogeneity}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules.values():
+            patch.setattr(module, "ROUNDS", 2)
+        yield modules
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sites")
+    for number, site in enumerate(("lake", "north", "valley")):
+        (root / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(root / site / f"{split}.jsonl", tiny.rows("sequence_classification", 12, number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.mark.timeout(120)
+def test_every_method_and_baseline_runs_on_ones_own_folders(
+    harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = harness["heterogeneity"]
+    for method in [*run.METHODS, *run.BASELINES]:
+        found, _ = run.carry_out(run.Job("own", sites, model, method, 1e-3, 0))
+        assert found[-1]["round"] == 2, method
+        assert found[-1]["scores"].keys() == {"lake", "north", "valley"}
+        assert 0 <= found[-1]["score"] <= 1
+
+
+def test_a_rate_is_searched_for_until_the_best_is_not_at_an_end(harness: dict[str, Any]) -> None:
+    run = harness["heterogeneity"]
+    scores: dict[float, float] = {}
+    while rates := run.next_rates(scores, lower_is_better=True):
+        scores |= {rate: abs(rate - 1.2e-3) for rate in rates}
+    assert run.best(scores, lower_is_better=True) == 1.25e-3
+    assert len(scores) == run.MOST_RATES
+    assert run.next_rates({5e-3: 0.1, 1e-2: 0.3, 2e-2: 0.2}, lower_is_better=False) == []
+    assert run.next_rates({5e-3: 0.1, 1e-2: 0.2, 2e-2: 0.3}, lower_is_better=False) == [4e-2]
+
+
+def test_a_tie_is_what_seeds_cannot_tell_apart(harness: dict[str, Any]) -> None:
+    verdict = harness["comparison"].verdict
+    assert verdict([0.02, 0.021, 0.019]) == "better"
+    assert verdict([-0.02, -0.021, -0.019]) == "worse"
+    assert verdict([0.02, -0.01, 0.03]) == "tie"
+    assert verdict([0.02]) == "?"
