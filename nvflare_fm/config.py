@@ -170,13 +170,12 @@ class Aggregation(Settings):
 
 
 def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
-    """The same PEFT settings at another rank, and at the same scale: `lora_alpha` follows the rank. A site of lower
-    rank trains the first directions of the others, so it must move them as fast as they do.
+    """The same PEFT settings at another rank. The scale changes with 1/√rank, as in rsLoRA (arXiv:2312.03732), so that
+    a step of training changes ΔW as much at every site: without `use_rslora`, `lora_alpha` changes with √rank.
     """
     changed = {**peft, "rank": rank}
-    if "rank" in peft and "lora_alpha" in peft:
-        share = rank / peft["rank"]
-        changed["lora_alpha"] = peft["lora_alpha"] * (math.sqrt(share) if peft.get("use_rslora") else share)
+    if "rank" in peft and "lora_alpha" in peft and not peft.get("use_rslora"):
+        changed["lora_alpha"] = peft["lora_alpha"] * math.sqrt(rank / peft["rank"])
     return changed
 
 
@@ -184,7 +183,9 @@ class SiteOverrides(Settings):
     """What a job asks of one site differently from the plan. None: as the plan says."""
 
     rank: int | None = Field(None, ge=1)
-    lora_alpha: float | None = Field(None, gt=0, description="else what keeps the plan's scale at this site's rank")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="else it follows the rank, so that the scale changes with 1/√rank"
+    )
     quantization: Quantization | None = None
     batch_size: int | None = Field(None, ge=1)
     local_steps: int | None = Field(None, ge=1)

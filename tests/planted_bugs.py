@@ -230,7 +230,8 @@ BUGS = [
     Bug("site/class_shift.py", "(counts + 0.5) / (counts + 0.5).sum()", "counts + 0.5", "site/test_simulate"),
     Bug("site/class_shift.py", "- adjustment * often.log()", "+ adjustment * often.log()", "site/test_simulate"),
     Bug("combination.py", '"training": _adjusted(plan),', "", "test_legality"),
-    Bug("config.py", "math.sqrt(share) if", "share if", "test_config"),
+    Bug("config.py", "math.sqrt(rank / peft", "(rank / peft", "test_config"),
+    Bug("config.py", 'and not peft.get("use_rslora")', "", "test_config"),
     Bug(
         "site/policy.py",
         'at_rank(plan.peft, given["rank"])',

@@ -81,7 +81,7 @@ def test_overrides_change_what_they_name_and_nothing_else():
     plan = RoundPlan.read({"peft": {"method": "lora", "rank": 16, "lora_alpha": 32}, "seed": 7}, "x")
     assert SiteOverrides().applied(plan) == plan
     own = SiteOverrides(rank=4, batch_size=2, quantization="int8", data="letters").applied(plan)
-    assert own.peft == {"method": "lora", "rank": 4, "lora_alpha": 8}
+    assert own.peft == {"method": "lora", "rank": 4, "lora_alpha": 16}
     assert own.training == plan.training.model_copy(update={"batch_size": 2})
     assert (own.quantization, own.data, own.model, own.seed) == ("int8", "letters", plan.model, 7)
     assert plan.peft["rank"] == 16
@@ -89,9 +89,9 @@ def test_overrides_change_what_they_name_and_nothing_else():
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("rank", [1, 4, 64])
-def test_a_site_of_another_rank_trains_at_the_plans_scale(use_rslora: bool, rank: int) -> None:
+def test_the_scale_of_a_site_of_another_rank_changes_with_the_root_of_it(use_rslora: bool, rank: int) -> None:
     peft = {"method": "lora", "rank": 16, "lora_alpha": 32, "use_rslora": use_rslora}
     own = SiteOverrides(rank=rank).applied(RoundPlan(peft=peft)).peft
-    assert peft_methods.read(own).scale == pytest.approx(peft_methods.read(peft).scale)
+    assert peft_methods.read(own).scale == pytest.approx(peft_methods.read(peft).scale * (16 / rank) ** 0.5)
     assert SiteOverrides(rank=rank, lora_alpha=3).applied(RoundPlan(peft=peft)).peft["lora_alpha"] == 3
     assert SiteOverrides(rank=rank).applied(RoundPlan(peft={"method": "ia3"})).peft == {"method": "ia3", "rank": rank}

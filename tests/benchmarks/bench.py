@@ -27,7 +27,7 @@ from nvflare_fm.site.worker import Worker
 RUNS = Path("runs/heterogeneity")  # data, models
 RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurement
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of fewer, as widely spread
-SCALE = 1.0  # of every site's pairs, whatever its rank
+ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
 ROUNDS, TEST_ROWS = 20, 100
 
 
@@ -79,7 +79,7 @@ class Bench:
     def __init__(self, study: Study, rate: float, held_out: bool = False) -> None:
         self.study, self.names, self.held_out = study, study.names, held_out
         plan = {**study.plan, "quantization": "nf4"}
-        plan["peft"] = {"method": "lora", "rank": max(RANKS), "lora_alpha": SCALE * max(RANKS)}
+        plan["peft"] = {"method": "lora"}
         plan["training"] = {**study.plan["training"], "learning_rate": rate}
         plan["evaluation"] = {"before": False, "after": False, "max_examples": TEST_ROWS, "batch_size": 50}
         self.plan = RoundPlan.read(plan, "study")
@@ -119,7 +119,7 @@ class Bench:
         rank = method.rank or self._rank(place)
         overrides = SiteOverrides(
             rank=rank,
-            lora_alpha=method.alpha or SCALE * rank,
+            lora_alpha=method.alpha(rank) if method.alpha else None,
             quantization=method.quantizations[place % len(method.quantizations)],
         )
         worker = method.worker(name, config, overrides)
@@ -128,8 +128,8 @@ class Bench:
 
     def settled(self, method: Method, seed: int = 0) -> RoundPlan:
         """The plan as a method's sites carry it out."""
-        rank = method.rank or max(RANKS)
-        peft = {**self.plan.peft, "rank": rank, "lora_alpha": method.alpha or SCALE * rank}
+        peft = {"method": "lora", "rank": method.rank or max(RANKS), "use_rslora": not method.alpha}
+        peft["lora_alpha"] = method.alpha(peft["rank"]) if method.alpha else ALPHA
         training = self.plan.training.model_copy(update=method.training)
         return settle(self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training}), method.how)
 

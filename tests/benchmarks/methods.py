@@ -1,8 +1,9 @@
 """What is compared: the default configuration, its parts one by one, and faithful versions of what others do.
 
-Every peer trains at one scale at every site, as ours does; only the scale-blind one is defined by not doing so.
+Every peer trains at ours' scales, but for the scale-blind one, which is defined by one α at every rank.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ class Method:
     """
     Args:
         rank: of all sites; 0: mixed.
-        alpha: of all sites, so that their scales are alpha / rank; 0: one scale at every site.
+        alpha: of a site, by its rank, for a scale of alpha / rank; none: one α and a scale of α / √rank (rsLoRA).
         folds: adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
         training: what its sites set differently from the defaults.
@@ -27,7 +28,7 @@ class Method:
 
     how: Aggregation = field(default_factory=Aggregation)
     rank: int = 0
-    alpha: float = 0.0
+    alpha: Callable[[int], float] | None = None
     worker: type[Worker] = Worker
     folds: bool = False
     quantizations: tuple[str, ...] = ("nf4",)
@@ -44,7 +45,7 @@ PEERS = {
     "FedIT, zero-padded": peer("zero_pad"),
     "HetLoRA": peer("zero_pad", "norm"),
     "FlexLoRA": peer("svd"),
-    "HLoRA, scale-blind": peer("svd", alpha=16.0, worker=peers.ScaleBlindWorker),
+    "HLoRA, scale-blind": peer("svd", alpha=lambda rank: 16.0, worker=peers.ScaleBlindWorker),
     "FFA-LoRA, rank 4": peer("freeze_a", rank=4),
     "RoLoRA, rank 4": peer("alternate", rank=4),
     "FedSA-LoRA, rank 4": peer("share_a", rank=4),
@@ -55,7 +56,8 @@ PARTS = {
     "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
     "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
     "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
-    "ours, one α": Method(alpha=16.0),
+    "ours, scale 16/rank": Method(alpha=lambda rank: 16.0),
+    "ours, one scale": Method(alpha=lambda rank: float(rank)),
     "ours, sites alike": Method(Aggregation(weigh=("uniform",))),
     "ours, by agreement": Method(Aggregation(weigh=("examples", "agreement"))),
     "ours, FedExP": Method(Aggregation(step="fedexp")),
