@@ -107,7 +107,7 @@ class Trial:
             labels=self.labels,
             quantization="nf4",
             max_length=64 if self.synthetic else 128,
-            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": self.max_rank},  # scale 1 at every site
+            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": 2, "use_rslora": True},
             training=TrainingSettings(local_steps=self.steps, batch_size=8, learning_rate=5e-3, warmup_ratio=0.1),
             evaluation=EvaluationSettings(before=True, after=False, batch_size=32),
             seed=self.seed,

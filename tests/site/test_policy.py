@@ -247,7 +247,8 @@ def test_remote_code_cannot_even_be_asked_for():
 
 def test_a_lowered_rank_trains_at_the_scale_that_goes_with_it():
     asked = plan(peft={"method": "lora", "rank": 16, "lora_alpha": 32}, negotiable="rank")
-    assert fit(asked, site(limits={"max_rank": 4})).plan.peft == {"method": "lora", "rank": 4, "lora_alpha": 16}
+    given = fit(asked, site(limits={"max_rank": 4})).plan.peft
+    assert (given["rank"], given["lora_alpha"]) == (4, 16)
 
 
 def test_a_rank_is_negotiable_only_where_ranks_may_differ():
