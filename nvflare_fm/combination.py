@@ -31,7 +31,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     plan = plan.model_copy(
         update={
             "peft": complete(plan.peft),
-            "training": _adjusted(plan),
+            "training": _by_task(plan),
             "rest": rest,
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
@@ -44,10 +44,14 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     return plan
 
 
-def _adjusted(plan: RoundPlan) -> TrainingSettings:
-    if plan.training.logit_adjustment is not None:
-        return plan.training
-    return plan.training.model_copy(update={"logit_adjustment": float(plan.task == "sequence_classification")})
+def _by_task(plan: RoundPlan) -> TrainingSettings:
+    """What a job leaves to its task: a fresh head wants a rate that shakes A, and classes may be spread unevenly."""
+    given = plan.training
+    usual = {
+        "loraplus_lr_ratio": 1.0 if plan.task == "causal_lm" else 16.0,
+        "logit_adjustment": float(plan.task == "sequence_classification"),
+    }
+    return given.model_copy(update={name: value for name, value in usual.items() if getattr(given, name) is None})
 
 
 def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:

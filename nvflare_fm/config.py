@@ -77,6 +77,11 @@ class TrainingSettings(Settings):
     optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = "adamw_torch"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    loraplus_lr_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="LoRA+ (arXiv:2402.12354): A learns at learning_rate / this; unset: 16 for classifiers, else 1",
+    )
     proximal_mu: float = Field(
         0.0,
         ge=0,

@@ -229,7 +229,10 @@ BUGS = [
     Bug("site/class_shift.py", "settings.restricted_softmax)", "1.0)", "site/test_simulate"),
     Bug("site/class_shift.py", "(counts + 0.5) / (counts + 0.5).sum()", "counts + 0.5", "site/test_simulate"),
     Bug("site/class_shift.py", "- adjustment * often.log()", "+ adjustment * often.log()", "site/test_simulate"),
-    Bug("combination.py", '"training": _adjusted(plan),', "", "test_legality"),
+    Bug("combination.py", '"training": _by_task(plan),', "", "test_legality"),
+    Bug("combination.py", "if getattr(given, name) is None", "", "test_legality"),
+    Bug("site/loraplus.py", 'group["lr"] / ratio', 'group["lr"] * ratio', "site/test_training"),
+    Bug("site/loraplus.py", "if id(p) not in slow]", "]", "site/test_training"),
     Bug("config.py", "math.sqrt(rank / peft", "(rank / peft", "test_config"),
     Bug("config.py", 'and not peft.get("use_rslora")', "", "test_config"),
     Bug(

@@ -67,14 +67,13 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("plan", "said", "sent"),
-    [
-        ({}, None, 0.0),
-        (CLASSIFY, None, 1.0),
-        (CLASSIFY | {"task": "token_classification"}, None, 0.0),
-        (CLASSIFY, 0.5, 0.5),
-    ],
+    ("task", "adjustment", "ratio"),
+    [("causal_lm", 0.0, 1.0), ("sequence_classification", 1.0, 16.0), ("token_classification", 0.0, 16.0)],
 )
-def test_logits_are_adjusted_where_a_text_has_one_label_unless_the_job_says_otherwise(plan, said, sent):
-    settled = settle(RoundPlan(**plan, training={"logit_adjustment": said}), Aggregation())
-    assert settled.training.logit_adjustment == sent
+def test_what_a_job_leaves_open_follows_from_its_task(task, adjustment, ratio):
+    plan = RoundPlan(task=task, labels=["a", "b"])
+    training = settle(plan, Aggregation()).training
+    assert (training.logit_adjustment, training.loraplus_lr_ratio) == (adjustment, ratio)
+    said = {"logit_adjustment": 0.0, "loraplus_lr_ratio": 2.0}
+    training = settle(RoundPlan(task=task, labels=["a", "b"], training=said), Aggregation()).training
+    assert (training.logit_adjustment, training.loraplus_lr_ratio) == (0.0, 2.0)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
@@ -29,6 +30,7 @@ from ..errors import TrainingError
 from .base_model import BaseModel
 from .class_shift import ClassShift, class_shift
 from .distributed import any_process, gather, processes
+from .loraplus import slow_down_a
 from .proximal import Proximal
 from .tasks import IGNORED, collate
 
@@ -180,6 +182,12 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
+        if (ratio := self.task.plan.training.loraplus_lr_ratio or 1) != 1:
+            slow_down_a(optimizer, self.model, ratio)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         settings, task = self.task.plan.training, self.task

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import peers
 import sites
-from methods import Method
+from methods import PLAIN, Method
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import combine
@@ -184,7 +184,7 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
-    method = Method(training={"logit_adjustment": 0.0})
+    method = Method(training=PLAIN)
     plan, judges = bench.settled(method, seed), bench.workers(method)
     for site in ["pooled"] if name == "pooled" else bench.names:
         adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, ROUNDS)

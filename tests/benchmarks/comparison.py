@@ -127,6 +127,11 @@ def _homes(results: Results, ours: str) -> Table:
     return table
 
 
+def markdown(table: Table) -> str:
+    heads, cells = [str(c.header) for c in table.columns], zip(*(c.cells for c in table.columns), strict=True)
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *cells))
+
+
 def picture(study: Study) -> Path:
     """Score and energy of the high directions by round; our default in front."""
     import matplotlib

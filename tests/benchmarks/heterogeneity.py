@@ -215,10 +215,10 @@ def grid(seeds: int = 3, cores: int = Cores) -> None:
 
 
 @app.command()
-def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS) -> None:
+def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS, markdown: bool = False) -> None:
     """Tables and a figure of what has been run."""
     for table in comparison.tables(study(name, folder, model), against):
-        console.print(table)
+        console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
     console.print(f"figure: {comparison.picture(study(name, folder, model))}")
 
 

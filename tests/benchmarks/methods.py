@@ -35,9 +35,12 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+PLAIN = {"logit_adjustment": 0.0, "loraplus_lr_ratio": 1.0}
+
+
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
-    """Another's rule, whose classifier learns as usual."""
-    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",)), training={"logit_adjustment": 0.0}, **more)
+    """Another's rule, whose sites train as usual."""
+    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",)), training=PLAIN, **more)
 
 
 PEERS = {
@@ -54,6 +57,7 @@ PEERS = {
 }
 PARTS = {
     "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
+    "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
     "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
     "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
     "ours, scale 16/rank": Method(alpha=lambda rank: 16.0),

@@ -58,6 +58,22 @@ def test_a_site_trains_at_the_rate_of_its_round(llama: Path, tmp_path: Path) -> 
     assert seen == pytest.approx({1: 1e-4, 2: 0.75e-4, 3: 0.5e-4, 4: 0.25e-4})
 
 
+@pytest.mark.parametrize("ratio", [1.0, 8.0])
+def test_a_learns_as_much_more_slowly_as_was_asked_and_all_else_at_the_rate(
+    bert: Path, tmp_path: Path, ratio: float
+) -> None:
+    """Adam's first step moves an entry by the rate, whatever its gradient."""
+    worker = tiny.worker(tmp_path, bert, "sequence_classification")
+    plan = tiny.plan("sequence_classification", training={"local_steps": 1, "loraplus_lr_ratio": ratio})
+    first = worker.train(RoundTask(plan))
+    second = worker.train(RoundTask(plan, first.adapter, first.manifest, 1, 2))
+    before, after = first.adapter.tensors(), second.adapter.tensors()
+    for name in before:
+        moved = float((after[name] - before[name]).abs().max())
+        rate = plan.training.learning_rate / (ratio if ".lora_A." in name else 1)
+        assert moved == pytest.approx(rate, rel=0.02), name
+
+
 def test_passes_over_the_rows_continue_from_round_to_round() -> None:
     whole = order(7, 0, 28, "seed")
     assert [order(7, start, 4, "seed") for start in range(0, 28, 4)] == [whole[i : i + 4] for i in range(0, 28, 4)]
