@@ -39,11 +39,12 @@ def pooled(trial: Trial) -> Scores:
 
 def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scores:
     from ..adapter import RoundTask
-    from ..config import SiteOverrides
+    from ..combination import settle
+    from ..config import Aggregation, SiteOverrides
     from ..simulate import alone as train_alone
     from ..site.worker import Worker
 
-    plan = trial.plan()
+    plan = settle(trial.plan(), Aggregation())
     plan = plan.model_copy(update={"evaluation": plan.evaluation.model_copy(update={"before": False})})
     overrides = SiteOverrides(rank=rank, batch_size=batch * plan.training.batch_size)
     first = trial.sites[0].folder

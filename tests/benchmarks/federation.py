@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
+from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.simulate import alone, federate
 from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
@@ -97,7 +98,7 @@ class Bench:
         plan = {**study.plan, "labels": json.loads((root / "labels.json").read_text())}
         plan["training"] = {**plan["training"], **({"learning_rate": lr} if lr else {})}
         plan["evaluation"] = {"before": False, "after": False, "max_examples": study.test_rows}
-        self.plan = RoundPlan.read(plan, "study")
+        self.plan = settle(RoundPlan.read(plan, "study"), Aggregation())
         (root / "pooled.jsonl").write_text("".join((root / n / "train.jsonl").read_text() for n in self.names))
         ranks = {n: study.ranks[i % len(study.ranks)] for i, n in enumerate(self.names)}
         self.workers = {n: self._worker(n, root / n / "train.jsonl", root / n, ranks[n]) for n in self.names}
