@@ -107,11 +107,15 @@ class Bench:
         return RANKS[round(place * (len(RANKS) - 1) / max(1, len(self.names) - 1)) % len(RANKS)]
 
     def pooled(self) -> Worker:
+        """All rows in one place; a step sees as many of them as the sites see together."""
         file = RUNS / f"{self.study.folder.name}-{'fit' if self.held_out else 'train'}-pooled.jsonl"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(train.read_text() for train, _ in self.files.values()))
-        return self._worker("pooled", file, self.files[self.names[0]][1], len(self.names) - 1, Method())
+        worker = self._worker("pooled", file, self.files[self.names[0]][1], len(self.names) - 1, Method())
+        together = len(self.names) * self.plan.training.batch_size
+        worker.overrides = worker.overrides.model_copy(update={"batch_size": together})
+        return worker
 
     def _worker(self, name: str, train: Path, test: Path, place: int, method: Method) -> Worker:
         data = {"notes": DataSource(train=str(train.resolve()), validation=str(test.resolve()))}
