@@ -139,7 +139,7 @@ def picture(study: Study) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     results = Results(study)
     for method in (m for m in results.final if m in METHODS):
         for axis, what in zip(axes, ("score", "above"), strict=True):
@@ -151,9 +151,8 @@ def picture(study: Study) -> Path:
             axis.plot(list(curve), [statistics.mean(v) for v in curve.values()], label=method, marker=".", **style)
     axes[0].set(xlabel="round", ylabel=f"{study.metric}, all sites' test rows", title=study.name)
     axes[1].set(xlabel="round", ylabel=f"energy above rank {min(RANKS)}", title="do high directions live?")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     file = RUNS / f"{study.name}.png"
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=90)
     plt.close(figure)
     return file
