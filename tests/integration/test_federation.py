@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -132,8 +133,9 @@ def test_nothing_sent_to_a_site_tells_of_another(federation: Federation) -> None
         said, reader = file.read_bytes(), file.suffix[1:]
         for other in set(SITES) - {reader}:
             assert other.encode() not in said
-        for word in ("report", "examples", "weight", "weights", "site_weights", "bytes_up", "refused", "r", "loss"):
+        for word in ("report", "examples", "weight", "weights", "site_weights", "bytes_up", "refused", "loss"):
             assert packed(word) not in said
+        assert not re.search(packed("r") + rb"[\x01-\x40][\xa0-\xbf][a-z]{3}", said)  # a rank, and the key after it
 
 
 def packed(word: str) -> bytes:
