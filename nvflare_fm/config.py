@@ -199,8 +199,9 @@ class SiteOverrides(Settings):
 
     def applied(self, plan: RoundPlan) -> RoundPlan:
         """The plan as this site is to carry it out."""
-        given = self.model_dump(exclude_none=True)
-        peft = at_rank(plan.peft, given.pop("rank")) if "rank" in given else dict(plan.peft)
-        peft |= {k: given.pop(k) for k in ("lora_alpha",) if k in given}
+        given = self.model_dump(exclude_none=True, exclude={"rank", "lora_alpha"})
+        peft = at_rank(plan.peft, self.rank) if self.rank else dict(plan.peft)
+        if self.lora_alpha:
+            peft["lora_alpha"] = self.lora_alpha
         training: dict[str, Any] = {k: given.pop(k) for k in ("batch_size", "local_steps") if k in given}
         return plan.model_copy(update={**given, "peft": peft, "training": plan.training.model_copy(update=training)})

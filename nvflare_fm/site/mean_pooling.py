@@ -1,7 +1,8 @@
 """A classifier on the mean of a text's tokens, for encoders whose folder says that they were trained so.
 
 transformers' own classifiers read the first token, which such an encoder leaves nearly empty: 100 steps of 16 rows of
-banking77 on MiniLM in NF4 give 0.51 accuracy on the first token and 0.73 on the mean.
+banking77 on MiniLM in NF4 give 0.51 accuracy on the first token and 0.57 on the mean; at a lower rate the mean reaches
+0.73.
 After Sentence-BERT (arXiv:1908.10084), whose layout of a model's folder (`modules.json`) is read here.
 """
 
