@@ -127,11 +127,6 @@ def tail(pair: LoraPair, rank: int) -> LoraPair:
     return LoraPair(pair.A[rank:], pair.B[:, rank:], pair.scale)
 
 
-def gram(pairs: Sequence[LoraPair]) -> Float[Tensor, "k k"]:
-    """⟨ΔWᵢ, ΔWⱼ⟩ for every two pairs, in float64. One matrix serves weights, steps and guards."""
-    return inner.of_sums(stack(pairs, [1.0] * len(pairs)), owners([p.rank for p in pairs]))
-
-
 def owners(ranks: Sequence[int]) -> Float[Tensor, "rank k"]:
     """Whose each direction of a stack is: 1 in the column of its pair, 0 elsewhere."""
     return torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=0)

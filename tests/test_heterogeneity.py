@@ -72,3 +72,25 @@ def test_a_tie_is_what_seeds_cannot_tell_apart(harness: dict[str, Any]) -> None:
     assert verdict([-0.02, -0.021, -0.019]) == "worse"
     assert verdict([0.02, -0.01, 0.03]) == "tie"
     assert verdict([0.02]) == "?"
+    assert verdict([0.02] * 3) == "better"
+    assert verdict([0.01, -0.01] * 8) == "tie"
+
+
+def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods, two seeds, two sites, in bits per byte: who is first, who is worst off, who reaches the target."""
+    lines = [
+        {"method": method, "seed": seed, "rate": 1e-3, "round": number, "score": score + seed, "bytes_up": 10 * number,
+         "bytes_down": 1, "scores": {"lake": score + seed, "north": score + seed + 0.5}}
+        for method, scores in {"ours": (3.0, 1.0), "FedIT, rank 4": (3.0, 2.0)}.items()
+        for seed in (0, 1)
+        for number, score in enumerate(scores, 1)
+    ]  # fmt: skip
+    monkeypatch.setattr(harness["comparison"], "RESULTS", tmp_path)
+    tiny.jsonl(tmp_path / "own.jsonl", lines)
+    study = harness["bench"].Study("own", tmp_path, tmp_path, {}, "bits_per_byte", lower_is_better=True)
+    results = harness["comparison"].Results(study)
+    assert list(results.final) == ["ours", "FedIT, rank 4"]
+    assert results.worst("ours") == [1.5, 2.5]
+    assert results.paired("FedIT, rank 4", "ours") == [-1.0, -1.0]
+    assert results.to_target("ours") == [(2, 21), (2, 21)]
+    assert results.to_target("FedIT, rank 4") == [(2, 21)]

@@ -14,8 +14,8 @@ from nvflare_fm.adapter import Adapter, Lazy, LoraPair
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
-from nvflare_fm.inner import energy
-from nvflare_fm.lora import DIRECT, gram, head, shorten
+from nvflare_fm.inner import energy, of_sums
+from nvflare_fm.lora import DIRECT, head, owners, shorten, stack
 from tests.strategies import (
     DOUBLE,
     MANIFEST,
@@ -121,7 +121,8 @@ def test_pure_noise_longer_than_the_layer_is_wide_is_shortened_to_within_a_milli
 def test_energy_and_inner_products_are_those_of_the_dense_changes_however_long_the_pairs(fan_out, fan_in, rank, seed):
     pairs = [make_pair(fan_out, fan_in, r, seed + r, scale=2.0) for r in (rank, 3, 300)]
     flat = torch.stack([p.delta().flatten() for p in pairs])
-    close(gram(pairs), flat @ flat.T, 1e-10)
+    inner = of_sums(stack(pairs, [1.0] * 3), owners([p.rank for p in pairs]))
+    close(inner, flat @ flat.T, 1e-10)
     assert energy(pairs[0]) == pytest.approx(float(pairs[0].delta().square().sum()), rel=1e-9)
 
 

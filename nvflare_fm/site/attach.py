@@ -111,10 +111,15 @@ def freeze(model: "PeftModel", factors: Factors) -> None:
 
 
 def resolved(model: "PeftModel") -> dict[str, Any]:
-    """PEFT's configuration of the trained adapter as plain JSON, without where the base model lies."""
+    """PEFT's configuration of the trained adapter as plain JSON, without where the base model lies. Where the class of
+    the model is ours, PEFT's `auto_mapping` says so: on transformers' own class the adapter would not do.
+    """
     values = model.peft_config[LOCAL].to_dict()
     for key in ("base_model_name_or_path", "revision", "auto_mapping"):
         values.pop(key, None)
+    kind = type(model.get_base_model())
+    if kind.__module__.startswith("nvflare_fm."):
+        values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     if saved := values.get("modules_to_save"):
         values["modules_to_save"] = set(saved)  # PEFT adds its own names for a task's head, without looking
     return {key: _plain(value) for key, value in sorted(values.items())} | {"inference_mode": True}

@@ -26,7 +26,7 @@ from nvflare_fm.site.worker import Worker
 
 RUNS = Path("runs/heterogeneity")  # data, models
 RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurement
-RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of fewer, as widely spread
+RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
 ROUNDS, TEST_ROWS = 20, 100
 
@@ -104,7 +104,7 @@ class Bench:
         return {name: self._worker(name, *self.files[name], place, method) for place, name in enumerate(self.names)}
 
     def _rank(self, place: int) -> int:
-        return RANKS[round(place * (len(RANKS) - 1) / max(1, len(self.names) - 1)) % len(RANKS)]
+        return RANKS[round(place * (len(RANKS) - 1) / max(1, len(self.names) - 1))]
 
     def pooled(self) -> Worker:
         """All rows in one place; a step sees as many of them as the sites see together."""
@@ -181,7 +181,7 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
         adapter = done.combined.adapter
         if (done.number + 1) % every == 0 or done.number + 1 == ROUNDS:
             scores = bench.measure(workers, method, adapter, done.combined.manifest)
-            share = above(adapter, min(RANKS)) if not method.rank else None
+            share = None if method.rank or method.folds else above(adapter, min(RANKS))
             yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
         down += len(workers) * size(adapter)
 

@@ -11,9 +11,9 @@ from typing import Any
 from bench import RANKS, RESULTS, ROUNDS, RUNS, Study
 from methods import METHODS, OURS
 from rich.table import Table
+from scipy.stats import ttest_1samp
 
 TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
-T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57}  # Student's t, two-sided, by degrees of freedom
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -74,9 +74,12 @@ def verdict(differences: list[float]) -> str:
     """A tie unless Student's 95 % interval of the paired differences leaves out 0."""
     if len(differences) < 2:
         return "?"
-    half = T95[len(differences) - 1] * statistics.stdev(differences) / len(differences) ** 0.5
     mean = statistics.mean(differences)
-    return "tie" if abs(mean) <= half else "better" if mean > 0 else "worse"
+    if len({*differences}) == 1:
+        return "tie" if mean == 0 else "better" if mean > 0 else "worse"
+    if ttest_1samp(differences, 0.0).pvalue >= 0.05:
+        return "tie"
+    return "better" if mean > 0 else "worse"
 
 
 def tables(study: Study, against: str) -> Iterator[Table]:

@@ -39,8 +39,9 @@ console = Console(width=150)
 RATES = [5e-3, 1e-2, 2e-2]  # what every method tries first; then half or double, while the best is at an end
 MOST_RATES, EVERY, TUNING_SEED = 5, 4, 100
 ALPHAS = ("0", "1", "0.3", "0.1")
-GRID = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
-GRID = [*GRID[:2], "medquad-types", "medquad-lm", *GRID[2:]]
+BANKING = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
+RANDOM = [OURS, "pooled"]  # also from random weights
+GRID = [*BANKING[:2], "medquad-types", "medquad-lm", *BANKING[2:]]
 
 Folder = typer.Option(None, help="one folder per site with train.jsonl and test.jsonl")
 Model = typer.Option(None, help="folder of the base model; else MiniLM's first two layers, or stories260k")
@@ -72,9 +73,9 @@ class Job:
 
 
 def tuning_file(name: str) -> Path:
-    data = name.partition("@")[0]
+    data, at, start = name.partition("@")
     kind, _, alpha = data.rpartition("-")
-    return RESULTS / f"{f'{kind}-0.3' if alpha in ALPHAS else data}-tuning.jsonl"
+    return RESULTS / f"{f'{kind}-0.3' if alpha in ALPHAS else data}{at}{start}-tuning.jsonl"
 
 
 def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
@@ -206,11 +207,12 @@ def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
     for name in ("banking77-0.3", "banking77lm-0.3", "medquad-types", "medquad-lm"):
         tune_all(name, None, None, COMPARED, cores)
+    tune_all("banking77-0.3@random", None, None, RANDOM, cores)
     jobs = [job for name in GRID for job in to_run(name, None, None, COMPARED, list(range(seeds)))]
     for name in ("banking77-0.1", "banking77lm-0.1", "medquad-lm"):
         jobs += to_run(name, None, None, [*PARTS, *PRECISIONS], list(range(seeds)))
     for name in ("banking77-0.1", "banking77-0"):
-        jobs += to_run(f"{name}@random", None, None, [OURS, "pooled"], list(range(seeds)))
+        jobs += to_run(f"{name}@random", None, None, RANDOM, list(range(seeds)))
     carry_out_all(jobs, cores)
 
 

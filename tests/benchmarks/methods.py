@@ -56,6 +56,7 @@ PEERS = {
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
 PARTS = {
+    "ours, the rule alone": Method(training=PLAIN),
     "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
     "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
     "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),

@@ -17,6 +17,7 @@ other blocks would add to the new adapter. Besides: the Gram matrix of
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,8 @@ app = typer.Typer(add_completion=False)
 console = Console(width=150)
 RUNS = Path("runs/scaling")
 RANK, BLOCKS, FILES = 16, 32, 16
+SOME, GRAM_BLOCKS = 4, 2  # of the blocks, where all would take too long
+RANK_SUM, REPEATS = 64, 3  # of what is shortened in both ways
 SITES = (2, 4, 8, 16, 32, 64, 128, 256)
 MODULES = {  # fan_out, fan_in
     "self_attn.q_proj": (4096, 4096),
@@ -76,7 +79,6 @@ def limit_mib(sites: int) -> float:
 
 def write(folder: Path) -> None:
     """G, whose singular values fall, and FILES adapters trained from it: every factor moved by 0.3 of its length."""
-    folder.mkdir(parents=True, exist_ok=True)
     falling = 0.8 ** torch.arange(RANK)
     for number in range(-1, FILES):
         tensors: dict[str, Tensor] = {}
@@ -171,13 +173,13 @@ def timed(work: Callable[[], LoraPair]) -> tuple[float, Tensor]:
     return time.process_time() - began, pair.delta()
 
 
-def against_dense(layer: str, rank_sum: int, repeats: int) -> dict[str, Any]:
+def against_dense(layer: str, rank_sum: int) -> dict[str, Any]:
     """Medians of the two ways in turns, processor seconds, and how far their ΔW are apart."""
     (fan_out, fan_in), generator = DENSE[layer], torch.Generator().manual_seed(0)
     a = torch.randn(rank_sum, fan_in, generator=generator)
     pair = LoraPair(a, torch.randn(fan_out, rank_sum, generator=generator) * 0.9 ** torch.arange(rank_sum))
     short, long, one, other = [], [], zero(fan_out, fan_in).delta(), zero(fan_out, fan_in).delta()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for times, work in ((short, lambda: shorten(pair, RANK)[0]), (long, lambda: dense(pair, RANK))):
             seconds, delta = timed(work)
             times.append(seconds)
@@ -187,7 +189,7 @@ def against_dense(layer: str, rank_sum: int, repeats: int) -> dict[str, Any]:
 
 
 @app.command()
-def part(what: str, which: str, folder: Path, number: int = 0, repeats: int = 3) -> None:
+def part(what: str, which: str, folder: Path, number: int) -> None:
     """One measurement in this very process; `run` starts it."""
     torch.set_num_threads(1)
     if what == "merge":
@@ -195,41 +197,33 @@ def part(what: str, which: str, folder: Path, number: int = 0, repeats: int = 3)
     elif what == "agreement":
         found = agreement(folder, int(which), number)
     else:
-        found = against_dense(which, number, repeats)
+        found = against_dense(which, number)
     print(json.dumps({"what": what, "which": which, "number": number, **found}))
 
 
 @app.command()
-def run(
-    largest: int = SITES[-1],
-    whole_up_to: int = 32,
-    some: int = 4,
-    gram_blocks: int = 2,
-    rank_sum: int = 64,
-    repeats: int = 3,
-) -> None:
-    """Measures what the results file lacks. Beyond `whole_up_to` sites, over `some` of 32 transformer blocks alone.
+def run(whole_up_to: int = 32) -> None:
+    """Measures what the results file lacks. Beyond `whole_up_to` sites, over some of 32 transformer blocks alone.
     The adapters' files (2.7 GiB) are removed at the end.
     """
-    sites = [str(k) for k in SITES if k <= largest]
-    asked = [("merge", k, BLOCKS if int(k) <= whole_up_to else some) for k in sites]
-    asked += [("dense", layer, rank_sum) for layer in DENSE] + [("agreement", k, gram_blocks) for k in sites]
+    sites = [str(k) for k in SITES]
+    asked = [("merge", k, BLOCKS if int(k) <= whole_up_to else SOME) for k in sites]
+    asked += [("dense", layer, RANK_SUM) for layer in DENSE] + [("agreement", k, GRAM_BLOCKS) for k in sites]
     done = {(row["what"], row["which"], row["number"]) for row in rows()}
     folder = RUNS / "adapters"
+    folder.mkdir(parents=True, exist_ok=True)
     bar = Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console)
-    with bar, (RUNS.mkdir(parents=True, exist_ok=True) or RUNS / "rows.jsonl").open("a") as results:
+    with bar, (RUNS / "rows.jsonl").open("a") as results:
         task = bar.add_task("writing adapters")
         write(folder)
         for what, which, number in filter(lambda one: one not in done, asked):
             bar.update(task, description=f"{what} {which}")
-            command = [sys.executable, __file__, "part", what, which, str(folder), "--number", str(number)]
-            command += ["--repeats", str(repeats)]
+            command = [sys.executable, __file__, "part", what, which, str(folder), str(number)]
             line = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
             results.write(line + "\n")
             results.flush()
             bar.console.print(line)
-    for file in folder.iterdir():
-        file.unlink()
+    shutil.rmtree(folder)
     report()
 
 

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation
+from nvflare_fm.errors import ModelError
 from nvflare_fm.export import write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.fingerprint import fingerprint
@@ -53,6 +55,36 @@ def test_the_folder_says_what_its_embedding_is(bert: Path, tmp_path: Path, said:
     assert not means_tokens(bert)
 
 
+def test_a_model_that_also_decodes_is_left_to_transformers_own_class(bert: Path, tmp_path: Path) -> None:
+    model = declared(bert, tmp_path / "model", OLD)
+    config = json.loads((model / "config.json").read_text()) | {"is_encoder_decoder": True}
+    (model / "config.json").write_text(json.dumps(config))
+    assert not means_tokens(model)
+
+
+@pytest.mark.parametrize(
+    "modules", ["{", "[1]", "{}", '[{"type": "x.Pooling"}]', '[{"type": "x.Pooling", "path": "no"}]']
+)
+def test_what_cannot_be_read_is_an_error_with_a_remedy_and_no_path(bert: Path, tmp_path: Path, modules: str) -> None:
+    model = declared(bert, tmp_path / "model", OLD)
+    (model / "modules.json").write_text(modules)
+    with pytest.raises(ModelError, match="fetch the model again") as raised:
+        means_tokens(model)
+    assert str(tmp_path) not in raised.value.message
+
+
+def test_weights_are_found_whether_they_were_saved_alone_or_under_a_head(
+    bert: Path, averaged: Path, tmp_path: Path
+) -> None:
+    classifier = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
+    classifier.save_pretrained(tmp_path / "under")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "under")
+    under = declared(tmp_path / "under", tmp_path / "model", OLD)
+    one, other = (MeanPooledForSequenceClassification.from_pretrained(f, num_labels=3) for f in (averaged, under))
+    for name, weight in one.backbone.named_parameters():
+        assert torch.equal(weight, other.backbone.get_parameter(name)), name
+
+
 def test_the_logits_are_those_of_the_mean_over_real_tokens(averaged: Path) -> None:
     model = MeanPooledForSequenceClassification.from_pretrained(averaged, num_labels=3).eval()
     words = AutoTokenizer.from_pretrained(averaged)(["well", "patient 1 walks"], return_tensors="pt", padding=True)
@@ -82,3 +114,26 @@ def test_what_a_federation_trained_loads_on_the_same_class(averaged: Path, tmp_p
         task = RoundTask(plan, second.combined.adapter, second.combined.manifest)
         loss = torch.nn.functional.cross_entropy(model(**words).logits, truth)
         assert float(loss) == pytest.approx(worker.validate(task)["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"), [("lora", 5e-3), ("ia3", 5e-2), ("prompt_tuning", 5e-2), ("prefix_tuning", 5e-2)]
+)
+def test_every_peft_method_learns_on_it(averaged: Path, tmp_path: Path, method: str, rate: float) -> None:
+    training = {"local_steps": 6, "learning_rate": rate}
+    plan = tiny.plan("sequence_classification", peft={"method": method}, training=training)
+    worker = tiny.worker(tmp_path, averaged, "sequence_classification")
+    first, second = federate({"site-1": worker}, plan, Aggregation(), 2)
+    assert second.reports["site-1"].after["loss"] < first.reports["site-1"].before["loss"] - 0.1
+
+
+def test_an_adapter_says_which_class_it_needs(bert: Path, averaged: Path, tmp_path: Path) -> None:
+    for model, expected in ((averaged, MeanPooledForSequenceClassification), (bert, None)):
+        (done,) = federate(
+            {"site-1": tiny.worker(tmp_path, model, "sequence_classification")},
+            tiny.plan("sequence_classification"), Aggregation(), 1,
+        )  # fmt: skip
+        folder = write_adapter(tmp_path / "adapter", done.combined.adapter, done.combined.manifest)
+        said = json.loads((folder / "adapter_config.json").read_text()).get("auto_mapping")
+        needed = getattr(import_module(said["parent_library"]), said["base_model_class"]) if said else None
+        assert needed is expected
