@@ -55,10 +55,13 @@ PEERS = {
     "raFLoRA": peer("rank_partition"),
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
-PARTS = {
+ONE_RATE = {  # parts of ours that need a rate of their own
     "ours, the rule alone": Method(training=PLAIN),
-    "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
     "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
+}
+PARTS = {
+    **ONE_RATE,
+    "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
     "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
     "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
     "ours, scale 16/rank": Method(alpha=lambda rank: 16.0),

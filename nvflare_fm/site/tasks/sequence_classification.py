@@ -26,7 +26,7 @@ class SequenceClassification(Task):
         return {"input_ids": ids, "labels": label_index(row.get("label"), plan.labels)}
 
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
-        return torch.bincount(torch.tensor(rows["labels"]), minlength=len(plan.labels)).double()
+        return torch.bincount(torch.tensor(rows["labels"][:]), minlength=len(plan.labels)).double()
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         return classification_metrics(columns, range(len(plan.labels)))

@@ -36,7 +36,7 @@ class TokenClassification(Task):
         return {"input_ids": encoded["input_ids"], "labels": learned}
 
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
-        labels = [label for row in rows["labels"] for label in row if label != IGNORED]
+        labels = [label for row in rows["labels"][:] for label in row if label != IGNORED]
         return torch.bincount(torch.tensor(labels), minlength=len(plan.labels)).double()
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
