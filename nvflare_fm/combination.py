@@ -49,7 +49,7 @@ def _by_task(plan: RoundPlan) -> TrainingSettings:
     given = plan.training
     usual = {
         "loraplus_lr_ratio": 1.0 if plan.task == "causal_lm" else 16.0,
-        "logit_adjustment": float(plan.task == "sequence_classification"),
+        "logit_adjustment": 0.5 if plan.task == "sequence_classification" else 0.0,
     }
     return given.model_copy(update={name: value for name, value in usual.items() if getattr(given, name) is None})
 

@@ -102,7 +102,7 @@ class TrainingSettings(Settings):
         None,
         ge=0,
         description="logit adjustment (arXiv:2007.07314): τ; a site adds τ·log of its class frequencies in training; "
-        "unset: 1 for sequence_classification, else 0",
+        "unset: 0.5 for sequence_classification, else 0",
     )
 
 
@@ -160,7 +160,7 @@ class Aggregation(Settings):
     """How many adapters become one. A rule with settings is written `{rule = "name", setting = value}`."""
 
     merge: str = Field("exact", description="a merge rule")
-    weigh: Rules = Field(("examples",), description="weight factors; a site's weight is their product, normalised")
+    weigh: Rules = Field(("uniform",), description="weight factors; a site's weight is their product, normalised")
     max_weight: float = Field(1.0, gt=0, le=1, description="no site counts more than this share")
     normalize_steps: bool = Field(
         False, description="FedNova (arXiv:2007.07481): a site's change counts per step, however many steps it took"

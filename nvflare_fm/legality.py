@@ -101,14 +101,14 @@ CLASHES = (
             and not (job.method.factored and job.rule.shares == "AB")
         ),
         "they compare the products the sites send, and there are none",
-        "weigh by examples, step plain",
+        "weigh uniform or by examples, step plain",
     ),
     Clash(
         "weight `skew`",
         "a task other than `sequence_classification`",
         lambda job: job.weighs("skew") and job.plan.task != "sequence_classification",
         "it needs how each site's rows are spread over the labels, and rows have no one label",
-        "weigh by examples",
+        "weigh uniform or by examples",
     ),
     Clash(
         "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",

@@ -17,7 +17,7 @@ from nvflare_fm.lora import head, tail
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, dense_mean, identical, make_pair, ranks, update
 
 RULES = [name for name in merge.registry if merge.registry[name].shares == "AB"]
-EXACT = Aggregation(merge="exact")
+EXACT = Aggregation(merge="exact", weigh=["examples"])
 
 
 def mean_of_products(updates, weights, layer):
@@ -84,7 +84,10 @@ def test_every_arrival_order_gives_the_same_adapter_bit_for_bit(name, data):
     updates = data.draw(cohorts(mixed_ranks=merge.registry[name].mixed_ranks))
     state = updates[0].adapter if merge.registry[name].mixed_ranks else Adapter()
     updates = [replace(u, report=replace(u.report, steps=3)) for u in updates]
-    results = [combine(state, MANIFEST, order, Aggregation(merge=name), 4) for order in permutations(updates)]
+    results = [
+        combine(state, MANIFEST, order, Aggregation(merge=name, weigh=["examples"]), 4)
+        for order in permutations(updates)
+    ]
     assert all(identical(r.adapter, results[0].adapter) for r in results)
     assert all(dict(r.weights) == dict(results[0].weights) for r in results)
 
@@ -113,6 +116,11 @@ def test_weights_follow_the_examples_and_a_refused_site_has_none():
     result = combine(Adapter(), MANIFEST, [*own, stranger], EXACT, 2)
     assert dict(result.weights) == {"a": 0.75, "c": 0.25}
     assert list(result.refused) == ["b"]
+
+
+def test_unless_the_job_says_otherwise_every_site_counts_the_same():
+    updates = [update(s, Adapter({"q": make_pair(4, 3, 2, seed=0).to(SINGLE)}), n) for s, n in (("a", 10), ("b", 30))]
+    assert dict(combine(Adapter(), None, updates, Aggregation(), 2).weights) == {"a": 0.5, "b": 0.5}
 
 
 def test_dense_tensors_are_averaged_with_the_same_weights():
@@ -180,7 +188,7 @@ def test_steps_are_normalised_as_fednova_does_and_a_site_of_many_steps_does_not_
         moved = replace(pair, B=pair.B + 0.1 * steps * make_pair(9, 8, 4, seed=i + 1).to(SINGLE).B)
         sent = update(site, Adapter({"q": moved}, {"head": torch.ones(3) * (1 + steps)}), examples)
         updates.append(replace(sent, report=replace(sent.report, steps=steps)))
-    result = combine(start, MANIFEST, updates, Aggregation(normalize_steps=True), 8).adapter
+    result = combine(start, MANIFEST, updates, Aggregation(weigh=["examples"], normalize_steps=True), 8).adapter
     weights, taken = [0.75, 0.25], [4, 12]
     usual = sum(w * t for w, t in zip(weights, taken, strict=True))
     changes = [u.adapter.lora["q"].delta() - start.lora["q"].delta() for u in updates]

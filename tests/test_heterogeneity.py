@@ -87,10 +87,15 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     ]  # fmt: skip
     monkeypatch.setattr(harness["comparison"], "RESULTS", tmp_path)
     tiny.jsonl(tmp_path / "own.jsonl", lines)
+    for site, rows in {"lake": 3, "north": 1}.items():
+        (tmp_path / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
     study = harness["bench"].Study("own", tmp_path, tmp_path, {}, "bits_per_byte", lower_is_better=True)
     results = harness["comparison"].Results(study)
     assert list(results.final) == ["ours", "FedIT, rank 4"]
     assert results.worst("ours") == [1.5, 2.5]
+    assert results.by_rows("ours") == [1.125, 2.125]
     assert results.paired("FedIT, rank 4", "ours") == [-1.0, -1.0]
     assert results.to_target("ours") == [(2, 21), (2, 21)]
     assert results.to_target("FedIT, rank 4") == [(2, 21)]

@@ -68,7 +68,7 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 @pytest.mark.parametrize(
     ("task", "adjustment", "ratio"),
-    [("causal_lm", 0.0, 1.0), ("sequence_classification", 1.0, 16.0), ("token_classification", 0.0, 16.0)],
+    [("causal_lm", 0.0, 1.0), ("sequence_classification", 0.5, 16.0), ("token_classification", 0.0, 16.0)],
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, adjustment, ratio):
     plan = RoundPlan(task=task, labels=["a", "b"])

@@ -38,7 +38,7 @@ class AdapterAggregator(ModelAggregator):
     def __init__(
         self,
         merge: str = "exact",
-        weigh: Sequence[Rule] = ("examples",),
+        weigh: Sequence[Rule] = ("uniform",),
         max_weight: float = 1.0,
         normalize_steps: bool = False,
         step: Rule = "plain",

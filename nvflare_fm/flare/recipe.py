@@ -103,7 +103,7 @@ class FedPEFTRecipe(AdapterRecipe):
         num_rounds: int = 5,
         min_sites: int = 1,
         merge: str = "exact",
-        weigh: Sequence[Rule] = ("examples",),
+        weigh: Sequence[Rule] = ("uniform",),
         max_weight: float = 1.0,
         normalize_steps: bool = False,
         step: Rule = "plain",

@@ -55,6 +55,12 @@ class Results:
         pick = max if self.study.lower_is_better else min
         return [pick(row["scores"].values()) for row in self.final[method].values()]
 
+    def by_rows(self, method: str) -> list[float]:
+        """The score where a site counts by all its test rows, not by those that were looked at."""
+        sizes = {site: len(self.study.rows(site, "test")) for site in self.study.names}
+        last = self.final[method].values()
+        return [sum(sizes[s] * row["scores"][s] for s in sizes) / sum(sizes.values()) for row in last]
+
     def to_target(self, method: str) -> list[tuple[int, int]]:
         """(round, bytes) at which each seed first reaches the target, of the seeds that do."""
         reached: dict[int, tuple[int, int]] = {}
@@ -91,7 +97,7 @@ def tables(study: Study, against: str) -> Iterator[Table]:
 
 def _compared(results: Results, against: str) -> Table:
     table = Table(
-        *("method", "rate", "seeds", results.study.metric, "worst site", "to target: rounds", "MB"),
+        *("method", "rate", "seeds", results.study.metric, "worst site", "by rows", "to target: rounds", "MB"),
         *(f"better than {against} by", ""),
         title=results.study.name,
     )
@@ -103,6 +109,7 @@ def _compared(results: Results, against: str) -> Table:
             str(len(by_seed)),
             spread([row["score"] for row in by_seed.values()]),
             spread(results.worst(method)),
+            spread(results.by_rows(method)),
             f"{spread([float(r) for r, _ in reached], 0)}" + (f" ({len(reached)} seeds)" if reached else ""),
             spread([b / 1e6 for _, b in reached], 1),
             *(("", "") if method == against else (spread(paired), verdict(paired))),

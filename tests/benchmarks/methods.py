@@ -56,7 +56,7 @@ PEERS = {
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
 ONE_RATE = {  # parts of ours that need a rate of their own
-    "ours, the rule alone": Method(training=PLAIN),
+    "ours, the rule alone": Method(Aggregation(weigh=("examples",)), training=PLAIN),
     "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
 }
 PARTS = {
@@ -66,8 +66,8 @@ PARTS = {
     "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
     "ours, scale 16/rank": Method(alpha=lambda rank: 16.0),
     "ours, one scale": Method(alpha=lambda rank: float(rank)),
-    "ours, sites alike": Method(Aggregation(weigh=("uniform",))),
-    "ours, by agreement": Method(Aggregation(weigh=("examples", "agreement"))),
+    "ours, by examples": Method(Aggregation(weigh=("examples",))),
+    "ours, by agreement": Method(Aggregation(weigh=("agreement",))),
     "ours, FedExP": Method(Aggregation(step="fedexp")),
     "ours, momentum": Method(Aggregation(step="momentum")),
     "ours, fresh pairs": Method(Aggregation(merge="stack")),

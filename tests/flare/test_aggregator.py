@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from inspect import signature
 from itertools import permutations
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from nvflare_fm.adapter import AdapterUpdate, RoundTask
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
+from nvflare_fm.flare.recipe import FedPEFTRecipe
 
 from .messages import MANIFEST, adapter, same, update
 
@@ -36,7 +38,7 @@ def test_the_result_is_the_same_bits_for_every_order_of_arrival() -> None:
     updates = [update(f"site-{i}", seed=i, examples=3 + 7 * i, scale=1.0 + i) for i in range(4)]
     results = []
     for order in permutations(updates):
-        aggregator = opened(RoundTask(RoundPlan(), adapter(9), MANIFEST, 1, 2))
+        aggregator = opened(RoundTask(RoundPlan(), adapter(9), MANIFEST, 1, 2), weigh=["examples"])
         for one in order:
             aggregator.accept_model(arrival(one))
         model = aggregator.aggregate_model()
@@ -44,8 +46,14 @@ def test_the_result_is_the_same_bits_for_every_order_of_arrival() -> None:
     assert all(same(a, results[0][0]) and m == results[0][1] for a, m in results)
 
 
+@pytest.mark.parametrize("kind", [AdapterAggregator, FedPEFTRecipe])
+def test_what_a_job_leaves_out_is_what_the_settings_say(kind: type) -> None:
+    said, usual = signature(kind).parameters, Aggregation().model_dump()
+    assert {name: said[name].default for name in usual if name in said} == {n: usual[n] for n in usual if n in said}
+
+
 def test_metrics_are_means_by_the_weights_of_the_merge() -> None:
-    aggregator = opened()
+    aggregator = opened(weigh=["examples"])
     for one in (update("alder", 0, examples=30), update("birch", 1, examples=10)):
         aggregator.accept_model(arrival(one))
     assert aggregator.aggregate_model().metrics == {"loss": pytest.approx(0.75 * 3 + 0.25 * 4)}
