@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RANKS, RESULTS, ROUNDS, RUNS, Study
-from methods import METHODS, OURS
+from methods import COMPARED, METHODS, OURS
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
@@ -151,13 +151,16 @@ def picture(study: Study) -> Path:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     results = Results(study)
-    for method in (m for m in results.final if m in METHODS):
+    drawn = [m for m in results.final if m in METHODS and m in COMPARED]
+    shades = plt.get_cmap("tab20").colors  # a strong and a pale one in turn
+    colors = shades[::2] + shades[1::2]
+    for method, color in zip(drawn, colors, strict=False):
         for axis, what in zip(axes, ("score", "above"), strict=True):
             curve: dict[int, list[float]] = {}
             for row in results.rows:
                 if row["method"] == method and row.get(what) is not None:
                     curve.setdefault(row["round"], []).append(row[what])
-            style = {"linewidth": 2.5, "color": "black", "zorder": 3} if method == OURS else {"linewidth": 1}
+            style = {"lw": 2.5, "color": "black", "zorder": 3} if method == OURS else {"lw": 1, "color": color}
             axis.plot(list(curve), [statistics.mean(v) for v in curve.values()], label=method, marker=".", **style)
     axes[0].set(xlabel="round", ylabel=f"{study.metric}, all sites' test rows", title=study.name)
     axes[1].set(xlabel="round", ylabel=f"energy above rank {min(RANKS)}", title="do high directions live?")
