@@ -76,6 +76,13 @@ def test_a_tie_is_what_seeds_cannot_tell_apart(harness: dict[str, Any]) -> None:
     assert verdict([0.01, -0.01] * 8) == "tie"
 
 
+def test_a_random_base_has_a_rate_of_its_own_and_one_for_every_skew(harness: dict[str, Any]) -> None:
+    names = ("banking77-0.1", "banking77-0.3", "banking77-0.1@random", "banking77-0@random", "medquad-types")
+    one, same, random, other, whole = (harness["heterogeneity"].tuning_file(name).name for name in names)
+    assert one == same != random == other
+    assert whole == "medquad-types-tuning.jsonl"
+
+
 def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods, two seeds, two sites, in bits per byte: who is first, who is worst off, who reaches the target."""
     lines = [

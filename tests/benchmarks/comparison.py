@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from bench import RANKS, RESULTS, ROUNDS, RUNS, Study
-from methods import COMPARED, METHODS, OURS
+from methods import METHODS, OURS, PEERS
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
@@ -151,9 +152,9 @@ def picture(study: Study) -> Path:
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     results = Results(study)
-    drawn = [m for m in results.final if m in METHODS and m in COMPARED]
+    drawn = [m for m in results.final if m in (OURS, *PEERS)]
     shades = plt.get_cmap("tab20").colors  # a strong and a pale one in turn
-    colors = shades[::2] + shades[1::2]
+    colors = cycle(shades[::2] + shades[1::2])
     for method, color in zip(drawn, colors, strict=False):
         for axis, what in zip(axes, ("score", "above"), strict=True):
             curve: dict[int, list[float]] = {}
