@@ -28,7 +28,8 @@ RUNS = Path("runs/heterogeneity")  # data, models
 RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurement
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
-ROUNDS, TEST_ROWS = 20, 100
+ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the language model takes twice as long
+POINTS, TEST_ROWS = 5, 100  # of a curve; of a site
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Study:
     @cached_property
     def names(self) -> list[str]:
         return sorted(p.parent.name for p in self.folder.glob("*/train.jsonl"))
+
+    @property
+    def rounds(self) -> int:
+        return ROUNDS[self.plan["task"]]
 
     def rows(self, site: str, split: str) -> list[str]:
         return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
@@ -139,12 +144,12 @@ class Bench:
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
         plan = self.settled(method, seed)
-        return self._folding(method, workers, plan) if method.folds else federate(workers, plan, method.how, ROUNDS)
+        return self._folding(method, workers, plan) if method.folds else federate(workers, plan, method.how, self.study.rounds)
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None
-        for number in range(ROUNDS):
-            task = RoundTask(plan, adapter, manifest, number, ROUNDS)
+        for number in range(self.study.rounds):
+            task = RoundTask(plan, adapter, manifest, number, self.study.rounds)
             updates = tuple(workers[name].train(task) for name in sorted(workers))
             combined = combine(adapter, manifest, updates, method.how, sum(RANKS))
             adapter, manifest = peers.fold(combined, workers[self.names[0]], task)
@@ -173,13 +178,13 @@ def size(adapter: Adapter) -> int:
     return sum(t.numel() * t.element_size() for t in adapter.tensors().values())
 
 
-def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[dict[str, Any]]:
-    """What a federation scores after every `every` rounds and after the last."""
-    workers, up, down = bench.workers(method), 0, 0
+def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[dict[str, Any]]:
+    """What a federation scores at `points` of its rounds, the last one among them."""
+    workers, up, down, rounds = bench.workers(method), 0, 0, bench.study.rounds
     for done in bench.rounds(method, workers, seed):
         up += sum(size(update.adapter) for update in done.updates)
         adapter = done.combined.adapter
-        if (done.number + 1) % every == 0 or done.number + 1 == ROUNDS:
+        if (done.number + 1) % max(1, rounds // points) == 0 or done.number + 1 == rounds:
             scores = bench.measure(workers, method, adapter, done.combined.manifest)
             share = None if method.rank or method.folds else above(adapter, min(RANKS))
             yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
@@ -189,8 +194,8 @@ def federated(bench: Bench, method: Method, seed: int, every: int) -> Iterator[d
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
     method = Method(training=PLAIN)
-    plan, judges = bench.settled(method, seed), bench.workers(method)
+    plan, judges, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
     for site in ["pooled"] if name == "pooled" else bench.names:
-        adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, ROUNDS)
+        adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, rounds)
         scores = bench.measure(judges, method, adapter, manifest)
-        yield {"round": ROUNDS, "trained_at": site, "scores": scores}
+        yield {"round": rounds, "trained_at": site, "scores": scores}

@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench import RANKS, RESULTS, ROUNDS, RUNS, Study
+from bench import RANKS, RESULTS, RUNS, Study
 from methods import METHODS, OURS, PEERS
 from rich.table import Table
 from scipy.stats import ttest_1samp
@@ -45,7 +45,7 @@ class Results:
         """method → seed → the last line; the best method first."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for row in self.rows:
-            if row["round"] == ROUNDS and row["method"] != "alone":
+            if row["round"] == self.study.rounds and row["method"] != "alone":
                 found.setdefault(row["method"], {})[row["seed"]] = row
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
 

@@ -28,7 +28,7 @@ from typing import Any
 import comparison
 import torch
 import typer
-from bench import RESULTS, ROUNDS, Bench, baseline, federated, study
+from bench import POINTS, RESULTS, Bench, baseline, federated, study
 from comparison import lines
 from methods import BASELINES, COMPARED, METHODS, ONE_RATE, OURS, PARTS, PRECISIONS
 from rich.console import Console
@@ -37,7 +37,7 @@ from rich.progress import track
 app = typer.Typer(add_completion=False)
 console = Console(width=150)
 RATES = [5e-3, 1e-2, 2e-2]  # what every method tries first; then half or double, while the best is at an end
-MOST_RATES, EVERY, TUNING_SEED = 5, 4, 100
+MOST_RATES, TUNING_SEED = 5, 100
 ALPHAS = ("0", "1", "0.3", "0.1")
 BANKING = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
 RANDOM = [OURS, "pooled"]  # also from random weights
@@ -66,10 +66,8 @@ class Job:
         return tuning_file(self.study) if self.tuning else RESULTS / f"{self.study}.jsonl"
 
     def done(self) -> bool:
-        return any(
-            (row["method"], row["seed"], row["rate"], row["round"]) == (self.method, self.seed, self.rate, ROUNDS)
-            for row in lines(self.file)
-        )
+        mine = (self.method, self.seed, self.rate)
+        return any((row["method"], row["seed"], row["rate"]) == mine for row in lines(self.file))
 
 
 def tuning_file(name: str) -> Path:
@@ -85,7 +83,7 @@ def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
     if job.method in BASELINES:
         found = list(baseline(bench, job.method, job.seed))
     else:
-        found = list(federated(bench, METHODS[job.method], job.seed, ROUNDS if job.tuning else EVERY))
+        found = list(federated(bench, METHODS[job.method], job.seed, 1 if job.tuning else POINTS))
     who = {"method": job.method, "seed": job.seed, "rate": job.rate}
     return [rounded({**who, "score": bench.overall(row["scores"]), **row}) for row in found], time.monotonic() - began
 
