@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.site import tiny
 
@@ -18,8 +19,9 @@ def harness() -> Iterator[dict[str, Any]]:
     import bench
     import comparison
     import heterogeneity
+    import peers
 
-    modules = {"bench": bench, "comparison": comparison, "heterogeneity": heterogeneity}
+    modules = {"bench": bench, "comparison": comparison, "heterogeneity": heterogeneity, "peers": peers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "ROUNDS", dict.fromkeys(bench.ROUNDS, 2))
         yield modules
@@ -52,6 +54,34 @@ def test_every_method_and_baseline_runs_on_ones_own_folders(
         assert found[-1]["round"] == 2, method
         assert found[-1]["scores"].keys() == {"lake", "north", "valley"}
         assert 0 <= found[-1]["score"] <= 1
+
+
+@pytest.mark.timeout(60)
+def test_a_site_of_hetlora_gives_up_directions_that_fade(
+    harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = harness["bench"].Bench(harness["bench"].study("own", sites, model), 1e-2)
+    method = harness["heterogeneity"].METHODS["HetLoRA"]
+    ranks = {}
+    for pull in (0.0, 1e3):
+        monkeypatch.setattr(harness["peers"], "LAMBDA", pull)
+        workers = bench.workers(method)
+        list(bench.rounds(method, workers, seed=0))
+        ranks[pull] = [worker.overrides.rank for worker in workers.values()]
+    assert ranks[0.0] == [2, 4, 32]
+    assert ranks[1e3] == [1, 3, 31]
+
+
+def test_hetloras_pull_is_the_gradient_of_its_penalty(harness: dict[str, Any]) -> None:
+    peers, start = harness["peers"], 3
+    a, b = torch.randn(5, 7, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    penalty = peers.LAMBDA * b[:, start:].norm() * a[start:].norm()
+    for factor, other, wanted in zip(
+        (a, b.T), (b[:, start:], a[start:]), torch.autograd.grad(penalty, (a, b)), strict=True
+    ):
+        wanted = wanted if factor is a else wanted.T
+        torch.testing.assert_close(peers._pulled(torch.ones_like(factor), factor, other, start), 1 + wanted)
 
 
 def test_a_rate_is_searched_for_until_the_best_is_not_at_an_end(harness: dict[str, Any]) -> None:
@@ -97,7 +127,9 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
         (tmp_path / site).mkdir()
         for split in ("train", "test"):
             tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
-    study = harness["bench"].Study("own", tmp_path, tmp_path, {}, "bits_per_byte", lower_is_better=True)
+    study = harness["bench"].Study(
+        "own", tmp_path, tmp_path, {"task": "causal_lm"}, "bits_per_byte", lower_is_better=True
+    )
     results = harness["comparison"].Results(study)
     assert list(results.final) == ["ours", "FedIT, rank 4"]
     assert results.worst("ours") == [1.5, 2.5]

@@ -144,7 +144,11 @@ class Bench:
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
         plan = self.settled(method, seed)
-        return self._folding(method, workers, plan) if method.folds else federate(workers, plan, method.how, self.study.rounds)
+        return (
+            self._folding(method, workers, plan)
+            if method.folds
+            else federate(workers, plan, method.how, self.study.rounds)
+        )
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None

@@ -46,7 +46,7 @@ def peer(merge: str, *weigh: str, **more: Any) -> Method:
 PEERS = {
     "FedIT, rank 4": peer("factor_mean", rank=4),
     "FedIT, zero-padded": peer("zero_pad"),
-    "HetLoRA": peer("zero_pad", "norm"),
+    "HetLoRA": peer("zero_pad", "norm", worker=peers.SelfPruningWorker),
     "FlexLoRA": peer("svd"),
     "HLoRA, scale-blind": peer("svd", alpha=lambda rank: 16.0, worker=peers.ScaleBlindWorker),
     "FFA-LoRA, rank 4": peer("freeze_a", rank=4),

@@ -1,15 +1,23 @@
 """Faithful versions of what other people's rules do where ours would do better than theirs, for comparison alone."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import Combined
+from nvflare_fm.lora import head, tail
 from nvflare_fm.site import peft_methods
-from nvflare_fm.site.worker import Worker
+from nvflare_fm.site.attach import LOCAL
+from nvflare_fm.site.peft_methods.lora import Lora
+from nvflare_fm.site.worker import Job, Worker
+
+GAMMA, LAMBDA = 0.99, 5e-3  # of HetLoRA, which tunes λ
 
 
 class ScaleBlindWorker(Worker):
@@ -30,6 +38,49 @@ class ScaleBlindWorker(Worker):
 
     def validate(self, task: RoundTask) -> dict[str, float]:
         return super().validate(self._mine(task))
+
+
+class SelfPruningWorker(Worker):
+    """HetLoRA's rank self-pruning (arXiv:2401.06432, section 4): the last directions of a site, those from γ·r on, are
+    pulled to zero, and a site whose training made them smaller gives them up.
+    """
+
+    def _job(self, task: RoundTask) -> Job:
+        job = super()._job(task)
+        return replace(job, method=Penalised(**job.method.model_dump()))
+
+    def train(self, task: RoundTask) -> AdapterUpdate:
+        update, rank = super().train(task), self.overrides.rank
+        if task.adapter and _last(update.adapter.lora, rank) < _last(task.adapter.lora, rank):
+            self.overrides = self.overrides.model_copy(update={"rank": max(1, int(GAMMA * rank))})
+        return update
+
+
+class Penalised(Lora):
+    """LoRA with λ · ‖B[:, γr:]‖ · ‖A[γr:]‖ of each layer beside the loss."""
+
+    def attach(self, *args: Any, **kwargs: Any) -> Any:
+        model, start = super().attach(*args, **kwargs), int(GAMMA * self.rank)
+        named = dict(model.named_parameters())
+        for name in [n for n in named if f".lora_A.{LOCAL}." in n]:
+            a, b = named[name], named[name.replace(".lora_A.", ".lora_B.")]
+            a.register_hook(lambda grad, a=a, b=b: _pulled(grad, a, b[:, start:], start))
+            b.register_hook(lambda grad, a=a, b=b: _pulled(grad.T, b.T, a[start:], start).T)
+        return model
+
+
+@torch.no_grad()
+def _pulled(grad: Tensor, factor: Tensor, other: Tensor, start: int) -> Tensor:
+    """A factor's gradient and that of λ · ‖its rows from `start` on‖ · ‖other‖."""
+    grad, rows = grad.clone(), factor[start:]
+    grad[start:] += LAMBDA * other.norm() * rows / rows.norm().clamp(min=1e-12)
+    return grad
+
+
+def _last(pairs: Mapping[str, LoraPair], rank: int) -> float:
+    """Σ ‖B[:, γr:]‖ · ‖A[γr:]‖ over the layers of a site of rank r, their scales counted."""
+    last = (tail(head(pairs[n], rank), int(GAMMA * rank)) for n in pairs)
+    return sum(p.scale * float(p.B.norm() * p.A.norm()) for p in last)
 
 
 def fold(combined: Combined, worker: Worker, task: RoundTask) -> tuple[Adapter, Manifest]:
