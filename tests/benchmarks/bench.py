@@ -29,7 +29,8 @@ RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurem
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
 ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the language model takes twice as long
-POINTS, TEST_ROWS = 5, 100  # of a curve; of a site
+TEST_ROWS = {"sequence_classification": 100, "causal_lm": 50}  # of a site
+POINTS = 5  # of a curve
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Study:
     def rounds(self) -> int:
         return ROUNDS[self.plan["task"]]
 
+    @property
+    def test_rows(self) -> int:
+        return TEST_ROWS[self.plan["task"]]
+
     def rows(self, site: str, split: str) -> list[str]:
         return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
 
@@ -66,7 +71,7 @@ def study(name: str, folder: Path | None = None, model: Path | None = None) -> S
     first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
     training = {"local_steps": 5, "batch_size": 8, "lr_scheduler_type": "cosine"}
     if "label" not in first:
-        plan = {"task": "causal_lm", "max_length": 64, "training": training}
+        plan = {"task": "causal_lm", "max_length": 48, "training": training}
         return Study(name, root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
     labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
     plan = {"task": "sequence_classification", "labels": labels, "max_length": 24, "training": training}
@@ -86,10 +91,12 @@ class Bench:
         plan = {**study.plan, "quantization": "nf4"}
         plan["peft"] = {"method": "lora"}
         plan["training"] = {**study.plan["training"], "learning_rate": rate}
-        plan["evaluation"] = {"before": False, "after": False, "max_examples": TEST_ROWS, "batch_size": 50}
+        plan["evaluation"] = {"before": False, "after": False, "max_examples": study.test_rows, "batch_size": 50}
         self.plan = RoundPlan.read(plan, "study")
         self.files = {name: self._files(name) for name in self.names}
-        self.rows = {name: min(TEST_ROWS, len(test.read_text().splitlines())) for name, (_, test) in self.files.items()}
+        self.rows = {
+            name: min(study.test_rows, len(test.read_text().splitlines())) for name, (_, test) in self.files.items()
+        }
 
     def _files(self, name: str) -> tuple[Path, Path]:
         """Train and test, or for tuning a fifth of the training rows as test and the others to train on."""
