@@ -137,3 +137,8 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     assert results.paired("FedIT, rank 4", "ours") == [-1.0, -1.0]
     assert results.to_target("ours") == [(2, 21), (2, 21)]
     assert results.to_target("FedIT, rank 4") == [(2, 21)]
+    table = harness["comparison"].overview([study])
+    rows = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert rows["ours"] == "1.500 ± 0.707"
+    assert rows["FedIT, rank 4"] == "2.500 ± 0.707"  # told apart, so without a mark
+    assert rows["pooled"] == "–"

@@ -96,6 +96,21 @@ def tables(study: Study, against: str) -> Iterator[Table]:
         yield _homes(results, against)
 
 
+def overview(studies: list[Study]) -> Table:
+    """A method a row, a study a column: its score, and whether it is told apart from ours."""
+    marks = {"tie": " (tie)", "better": " (better)", "worse": "", "?": ""}
+    table = Table("method", *(f"{study.name}, {study.metric}" for study in studies))
+    found = [Results(study) for study in studies]
+    for method in (OURS, *PEERS, "pooled"):
+        cells = []
+        for results in found:
+            scores = [row["score"] for row in results.final.get(method, {}).values()]
+            told = marks[verdict(results.paired(method, OURS))] if scores and method != OURS else ""
+            cells.append(spread(scores) + told)
+        table.add_row(method, *cells)
+    return table
+
+
 def _compared(results: Results, against: str) -> Table:
     table = Table(
         *("method", "rate", "seeds", results.study.metric, "worst site", "by rows", "to target: rounds", "MB"),

@@ -4,6 +4,7 @@
     python tests/benchmarks/heterogeneity.py run banking77-0.1       # fixed settings, fresh seeds
     python tests/benchmarks/heterogeneity.py report banking77-0.1    # tables, paired differences and a figure
     python tests/benchmarks/heterogeneity.py grid                    # tunes and runs all that the docs report
+    python tests/benchmarks/heterogeneity.py overview                # what the grid found, a study a column
 
 Studies: banking77-A and banking77lm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm. `@random` behind a
 name: from a base model whose weights are random. Data of your own, one folder per site with train.jsonl and
@@ -220,6 +221,15 @@ def report(name: str, folder: Path = Folder, model: Path = Model, against: str =
     for table in comparison.tables(study(name, folder, model), against):
         console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
     console.print(f"figure: {comparison.picture(study(name, folder, model))}")
+
+
+@app.command()
+def overview(markdown: bool = False) -> None:
+    """All studies of the grid side by side: what was labelled, then what was written."""
+    for lower in (False, True):
+        studies = [found for found in map(study, GRID) if found.lower_is_better == lower]
+        table = comparison.overview(studies)
+        console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
 
 
 if __name__ == "__main__":
