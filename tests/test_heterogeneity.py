@@ -48,9 +48,9 @@ def test_every_method_and_baseline_runs_on_ones_own_folders(
     harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = harness["heterogeneity"]
+    run, study = harness["heterogeneity"], harness["bench"].study("own", sites, model)
     for method in [*run.METHODS, *run.BASELINES]:
-        found, _ = run.carry_out(run.Job("own", sites, model, method, 1e-3, 0))
+        found, _ = run.carry_out(run.Job(study, method, 1e-3, 0))
         assert found[-1]["round"] == 2, method
         assert found[-1]["scores"].keys() == {"lake", "north", "valley"}
         assert 0 <= found[-1]["score"] <= 1

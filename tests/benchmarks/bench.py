@@ -31,6 +31,8 @@ ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
 ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the language model takes twice as long
 TEST_ROWS = {"sequence_classification": 100, "causal_lm": 50}  # of a site
 POINTS = 5  # of a curve
+LENGTHS = {"banking77": 24, "banking77lm": 48, "medquad-types": 24, "medquad-lm": 96}  # tokens a text is cut at
+OWN_LENGTH = 128
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,24 @@ class Study:
         return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
 
 
-def study(name: str, folder: Path | None = None, model: Path | None = None) -> Study:
+def study(name: str, folder: Path | None = None, model: Path | None = None, max_length: int = 0) -> Study:
     """
     Args:
         folder: of data of one's own; else `name` is one of those in `sites`.
         model: a base model of one's own; else MiniLM's first two layers, or stories260k.
+        max_length: tokens a text is cut at; 0: as in LENGTHS.
     """
     data, _, start = name.partition("@")
     root = folder or sites.write(data, RUNS / "data" / data)
     first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
-    training = {"local_steps": 5, "batch_size": 8, "lr_scheduler_type": "cosine"}
+    length = max_length or LENGTHS.get(data if data in LENGTHS else data.rpartition("-")[0], OWN_LENGTH)
+    training = {"local_steps": 5, "batch_size": 8 if length < 96 else 4, "lr_scheduler_type": "cosine"}
+    plan = {"max_length": length, "training": training}
     if "label" not in first:
-        plan = {"task": "causal_lm", "max_length": 48, "training": training}
+        plan |= {"task": "causal_lm"}
         return Study(name, root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
     labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
-    plan = {"task": "sequence_classification", "labels": labels, "max_length": 24, "training": training}
+    plan |= {"task": "sequence_classification", "labels": labels}
     base = model or sites.first_layers(sites.minilm(), 2, RUNS / "models" / "minilm-2")
     if start == "random":
         base = sites.randomized(base, RUNS / "models" / f"{base.name}-random")

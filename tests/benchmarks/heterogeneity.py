@@ -29,7 +29,7 @@ from typing import Any
 import comparison
 import torch
 import typer
-from bench import POINTS, RESULTS, Bench, baseline, federated, study
+from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
 from comparison import lines
 from methods import BASELINES, COMPARED, METHODS, ONE_RATE, OURS, PARTS, PRECISIONS
 from rich.console import Console
@@ -46,6 +46,7 @@ GRID = [*BANKING[:2], "medquad-types", "medquad-lm", *BANKING[2:]]
 
 Folder = typer.Option(None, help="one folder per site with train.jsonl and test.jsonl")
 Model = typer.Option(None, help="folder of the base model; else MiniLM's first two layers, or stories260k")
+Length = typer.Option(0, help="tokens a text is cut at; 0: as the docs say")
 Cores = typer.Option(2, help="runs at a time, one core each")
 Methods = typer.Option("", help="names, separated by semicolons; else all that the docs compare")
 
@@ -54,9 +55,7 @@ Methods = typer.Option("", help="names, separated by semicolons; else all that t
 class Job:
     """One run: a method in a study, at a rate, from a seed."""
 
-    study: str
-    folder: Path | None
-    model: Path | None
+    study: Study
     method: str
     rate: float
     seed: int
@@ -64,7 +63,7 @@ class Job:
 
     @property
     def file(self) -> Path:
-        return tuning_file(self.study) if self.tuning else RESULTS / f"{self.study}.jsonl"
+        return tuning_file(self.study.name) if self.tuning else RESULTS / f"{self.study.name}.jsonl"
 
     def done(self) -> bool:
         mine = (self.method, self.seed, self.rate)
@@ -80,7 +79,7 @@ def tuning_file(name: str) -> Path:
 def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
     """The lines of one run, and the seconds it took."""
     torch.set_num_threads(1)
-    began, bench = time.monotonic(), Bench(study(job.study, job.folder, job.model), job.rate, job.tuning)
+    began, bench = time.monotonic(), Bench(job.study, job.rate, job.tuning)
     if job.method in BASELINES:
         found = list(baseline(bench, job.method, job.seed))
     else:
@@ -115,7 +114,7 @@ def write(job: Job, rows: list[dict[str, Any]], seconds: float) -> None:
     with job.file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
     scores = " ".join(f"{row['score']:.4f}" for row in rows)
-    console.log(f"{job.study}, {job.method} at {job.rate:g}, seed {job.seed}: {scores} in {seconds:.0f} s")
+    console.log(f"{job.study.name}, {job.method} at {job.rate:g}, seed {job.seed}: {scores} in {seconds:.0f} s")
 
 
 def named(methods: str, known: list[str]) -> list[str]:
@@ -158,32 +157,38 @@ def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]
     return [] if len(scores) == MOST_RATES or beyond in scores else [beyond]
 
 
-def tune_all(name: str, folder: Path | None, model: Path | None, methods: list[str], cores: int) -> None:
-    lower = study(name, folder, model).lower_is_better  # data and models are written before several processes want them
+def tune_all(data: Study, methods: list[str], cores: int) -> None:
     asked = [method for method in methods if method != "alone"]
     while jobs := [
-        Job(name, folder, model, method, rate, TUNING_SEED, True)
+        Job(data, method, rate, TUNING_SEED, True)
         for method in asked
-        for rate in next_rates(tried(name).get(method, {}), lower)
+        for rate in next_rates(tried(data.name).get(method, {}), data.lower_is_better)
     ]:
         carry_out_all(jobs, cores)
 
 
-def to_run(name: str, folder: Path | None, model: Path | None, methods: list[str], seeds: list[int]) -> list[Job]:
+def to_run(data: Study, methods: list[str], seeds: list[int]) -> list[Job]:
     """
     Raises:
         BadParameter: a method has no rate yet.
     """
-    rates = tuned(name, study(name, folder, model).lower_is_better)
+    rates = tuned(data.name, data.lower_is_better)
     if untuned := [method for method in methods if method not in rates]:
         raise typer.BadParameter(f"no rate for {untuned}: run tune first")
-    return [Job(name, folder, model, method, rates[method], seed) for seed in seeds for method in methods]
+    return [Job(data, method, rates[method], seed) for seed in seeds for method in methods]
 
 
 @app.command()
-def tune(name: str, folder: Path = Folder, model: Path = Model, methods: str = Methods, cores: int = Cores) -> None:
+def tune(
+    name: str,
+    folder: Path = Folder,
+    model: Path = Model,
+    max_length: int = Length,
+    methods: str = Methods,
+    cores: int = Cores,
+) -> None:
     """Finds each method's learning rate on held-out training rows; every method tries by the same rule."""
-    tune_all(name, folder, model, named(methods, COMPARED), cores)
+    tune_all(study(name, folder, model, max_length), named(methods, COMPARED), cores)
 
 
 @app.command()
@@ -191,6 +196,7 @@ def run(
     name: str,
     folder: Path = Folder,
     model: Path = Model,
+    max_length: int = Length,
     methods: str = Methods,
     seeds: int = 3,
     first_seed: int = 0,
@@ -198,20 +204,20 @@ def run(
 ) -> None:
     """Runs what the results lack."""
     seeds_ = list(range(first_seed, first_seed + seeds))
-    carry_out_all(to_run(name, folder, model, named(methods, COMPARED), seeds_), cores)
+    carry_out_all(to_run(study(name, folder, model, max_length), named(methods, COMPARED), seeds_), cores)
 
 
 @app.command()
 def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
     for name in ("banking77-0.3", "banking77lm-0.3", "medquad-types", "medquad-lm"):
-        tune_all(name, None, None, [*COMPARED, *ONE_RATE], cores)
-    tune_all("banking77-0.3@random", None, None, RANDOM, cores)
-    jobs = [job for name in GRID for job in to_run(name, None, None, COMPARED, list(range(seeds)))]
+        tune_all(study(name), [*COMPARED, *ONE_RATE], cores)
+    tune_all(study("banking77-0.3@random"), RANDOM, cores)
+    jobs = [job for name in GRID for job in to_run(study(name), COMPARED, list(range(seeds)))]
     for name in ("banking77-0.1", "banking77lm-0.1", "medquad-lm"):
-        jobs += to_run(name, None, None, [*PARTS, *PRECISIONS], list(range(seeds)))
+        jobs += to_run(study(name), [*PARTS, *PRECISIONS], list(range(seeds)))
     for name in ("banking77-0.1", "banking77-0"):
-        jobs += to_run(f"{name}@random", None, None, RANDOM, list(range(seeds)))
+        jobs += to_run(study(f"{name}@random"), RANDOM, list(range(seeds)))
     carry_out_all(jobs, cores)
 
 
