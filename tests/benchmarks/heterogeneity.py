@@ -31,7 +31,7 @@ import torch
 import typer
 from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
 from comparison import lines
-from methods import BASELINES, COMPARED, METHODS, ONE_RATE, OURS, PARTS, PRECISIONS
+from methods import BASELINES, COMPARED, METHODS, OWN_RATE, OURS, PARTS, PRECISIONS
 from rich.console import Console
 from rich.progress import track
 
@@ -211,7 +211,7 @@ def run(
 def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
     for name in ("banking77-0.3", "banking77lm-0.3", "medquad-types", "medquad-lm"):
-        tune_all(study(name), [*COMPARED, *ONE_RATE], cores)
+        tune_all(study(name), [*COMPARED, *OWN_RATE], cores)
     tune_all(study("banking77-0.3@random"), RANDOM, cores)
     jobs = [job for name in GRID for job in to_run(study(name), COMPARED, list(range(seeds)))]
     for name in ("banking77-0.1", "banking77lm-0.1", "medquad-lm"):

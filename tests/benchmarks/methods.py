@@ -55,12 +55,14 @@ PEERS = {
     "raFLoRA": peer("rank_partition"),
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
-ONE_RATE = {  # parts of ours that need a rate of their own
+OWN_RATE = {  # parts of ours, and peers with a part of ours, that need a rate of their own
     "ours, the rule alone": Method(Aggregation(weigh=("examples",)), training=PLAIN),
     "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
+    "FedIT, rank 4, alike": peer("factor_mean", "uniform", rank=4),
+    "FFA-LoRA, rank 4, alike": peer("freeze_a", "uniform", rank=4),
 }
 PARTS = {
-    **ONE_RATE,
+    **OWN_RATE,
     "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
     "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
     "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
