@@ -31,7 +31,7 @@ import torch
 import typer
 from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
 from comparison import lines
-from methods import BASELINES, COMPARED, METHODS, OWN_RATE, OURS, PARTS, PRECISIONS
+from methods import BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS
 from rich.console import Console
 from rich.progress import track
 
