@@ -4,6 +4,7 @@ All sites of a process share one quantized base model and tokenize their rows on
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -156,11 +157,13 @@ class Bench:
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
         plan = self.settled(method, seed)
-        return (
-            self._folding(method, workers, plan)
-            if method.folds
-            else federate(workers, plan, method.how, self.study.rounds)
-        )
+        if method.folds:
+            return self._folding(method, workers, plan)
+        return federate(workers, plan, method.how, self.together(method))
+
+    def together(self, method: Method) -> int:
+        """Rounds of the federation; in the others each site trains by itself."""
+        return self.study.rounds - math.ceil(method.at_home * self.study.rounds)
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None
@@ -177,6 +180,22 @@ class Bench:
     ) -> dict[str, float]:
         task = RoundTask(self.settled(method), adapter, manifest)
         return {name: workers[name].validate(task)[self.study.metric] for name in self.names}
+
+    def finished_at_home(self, method: Method, workers: dict[str, Worker], seed: int, last: Round) -> dict[str, float]:
+        """The score at home of each site's own adapter, which goes on from the global one: at half the rate, logits as
+        they are.
+        """
+        plan, scores = self.settled(method, seed), {}
+        training = {
+            "local_steps": plan.training.local_steps * (self.study.rounds - self.together(method)),
+            "learning_rate": plan.training.learning_rate / 2,
+            "logit_adjustment": 0.0,
+        }
+        plan = plan.model_copy(update={"training": plan.training.model_copy(update=training)})
+        for name, worker in workers.items():
+            worker.train(RoundTask(plan, last.combined.adapter, last.combined.manifest))
+            scores[name] = worker.validate(RoundTask(plan, *worker.submit()))[self.study.metric]
+        return scores
 
     def overall(self, scores: dict[str, float]) -> float:
         """Over all sites' test rows together."""
@@ -196,7 +215,7 @@ def size(adapter: Adapter) -> int:
 
 def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[dict[str, Any]]:
     """What a federation scores at `points` of its rounds, the last one among them."""
-    workers, up, down, rounds = bench.workers(method), 0, 0, bench.study.rounds
+    workers, up, down, rounds = bench.workers(method), 0, 0, bench.together(method)
     for done in bench.rounds(method, workers, seed):
         up += sum(size(update.adapter) for update in done.updates)
         adapter = done.combined.adapter
@@ -205,6 +224,9 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
             share = None if method.rank or method.folds else above(adapter, min(RANKS))
             yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
         down += len(workers) * size(adapter)
+    if method.at_home:
+        scores = bench.finished_at_home(method, workers, seed, done)
+        yield {"round": bench.study.rounds, "scores": scores, "bytes_up": up, "bytes_down": down, "above": None}
 
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RANKS, RESULTS, RUNS, Study
-from methods import METHODS, OURS, PEERS
+from methods import AT_HOME, METHODS, OURS, PEERS
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
@@ -136,10 +136,10 @@ def _compared(results: Results, against: str) -> Table:
 def _homes(results: Results, ours: str) -> Table:
     """Each site alone against the federation, the smallest site first."""
     alone = [row for row in results.rows if row["method"] == "alone"]
-    last = list(results.final.get(ours, {}).values())
+    last, finished = (list(results.final.get(method, {}).values()) for method in (ours, AT_HOME))
     sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
-    columns = (f"{who}, {on}" for on in ("at home", "everywhere") for who in ("alone", ours))
-    table = Table("site", "training rows", *columns, title=results.study.name)
+    heads = ("alone, at home", f"{ours}, at home", AT_HOME, "alone, everywhere", f"{ours}, everywhere")
+    table = Table("site", "training rows", *heads, title=results.study.name)
     for site in sorted(sizes, key=lambda s: sizes[s]):
         mine = [row for row in alone if row["trained_at"] == site]
         table.add_row(
@@ -147,6 +147,7 @@ def _homes(results: Results, ours: str) -> Table:
             str(sizes[site]),
             spread([row["scores"][site] for row in mine]),
             spread([row["scores"][site] for row in last]),
+            spread([row["scores"][site] for row in finished]),
             spread([row["score"] for row in mine]),
             spread([row["score"] for row in last]),
         )

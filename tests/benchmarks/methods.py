@@ -12,7 +12,7 @@ import peers
 from nvflare_fm.config import Aggregation
 from nvflare_fm.site.worker import Worker
 
-OURS = "ours"
+OURS, AT_HOME = "ours", "ours, finished at home"
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Method:
         folds: adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
         training: what its sites set differently from the defaults.
+        at_home: share of the rounds, the last ones, in which each site trains on by itself, for itself.
     """
 
     how: Aggregation = field(default_factory=Aggregation)
@@ -33,6 +34,7 @@ class Method:
     folds: bool = False
     quantizations: tuple[str, ...] = ("nf4",)
     training: dict[str, Any] = field(default_factory=dict)
+    at_home: float = 0.0
 
 
 PLAIN = {"logit_adjustment": 0.0, "loraplus_lr_ratio": 1.0}
@@ -78,6 +80,6 @@ PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
 }
-METHODS = {OURS: Method(), **PEERS, **PARTS, **PRECISIONS}
+METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **PARTS, **PRECISIONS}
 BASELINES = ("pooled", "alone")
 COMPARED = [OURS, *PEERS, *BASELINES]  # what a table of the docs holds
