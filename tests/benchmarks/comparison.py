@@ -134,11 +134,11 @@ def _compared(results: Results, against: str) -> Table:
 
 
 def _homes(results: Results, ours: str) -> Table:
-    """Each site alone against the federation, the smallest site first."""
+    """Each site alone against the federation, at home and on all sites' rows, the smallest site first."""
     alone = [row for row in results.rows if row["method"] == "alone"]
     last, finished = (list(results.final.get(method, {}).values()) for method in (ours, AT_HOME))
     sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
-    heads = ("alone, at home", f"{ours}, at home", AT_HOME, "alone, everywhere", f"{ours}, everywhere")
+    heads = ("alone, at home", f"{ours}, at home", AT_HOME, "alone, everywhere")
     table = Table("site", "training rows", *heads, title=results.study.name)
     for site in sorted(sizes, key=lambda s: sizes[s]):
         mine = [row for row in alone if row["trained_at"] == site]
@@ -149,7 +149,6 @@ def _homes(results: Results, ours: str) -> Table:
             spread([row["scores"][site] for row in last]),
             spread([row["scores"][site] for row in finished]),
             spread([row["score"] for row in mine]),
-            spread([row["score"] for row in last]),
         )
     return table
 
