@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_a_site_of_hetlora_gives_up_directions_that_fade(
         ranks[pull] = [worker.overrides.rank for worker in workers.values()]
     assert ranks[0.0] == [2, 4, 32]
     assert ranks[1e3] == [1, 3, 31]
+
+
+@pytest.mark.timeout(60)
+def test_what_is_finished_at_home_is_each_sites_own(
+    harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = replace(harness["bench"].study("own", sites, model), metric="loss")
+    bench, method = harness["bench"].Bench(study, 1e-2), harness["heterogeneity"].METHODS["ours, finished at home"]
+    workers = bench.workers(method)
+    (last,) = bench.rounds(method, workers, seed=0)
+    together = bench.measure(workers, method, last.combined.adapter, last.combined.manifest)
+    own = bench.finished_at_home(method, workers, 0, last)
+    for site, worker in workers.items():
+        assert own[site] != together[site]
+        assert own[site] == bench.measure(workers, method, *worker.submit())[site]
 
 
 def test_hetloras_pull_is_the_gradient_of_its_penalty(harness: dict[str, Any]) -> None:
