@@ -33,7 +33,7 @@ ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the lang
 TEST_ROWS = {"sequence_classification": 100, "causal_lm": 50}  # of a site
 POINTS = 5  # of a curve
 LENGTHS = {"banking77": 24, "banking77lm": 48, "medquad-types": 24, "medquad-lm": 96}  # tokens a text is cut at
-OWN_LENGTH = 128
+OWN_LENGTHS = {"sequence_classification": 64, "causal_lm": 128}  # of data of one's own
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,15 @@ def study(name: str, folder: Path | None = None, model: Path | None = None, max_
     data, _, start = name.partition("@")
     root = folder or sites.write(data, RUNS / "data" / data)
     first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
-    length = max_length or LENGTHS.get(data if data in LENGTHS else data.rpartition("-")[0], OWN_LENGTH)
-    training = {"local_steps": 5, "batch_size": 8 if length < 96 else 4, "lr_scheduler_type": "cosine"}
-    plan = {"max_length": length, "training": training}
-    if "label" not in first:
-        plan |= {"task": "causal_lm"}
+    task = "sequence_classification" if "label" in first else "causal_lm"
+    length = max_length or LENGTHS.get(data if data in LENGTHS else data.rpartition("-")[0], OWN_LENGTHS[task])
+    rows = 4 if task == "causal_lm" and length > 64 else 8
+    training = {"local_steps": 5, "batch_size": rows, "lr_scheduler_type": "cosine"}
+    plan = {"task": task, "max_length": length, "training": training}
+    if task == "causal_lm":
         return Study(name, root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
     labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
-    plan |= {"task": "sequence_classification", "labels": labels}
+    plan |= {"labels": labels}
     base = model or sites.first_layers(sites.minilm(), 2, RUNS / "models" / "minilm-2")
     if start == "random":
         base = sites.randomized(base, RUNS / "models" / f"{base.name}-random")
