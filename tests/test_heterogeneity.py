@@ -101,6 +101,12 @@ def test_hetloras_pull_is_the_gradient_of_its_penalty(harness: dict[str, Any]) -
         torch.testing.assert_close(peers._pulled(torch.ones_like(factor), factor, other, start), 1 + wanted)
 
 
+def test_texts_are_cut_where_one_says(harness: dict[str, Any], sites: Path, model: Path) -> None:
+    study, bench = harness["bench"].study, harness["bench"].Bench
+    assert bench(study("own", sites, model, 9), 1e-3).plan.max_length == 9
+    assert bench(study("own", sites, model), 1e-3).plan.max_length == 64
+
+
 def test_a_rate_is_searched_for_until_the_best_is_not_at_an_end(harness: dict[str, Any]) -> None:
     run = harness["heterogeneity"]
     scores: dict[float, float] = {}
@@ -144,9 +150,7 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
         (tmp_path / site).mkdir()
         for split in ("train", "test"):
             tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
-    study = harness["bench"].Study(
-        "own", tmp_path, tmp_path, {"task": "causal_lm"}, "bits_per_byte", lower_is_better=True
-    )
+    study = harness["bench"].Study("own", tmp_path, tmp_path, {}, "bits_per_byte", lower_is_better=True)
     results = harness["comparison"].Results(study)
     assert list(results.final) == ["ours", "FedIT, rank 4"]
     assert results.worst("ours") == [1.5, 2.5]

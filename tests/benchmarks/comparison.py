@@ -45,7 +45,7 @@ class Results:
         """method → seed → the last line; the best method first."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for row in self.rows:
-            if row["round"] == self.study.rounds and row["method"] != "alone":
+            if row["method"] != "alone":
                 found.setdefault(row["method"], {})[row["seed"]] = row
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
 
