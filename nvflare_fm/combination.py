@@ -45,11 +45,11 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
 
 
 def _by_task(plan: RoundPlan) -> TrainingSettings:
-    """What a job leaves to its task: a fresh head wants a rate that shakes A, and classes may be spread unevenly."""
+    """What a job leaves to its task: a fresh head wants a rate that shakes A, and hears little of most classes."""
     given = plan.training
     usual = {
+        "layerwise_head": plan.task != "causal_lm" and given.optim != "sgd",
         "loraplus_lr_ratio": 1.0 if plan.task == "causal_lm" else 16.0,
-        "logit_adjustment": 0.5 if plan.task == "sequence_classification" else 0.0,
     }
     return given.model_copy(update={name: value for name, value in usual.items() if getattr(given, name) is None})
 

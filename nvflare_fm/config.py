@@ -82,6 +82,11 @@ class TrainingSettings(Settings):
         gt=0,
         description="LoRA+ (arXiv:2402.12354): A learns at learning_rate / this; unset: 16 for classifiers, else 1",
     )
+    layerwise_head: bool | None = Field(
+        None,
+        description="a head steps by one second moment a tensor (NovoGrad, arXiv:1905.11286), not one an entry, so that "
+        "classes no batch held are not pushed away; unset: true for classifiers",
+    )
     proximal_mu: float = Field(
         0.0,
         ge=0,
@@ -98,11 +103,10 @@ class TrainingSettings(Settings):
         ge=0,
         description="FedLC (arXiv:2209.00189): τ; logits are lowered by τ·n^(−1/4) in training",
     )
-    logit_adjustment: float | None = Field(
-        None,
+    logit_adjustment: float = Field(
+        0.0,
         ge=0,
-        description="logit adjustment (arXiv:2007.07314): τ; a site adds τ·log of its class frequencies in training; "
-        "unset: 0.5 for sequence_classification, else 0",
+        description="logit adjustment (arXiv:2007.07314): τ; a site adds τ·log of its class frequencies in training",
     )
 
 

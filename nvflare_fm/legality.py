@@ -118,6 +118,13 @@ CLASHES = (
         "leave them out",
     ),
     Clash(
+        "`layerwise_head`",
+        "`optim = sgd`",
+        lambda job: bool(job.plan.training.layerwise_head) and job.plan.training.optim == "sgd",
+        "it is about Adam's second moment, and SGD keeps none",
+        "leave it out",
+    ),
+    Clash(
         "weight `loss`",
         "`evaluation.before = false`",
         lambda job: job.weighs("loss") and not job.plan.evaluation.before,

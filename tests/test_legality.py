@@ -3,7 +3,7 @@
 import pytest
 
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.config import Aggregation, RoundPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.legality import CLASHES
 
@@ -25,6 +25,7 @@ REFUSED = [
     ({"training": {"restricted_softmax": 0.5}}, {}, "about classes"),
     ({"training": {"logit_calibration": 1.0}}, {}, "about classes"),
     ({"training": {"logit_adjustment": 1.0}}, {}, "about classes"),
+    ({"training": {"layerwise_head": True, "optim": "sgd"}}, {}, "SGD keeps none"),
     ({"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}, "set evaluation.before"),
 ]
 
@@ -67,13 +68,14 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("task", "adjustment", "ratio"),
-    [("causal_lm", 0.0, 1.0), ("sequence_classification", 0.5, 16.0), ("token_classification", 0.0, 16.0)],
+    ("task", "layerwise", "ratio"),
+    [("causal_lm", False, 1.0), ("sequence_classification", True, 16.0), ("token_classification", True, 16.0)],
 )
-def test_what_a_job_leaves_open_follows_from_its_task(task, adjustment, ratio):
-    plan = RoundPlan(task=task, labels=["a", "b"])
-    training = settle(plan, Aggregation()).training
-    assert (training.logit_adjustment, training.loraplus_lr_ratio) == (adjustment, ratio)
-    said = {"logit_adjustment": 0.0, "loraplus_lr_ratio": 2.0}
-    training = settle(RoundPlan(task=task, labels=["a", "b"], training=said), Aggregation()).training
-    assert (training.logit_adjustment, training.loraplus_lr_ratio) == (0.0, 2.0)
+def test_what_a_job_leaves_open_follows_from_its_task(task, layerwise, ratio):
+    def settled(**training: object) -> TrainingSettings:
+        return settle(RoundPlan(task=task, labels=["a", "b"], training=training), Aggregation()).training
+
+    assert (settled().layerwise_head, settled().loraplus_lr_ratio) == (layerwise, ratio)
+    said = settled(layerwise_head=False, loraplus_lr_ratio=2.0)
+    assert (said.layerwise_head, said.loraplus_lr_ratio) == (False, 2.0)
+    assert not settled(optim="sgd").layerwise_head

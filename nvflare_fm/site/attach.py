@@ -103,6 +103,12 @@ def put(model: "PeftModel", values: Mapping[str, Tensor], adapter: str = LOCAL) 
     set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
 
 
+def heads(model: "PeftModel", base: "BaseModel") -> list[Tensor]:
+    """What is trained of the modules that are trained whole because they are the task's own or new."""
+    prefixes = tuple(f".{head}.modules_to_save.{LOCAL}." for head in base.heads)
+    return [p for name, p in model.named_parameters() if p.requires_grad and any(prefix in name for prefix in prefixes)]
+
+
 def freeze(model: "PeftModel", factors: Factors) -> None:
     """Leaves only `factors` of the trained adapter's pairs to be trained."""
     for name, parameter in model.named_parameters():

@@ -30,11 +30,10 @@ def class_shift(base: BaseModel, rows: Dataset, plan: RoundPlan) -> ClassShift |
     margin −τ·log π, with π the frequency of a class at this site, one that does not occur counting as half a row.
     """
     settings = plan.training
-    adjustment = settings.logit_adjustment or 0.0
-    if settings.restricted_softmax == 1 and settings.logit_calibration == adjustment == 0:
+    if settings.restricted_softmax == 1 and settings.logit_calibration == settings.logit_adjustment == 0:
         return None
     counts = base.task.class_counts(rows, plan)
     keep = torch.where(counts > 0, 1.0, settings.restricted_softmax)
     rare = counts.clamp(min=1) ** -0.25
     often = (counts + 0.5) / (counts + 0.5).sum()
-    return ClassShift(keep, settings.logit_calibration * rare - adjustment * often.log())
+    return ClassShift(keep, settings.logit_calibration * rare - settings.logit_adjustment * often.log())

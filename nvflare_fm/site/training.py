@@ -27,9 +27,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapter import RoundTask
 from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
+from .attach import heads
 from .base_model import BaseModel
 from .class_shift import ClassShift, class_shift
 from .distributed import any_process, gather, processes
+from .layerwise import LayerwiseStep
 from .loraplus import slow_down_a
 from .proximal import Proximal
 from .tasks import IGNORED, collate
@@ -185,8 +187,11 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        if (ratio := self.task.plan.training.loraplus_lr_ratio or 1) != 1:
+        settings = self.task.plan.training
+        if (ratio := settings.loraplus_lr_ratio or 1) != 1:
             slow_down_a(optimizer, self.model, ratio)
+        if settings.layerwise_head:
+            optimizer.register_step_pre_hook(LayerwiseStep(heads(self.model, self.base)))
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:

@@ -183,14 +183,11 @@ class Bench:
         return {name: workers[name].validate(task)[self.study.metric] for name in self.names}
 
     def finished_at_home(self, method: Method, workers: dict[str, Worker], seed: int, last: Round) -> dict[str, float]:
-        """The score at home of each site's own adapter, which goes on from the global one: at half the rate, logits as
-        they are.
-        """
+        """The score at home of each site's own adapter, which goes on from the global one, at half the rate."""
         plan, scores = self.settled(method, seed), {}
         training = {
             "local_steps": plan.training.local_steps * (self.study.rounds - self.together(method)),
             "learning_rate": plan.training.learning_rate / 2,
-            "logit_adjustment": 0.0,
         }
         plan = plan.model_copy(update={"training": plan.training.model_copy(update=training)})
         for name, worker in workers.items():

@@ -37,7 +37,7 @@ class Method:
     at_home: float = 0.0
 
 
-PLAIN = {"logit_adjustment": 0.0, "loraplus_lr_ratio": 1.0}
+PLAIN = {"layerwise_head": False, "loraplus_lr_ratio": 1.0}
 
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
@@ -57,24 +57,19 @@ PEERS = {
     "raFLoRA": peer("rank_partition"),
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
-OWN_RATE = {  # parts of ours, and peers with a part of ours, that need a rate of their own
+OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need a rate of their own
     "ours, the rule alone": Method(Aggregation(weigh=("examples",)), training=PLAIN),
+    "ours, head by Adam": Method(training={"layerwise_head": False}),
     "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
-    "FedIT, rank 4, alike": peer("factor_mean", "uniform", rank=4),
-    "FFA-LoRA, rank 4, alike": peer("freeze_a", "uniform", rank=4),
+    "FedIT, rank 4, trained as ours": Method(Aggregation(merge="factor_mean"), rank=4),
+    "FFA-LoRA, rank 4, trained as ours": Method(Aggregation(merge="freeze_a"), rank=4),
+    "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
+    "raFLoRA, trained as ours": Method(Aggregation(merge="rank_partition")),
 }
 PARTS = {
     **OWN_RATE,
-    "ours, logits as they are": Method(training={"logit_adjustment": 0.0}),
-    "ours, FedLC": Method(training={"logit_adjustment": 0.0, "logit_calibration": 1.0}),
-    "ours, FedRS": Method(training={"logit_adjustment": 0.0, "restricted_softmax": 0.5}),
-    "ours, scale 16/rank": Method(alpha=lambda rank: 16.0),
-    "ours, one scale": Method(alpha=lambda rank: float(rank)),
     "ours, by examples": Method(Aggregation(weigh=("examples",))),
-    "ours, by agreement": Method(Aggregation(weigh=("agreement",))),
-    "ours, FedExP": Method(Aggregation(step="fedexp")),
-    "ours, momentum": Method(Aggregation(step="momentum")),
-    "ours, fresh pairs": Method(Aggregation(merge="stack")),
+    "ours, logits adjusted": Method(training={"logit_adjustment": 0.5}),
 }
 PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
