@@ -84,8 +84,8 @@ class TrainingSettings(Settings):
     )
     layerwise_head: bool | None = Field(
         None,
-        description="a head steps by one second moment a tensor (NovoGrad, arXiv:1905.11286), not one an entry, so that "
-        "classes no batch held are not pushed away; unset: true for classifiers",
+        description="a head steps by one second moment a tensor (NovoGrad, arXiv:1905.11286), not one an entry, so "
+        "that classes no batch held are not pushed away; unset: true for classifiers, unless optim is sgd",
     )
     proximal_mu: float = Field(
         0.0,

@@ -1,9 +1,8 @@
 """A head's steps by one second moment a tensor, as in NovoGrad (arXiv:1905.11286), with Adam's momentum.
 
-Adam divides each entry by its own usual gradient. In the few steps of a round the rows of classes that no batch held then
-move as far as those of classes it did hold, down, and the mean over sites keeps that. Divided by one size for
-the whole tensor, entries move in proportion to their gradients, and the mean of the sites' steps is close to one step on all
-their rows.
+Adam divides each entry's gradient by that entry's own usual size. In the few steps of a round, the rows of classes that
+no batch held so move as far as those of classes it did hold, away from everything, and the mean over sites keeps that.
+Divided by one size for the tensor, entries move in proportion to their gradients.
 """
 
 from typing import Any
@@ -16,8 +15,8 @@ from torch.optim import Optimizer
 class LayerwiseStep:
     """An optimizer's pre-step hook that moves `parameters` itself and leaves it nothing of them to do.
 
-    With gradient g and Adam's β₁, β₂: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)·mean(g²), w ← w − lr·m̂/√v̂, both moments corrected for
-    their start at 0. Rate, betas and weight decay (decoupled, as AdamW's) are those of the parameter's group.
+    With gradient g: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)·mean(g²), w ← w − lr·m̂/√v̂, both moments corrected for their
+    start at 0. Rate, betas and weight decay (decoupled, as AdamW's) are those of the parameter's group.
     """
 
     def __init__(self, parameters: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
@@ -89,13 +88,6 @@ def verdict(differences: list[float]) -> str:
     return "better" if mean > 0 else "worse"
 
 
-def tables(study: Study, against: str) -> Iterator[Table]:
-    results = Results(study)
-    yield _compared(results, against)
-    if any(row["method"] == "alone" for row in results.rows):
-        yield _homes(results, against)
-
-
 def overview(studies: list[Study]) -> Table:
     """A method a row, a study a column: its score, and whether it is told apart from ours."""
     marks = {"tie": " (tie)", "better": " (better)", "worse": "", "?": ""}
@@ -111,7 +103,7 @@ def overview(studies: list[Study]) -> Table:
     return table
 
 
-def _compared(results: Results, against: str) -> Table:
+def compared(results: Results, against: str = OURS) -> Table:
     table = Table(
         *("method", "rate", "seeds", results.study.metric, "worst site", "by rows", "to target: rounds", "MB"),
         *(f"better than {against} by", ""),
@@ -133,12 +125,12 @@ def _compared(results: Results, against: str) -> Table:
     return table
 
 
-def _homes(results: Results, ours: str) -> Table:
+def homes(results: Results) -> Table:
     """Each site alone against the federation, at home and on all sites' rows, the smallest site first."""
     alone = [row for row in results.rows if row["method"] == "alone"]
-    last, finished = (list(results.final.get(method, {}).values()) for method in (ours, AT_HOME))
+    last, finished = (list(results.final.get(method, {}).values()) for method in (OURS, AT_HOME))
     sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
-    heads = ("alone, at home", f"{ours}, at home", AT_HOME, "alone, everywhere")
+    heads = ("alone, at home", f"{OURS}, at home", AT_HOME, "alone, everywhere")
     table = Table("site", "training rows", *heads, title=results.study.name)
     for site in sorted(sizes, key=lambda s: sizes[s]):
         mine = [row for row in alone if row["trained_at"] == site]
@@ -158,6 +150,15 @@ def markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *cells))
 
 
+def curve(rows: list[dict[str, Any]], method: str, what: str) -> dict[int, list[float]]:
+    """round → a value a seed."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if row["method"] == method and row.get(what) is not None:
+            found.setdefault(row["round"], []).append(row[what])
+    return found
+
+
 def picture(study: Study) -> Path:
     """Score and energy of the high directions by round; our default in front."""
     import matplotlib
@@ -172,12 +173,9 @@ def picture(study: Study) -> Path:
     colors = cycle(shades[::2] + shades[1::2])
     for method, color in zip(drawn, colors, strict=False):
         for axis, what in zip(axes, ("score", "above"), strict=True):
-            curve: dict[int, list[float]] = {}
-            for row in results.rows:
-                if row["method"] == method and row.get(what) is not None:
-                    curve.setdefault(row["round"], []).append(row[what])
+            points = curve(results.rows, method, what)
             style = {"lw": 2.5, "color": "black", "zorder": 3} if method == OURS else {"lw": 1, "color": color}
-            axis.plot(list(curve), [statistics.mean(v) for v in curve.values()], label=method, marker=".", **style)
+            axis.plot(list(points), [statistics.mean(p) for p in points.values()], label=method, marker=".", **style)
     axes[0].set(xlabel="round", ylabel=f"{study.metric}, all sites' test rows", title=study.name)
     axes[1].set(xlabel="round", ylabel=f"energy above rank {min(RANKS)}", title="do high directions live?")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

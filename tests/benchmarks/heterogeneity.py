@@ -30,10 +30,11 @@ import comparison
 import torch
 import typer
 from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
-from comparison import lines
+from comparison import Results, lines
 from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 app = typer.Typer(add_completion=False)
 console = Console(width=150)
@@ -228,9 +229,11 @@ def grid(seeds: int = 3, cores: int = Cores) -> None:
 @app.command()
 def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS, markdown: bool = False) -> None:
     """Tables and a figure of what has been run."""
-    for table in comparison.tables(study(name, folder, model), against):
-        console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
-    console.print(f"figure: {comparison.picture(study(name, folder, model))}")
+    results = Results(study(name, folder, model))
+    show(comparison.compared(results, against), markdown)
+    if any(row["method"] == "alone" for row in results.rows):
+        show(comparison.homes(results), markdown)
+    console.print(f"figure: {comparison.picture(results.study)}")
 
 
 @app.command()
@@ -238,8 +241,11 @@ def overview(markdown: bool = False) -> None:
     """All studies of the grid side by side: what was labelled, then what was written."""
     for lower in (False, True):
         studies = [found for found in map(study, GRID) if found.lower_is_better == lower]
-        table = comparison.overview(studies)
-        console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
+        show(comparison.overview(studies), markdown)
+
+
+def show(table: Table, markdown: bool) -> None:
+    console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
 
 
 if __name__ == "__main__":

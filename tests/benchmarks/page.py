@@ -1,0 +1,118 @@
+"""Puts what was measured into docs/sites_that_differ.md: every table between its marker and `<!-- end -->`.
+
+python tests/benchmarks/page.py
+"""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench import POINTS, study
+from comparison import Results, compared, curve, homes, markdown, overview, spread, verdict
+from heterogeneity import GRID
+from methods import AT_HOME, COMPARED, OURS, PEERS
+from rich.table import Table
+
+PAGE = Path("docs/sites_that_differ.md")
+BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def all_cells(metric: str) -> Table:
+    return overview([found for found in map(study, GRID) if found.metric == metric])
+
+
+def cell(name: str) -> Table:
+    """The methods that the docs compare."""
+    return _only(compared(Results(study(name))), COMPARED)
+
+
+def parts(name: str) -> Table:
+    """What else was measured: parts of ours, ours with a part left out, peers that train as ours do."""
+    return _only(compared(Results(study(name))), {OURS} | ({*Results(study(name)).final} - {*COMPARED, AT_HOME}))
+
+
+def _only(table: Table, methods: Iterable[str]) -> Table:
+    """The rows of `methods`."""
+    kept = [row for row in zip(*(c.cells for c in table.columns), strict=True) if row[0] in set(methods)]
+    found = Table(*(c.header for c in table.columns))
+    for row in kept:
+        found.add_row(*row)
+    return found
+
+
+def at_home(name: str) -> Table:
+    return homes(Results(study(name)))
+
+
+def energy(*names: str) -> Table:
+    """The share of the directions above the smallest rank, after each fifth of the rounds."""
+    table = Table("study", "method", *(f"{place}/{POINTS} of the rounds" for place in range(1, POINTS + 1)))
+    for name in names:
+        for method in (OURS, *PEERS):
+            points = curve(Results(study(name)).rows, method, "above")
+            if points:
+                table.add_row(name, method, *(f"{100 * statistics.mean(p):.2g} %" for p in points.values()))
+    return table
+
+
+def means(*names: str) -> Table:
+    """A mean over the sites, each at home: alone, with the others, and finished at home."""
+    heads = ("alone", OURS, AT_HOME, "finished better than alone by", "")
+    table = Table("study", *heads)
+    for name in names:
+        results = Results(study(name))
+        alone: dict[int, list[float]] = {}
+        for row in results.rows:
+            if row["method"] == "alone":
+                alone.setdefault(row["seed"], []).append(row["scores"][row["trained_at"]])
+        lone = {seed: statistics.mean(scores) for seed, scores in alone.items()}
+        ours, finished = (
+            {seed: statistics.mean(row["scores"].values()) for seed, row in results.final[method].items()}
+            for method in (OURS, AT_HOME)
+        )
+        gained = [results.sign * (finished[seed] - lone[seed]) for seed in finished]
+        columns = [spread([*by_seed.values()]) for by_seed in (lone, ours, finished)]
+        table.add_row(f"{name}, {results.study.metric}", *columns, spread(gained), verdict(gained))
+    return table
+
+
+def starts(skewed: str, alike: str) -> Table:
+    """Ours by round, from a pretrained base and from a random one."""
+    table = Table("base", "sites")
+    for base, tail in (("pretrained", ""), ("random", "@random")):
+        for sites, name in (("skewed", skewed), ("alike", alike)):
+            results = Results(study(f"{name}{tail}"))
+            points = curve(results.rows, OURS, "score")
+            if len(table.columns) == 2:
+                for head in (*map(str, points), "pooled"):
+                    table.add_column(head)
+            pooled = [row["score"] for row in results.final["pooled"].values()]
+            table.add_row(base, sites, *(spread(p) for p in points.values()), spread(pooled))
+    return table
+
+
+TABLES: dict[str, Callable[..., Table]] = {
+    "all cells": all_cells,
+    "cell": cell,
+    "parts": parts,
+    "at home": at_home,
+    "energy": energy,
+    "means": means,
+    "starts": starts,
+}
+
+
+def written(page: str) -> str:
+    """The page with its tables as the results have them."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{_table(found[2])}\n\n{found[3]}", page)
+
+
+def _table(asked: str) -> str:
+    """`kind of table: studies`."""
+    kind, _, names = asked.partition(": ")
+    return markdown(TABLES[kind](*names.split(", ")))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
