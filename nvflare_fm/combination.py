@@ -45,13 +45,12 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
 
 
 def _by_task(plan: RoundPlan) -> TrainingSettings:
-    """What a job leaves to its task: a fresh head wants a rate that shakes A, and hears little of most classes."""
+    """What a job leaves to its task: a fresh head hears little of most classes in a round."""
     given = plan.training
-    usual = {
-        "layerwise_head": plan.task != "causal_lm" and given.optim != "sgd",
-        "loraplus_lr_ratio": 1.0 if plan.task == "causal_lm" else 16.0,
-    }
-    return given.model_copy(update={name: value for name, value in usual.items() if getattr(given, name) is None})
+    if given.head_lr_ratio is not None:
+        return given
+    ratio = 0.0 if plan.task == "causal_lm" or given.optim == "sgd" else 8.0
+    return given.model_copy(update={"head_lr_ratio": ratio})
 
 
 def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:

@@ -77,15 +77,11 @@ class TrainingSettings(Settings):
     optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = "adamw_torch"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    loraplus_lr_ratio: float | None = Field(
+    head_lr_ratio: float | None = Field(
         None,
-        gt=0,
-        description="LoRA+ (arXiv:2402.12354): A learns at learning_rate / this; unset: 16 for classifiers, else 1",
-    )
-    layerwise_head: bool | None = Field(
-        None,
-        description="a head steps by one second moment a tensor (NovoGrad, arXiv:1905.11286), not one an entry, so "
-        "that classes no batch held are not pushed away; unset: true for classifiers, unless optim is sgd",
+        ge=0,
+        description="a head moves this many times learning_rate, in the root mean square and by one second moment a "
+        "tensor (NovoGrad, arXiv:1905.11286); 0: like all else; unset: 8 for classifiers, unless optim is sgd",
     )
     proximal_mu: float = Field(
         0.0,

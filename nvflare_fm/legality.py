@@ -118,9 +118,9 @@ CLASHES = (
         "leave them out",
     ),
     Clash(
-        "`layerwise_head`",
+        "`head_lr_ratio`",
         "`optim = sgd`",
-        lambda job: bool(job.plan.training.layerwise_head) and job.plan.training.optim == "sgd",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.training.optim == "sgd",
         "it is about Adam's second moment, and SGD keeps none",
         "leave it out",
     ),

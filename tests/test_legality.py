@@ -25,7 +25,7 @@ REFUSED = [
     ({"training": {"restricted_softmax": 0.5}}, {}, "about classes"),
     ({"training": {"logit_calibration": 1.0}}, {}, "about classes"),
     ({"training": {"logit_adjustment": 1.0}}, {}, "about classes"),
-    ({"training": {"layerwise_head": True, "optim": "sgd"}}, {}, "SGD keeps none"),
+    ({"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}, "SGD keeps none"),
     ({"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}, "set evaluation.before"),
 ]
 
@@ -68,14 +68,13 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("task", "layerwise", "ratio"),
-    [("causal_lm", False, 1.0), ("sequence_classification", True, 16.0), ("token_classification", True, 16.0)],
+    ("task", "ratio"), [("causal_lm", 0.0), ("sequence_classification", 8.0), ("token_classification", 8.0)]
 )
-def test_what_a_job_leaves_open_follows_from_its_task(task, layerwise, ratio):
+def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     def settled(**training: object) -> TrainingSettings:
         return settle(RoundPlan(task=task, labels=["a", "b"], training=training), Aggregation()).training
 
-    assert (settled().layerwise_head, settled().loraplus_lr_ratio) == (layerwise, ratio)
-    said = settled(layerwise_head=False, loraplus_lr_ratio=2.0)
-    assert (said.layerwise_head, said.loraplus_lr_ratio) == (False, 2.0)
-    assert not settled(optim="sgd").layerwise_head
+    assert settled().head_lr_ratio == ratio
+    assert settled(head_lr_ratio=2.0).head_lr_ratio == 2
+    assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
+    assert settled(optim="sgd").head_lr_ratio == 0

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 class LayerwiseStep:
     """An optimizer's pre-step hook that moves `parameters` itself and leaves it nothing of them to do.
 
-    With gradient g: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)·mean(g²), w ← w − lr·m̂/√v̂, both moments corrected for their
-    start at 0. Rate, betas and weight decay (decoupled, as AdamW's) are those of the parameter's group.
+    With gradient g: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)·mean(g²), w ← w − ratio·lr·m̂/√v̂, both moments corrected for
+    their start at 0. Rate lr, betas and weight decay (decoupled, as AdamW's) are those of the parameter's group.
     """
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: list[Tensor], ratio: float = 1.0) -> None:
         self.moments = {p: (torch.zeros_like(p), p.new_zeros(())) for p in parameters}
-        self.steps = 0
+        self.ratio, self.steps = ratio, 0
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *args: Any) -> None:
@@ -38,5 +38,6 @@ class LayerwiseStep:
         first.lerp_(p.grad, 1 - beta1)
         second.lerp_(p.grad.square().mean(), 1 - beta2)
         size = (second / (1 - beta2**self.steps)).sqrt() + group["eps"]
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_(first / size, alpha=group["lr"] / (1 - beta1**self.steps))
+        rate = self.ratio * group["lr"]
+        p.mul_(1 - rate * group["weight_decay"])
+        p.sub_(first / size, alpha=rate / (1 - beta1**self.steps))

@@ -32,7 +32,6 @@ from .base_model import BaseModel
 from .class_shift import ClassShift, class_shift
 from .distributed import any_process, gather, processes
 from .layerwise import LayerwiseStep
-from .loraplus import slow_down_a
 from .proximal import Proximal
 from .tasks import IGNORED, collate
 
@@ -187,11 +186,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         optimizer: Optimizer = super().create_optimizer(*args, **kwargs)
-        settings = self.task.plan.training
-        if (ratio := settings.loraplus_lr_ratio or 1) != 1:
-            slow_down_a(optimizer, self.model, ratio)
-        if settings.layerwise_head:
-            optimizer.register_step_pre_hook(LayerwiseStep(heads(self.model, self.base)))
+        if ratio := self.task.plan.training.head_lr_ratio:
+            optimizer.register_step_pre_hook(LayerwiseStep(heads(self.model, self.base), ratio))
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:

@@ -37,7 +37,7 @@ class Method:
     at_home: float = 0.0
 
 
-PLAIN = {"layerwise_head": False, "loraplus_lr_ratio": 1.0}
+PLAIN = {"head_lr_ratio": 0.0}
 
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
@@ -59,18 +59,12 @@ PEERS = {
 }
 OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need a rate of their own
     "ours, the rule alone": Method(Aggregation(weigh=("examples",)), training=PLAIN),
-    "ours, head by Adam": Method(training={"layerwise_head": False}),
-    "ours, one rate": Method(training={"loraplus_lr_ratio": 1.0}),
     "FedIT, rank 4, trained as ours": Method(Aggregation(merge="factor_mean"), rank=4),
     "FFA-LoRA, rank 4, trained as ours": Method(Aggregation(merge="freeze_a"), rank=4),
     "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
     "raFLoRA, trained as ours": Method(Aggregation(merge="rank_partition")),
 }
-PARTS = {
-    **OWN_RATE,
-    "ours, by examples": Method(Aggregation(weigh=("examples",))),
-    "ours, logits adjusted": Method(training={"logit_adjustment": 0.5}),
-}
+PARTS = {**OWN_RATE, "ours, by examples": Method(Aggregation(weigh=("examples",)))}
 PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
