@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import peers
 import sites
-from methods import PLAIN, Method
+from methods import BASELINES, Method
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import combine
@@ -229,9 +229,9 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
-    method = Method(training=PLAIN)
+    method = Method(training=BASELINES[name])
     plan, judges, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
-    for site in ["pooled"] if name == "pooled" else bench.names:
-        adapter, manifest, _ = alone(bench.pooled() if name == "pooled" else judges[site], plan, rounds)
+    for site in bench.names if name == "alone" else ["pooled"]:
+        adapter, manifest, _ = alone(judges[site] if name == "alone" else bench.pooled(), plan, rounds)
         scores = bench.measure(judges, method, adapter, manifest)
         yield {"round": rounds, "trained_at": site, "scores": scores}

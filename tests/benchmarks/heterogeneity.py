@@ -31,7 +31,7 @@ import torch
 import typer
 from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
 from comparison import Results, lines
-from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS
+from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS, TOGETHER
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,7 +42,7 @@ RATES = [5e-3, 1e-2, 2e-2]  # what every method tries first; then half or double
 MOST_RATES, TUNING_SEED = 5, 100
 ALPHAS = ("0", "1", "0.3", "0.1")
 BANKING = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
-RANDOM = [OURS, "pooled"]  # also from random weights
+RANDOM = [OURS, "pooled", TOGETHER]  # also from random weights
 GRID = [*BANKING[:2], "medquad-types", "medquad-lm", *BANKING[2:]]
 BESIDE = ["ours, by examples", AT_HOME, *PRECISIONS]  # in the first four of them
 
@@ -213,14 +213,14 @@ def run(
 def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
     for name in ("banking77-0.3", "medquad-types"):
-        tune_all(study(name), [*COMPARED, *OWN_RATE], cores)
+        tune_all(study(name), [*COMPARED, *OWN_RATE, TOGETHER], cores)
     for name in ("banking77lm-0.3", "medquad-lm"):
         tune_all(study(name), COMPARED, cores)
     tune_all(study("banking77-0.3@random"), RANDOM, cores)
     jobs = [job for name in GRID for job in to_run(study(name), COMPARED, list(range(seeds)))]
     jobs += [job for name in GRID[:4] for job in to_run(study(name), BESIDE, list(range(seeds)))]
     for name in ("banking77-0.1", "medquad-types"):
-        jobs += to_run(study(name), [*OWN_RATE], list(range(seeds)))
+        jobs += to_run(study(name), [*OWN_RATE, TOGETHER], list(range(seeds)))
     for name in ("banking77-0.1", "banking77-0"):
         jobs += to_run(study(f"{name}@random"), RANDOM, list(range(seeds)))
     carry_out_all(jobs, cores)

@@ -13,6 +13,7 @@ from nvflare_fm.config import Aggregation
 from nvflare_fm.site.worker import Worker
 
 OURS, AT_HOME = "ours", "ours, finished at home"
+TOGETHER = "pooled, trained as ours"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Method:
     at_home: float = 0.0
 
 
-PLAIN = {"head_lr_ratio": 0.0}
+PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
 
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
@@ -70,5 +71,5 @@ PRECISIONS = {
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
 }
 METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **PARTS, **PRECISIONS}
-BASELINES = ("pooled", "alone")
-COMPARED = [OURS, *PEERS, *BASELINES]  # what a table of the docs holds
+BASELINES = {"pooled": PLAIN, "alone": PLAIN, TOGETHER: {}}
+COMPARED = [OURS, *PEERS, "pooled", "alone"]  # what a table of the docs holds

@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import POINTS, study
 from comparison import Results, compared, curve, homes, markdown, overview, spread, verdict
 from heterogeneity import GRID
-from methods import AT_HOME, COMPARED, OURS, PEERS
+from methods import AT_HOME, COMPARED, OURS, PEERS, TOGETHER
 from rich.table import Table
 
 PAGE = Path("docs/sites_that_differ.md")
@@ -85,10 +85,10 @@ def starts(skewed: str, alike: str) -> Table:
             results = Results(study(f"{name}{tail}"))
             points = curve(results.rows, OURS, "score")
             if len(table.columns) == 2:
-                for head in (*map(str, points), "pooled"):
+                for head in (*map(str, points), "pooled", TOGETHER):
                     table.add_column(head)
-            pooled = [row["score"] for row in results.final["pooled"].values()]
-            table.add_row(base, sites, *(spread(p) for p in points.values()), spread(pooled))
+            pooled = ([r["score"] for r in results.final.get(m, {}).values()] for m in ("pooled", TOGETHER))
+            table.add_row(base, sites, *map(spread, (*points.values(), *pooled)))
     return table
 
 
