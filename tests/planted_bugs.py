@@ -235,7 +235,7 @@ BUGS = [
         "site/test_simulate",
     ),
     Bug("combination.py", '"training": _by_task(plan),', "", "test_legality"),
-    Bug("combination.py", "if getattr(given, name) is None", "", "test_legality"),
+    Bug("combination.py", "if given.head_lr_ratio is not None", "if given.head_lr_ratio", "test_legality"),
     Bug(
         "site/layerwise.py",
         "p.grad.square().mean(), 1 - beta2",
@@ -267,7 +267,6 @@ BUGS = [
     Bug("config.py", 'weigh: Rules = Field(("uniform",)', 'weigh: Rules = Field(("examples",)', "test_combine"),
     Bug("flare/aggregator.py", '= ("uniform",),', '= ("examples",),', "flare/test_aggregator"),
     Bug("flare/recipe.py", '= ("uniform",),', '= ("examples",),', "flare/test_aggregator"),
-    Bug("combination.py", "0.5 if plan.task ==", "1.0 if plan.task ==", "test_legality"),
     Bug("site/class_shift.py", "** -0.25", "** 0.25", "site/test_simulate"),
     Bug("site/attach.py", 'if factors != "AB" and', "if False and", "site/test_simulate"),
     Bug("site/worker.py", "adapter = whole = shared_half(adapter)", "pass", "site/test_simulate"),

@@ -20,9 +20,10 @@ def harness() -> Iterator[dict[str, Any]]:
     import bench
     import comparison
     import heterogeneity
+    import page
     import peers
 
-    modules = {"bench": bench, "comparison": comparison, "heterogeneity": heterogeneity, "peers": peers}
+    modules = {"bench": bench, "comparison": comparison, "heterogeneity": heterogeneity, "page": page, "peers": peers}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "ROUNDS", dict.fromkeys(bench.ROUNDS, 2))
         yield modules
@@ -163,3 +164,11 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     assert rows["ours"] == "1.500 ± 0.707"
     assert rows["FedIT, rank 4"] == "2.500 ± 0.707"  # told apart, so without a mark
     assert rows["pooled"] == "–"
+
+
+@pytest.mark.realdata
+@pytest.mark.timeout(120)
+def test_the_page_of_the_docs_has_what_was_measured(harness: dict[str, Any]) -> None:
+    page = harness["page"]
+    text = page.PAGE.read_text()
+    assert page.written(text) == text, "run tests/benchmarks/page.py"

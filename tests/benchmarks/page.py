@@ -14,7 +14,7 @@ from heterogeneity import GRID
 from methods import AT_HOME, COMPARED, OURS, PEERS, TOGETHER
 from rich.table import Table
 
-PAGE = Path("docs/sites_that_differ.md")
+PAGE = Path(__file__).parents[2] / "docs" / "sites_that_differ.md"
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -68,7 +68,7 @@ def means(*names: str) -> Table:
                 alone.setdefault(row["seed"], []).append(row["scores"][row["trained_at"]])
         lone = {seed: statistics.mean(scores) for seed, scores in alone.items()}
         ours, finished = (
-            {seed: statistics.mean(row["scores"].values()) for seed, row in results.final[method].items()}
+            {seed: statistics.mean(row["scores"].values()) for seed, row in results.final.get(method, {}).items()}
             for method in (OURS, AT_HOME)
         )
         gained = [results.sign * (finished[seed] - lone[seed]) for seed in finished]
