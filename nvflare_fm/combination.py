@@ -10,7 +10,7 @@ from .aggregation import merge, step, weigh
 from .aggregation.asked import asked
 from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from .errors import ConfigError
-from .site.peft_methods import check_training, complete, read
+from .site.peft_methods import PeftMethod, check_training, complete, read
 
 
 def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> RoundPlan:
@@ -31,7 +31,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     plan = plan.model_copy(
         update={
             "peft": complete(plan.peft),
-            "training": _by_task(plan),
+            "training": _with_head(plan, method),
             "rest": rest,
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
@@ -44,12 +44,14 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     return plan
 
 
-def _by_task(plan: RoundPlan) -> TrainingSettings:
-    """What a job leaves to its task: a fresh head hears little of most classes in a round."""
+def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
+    """How far a head moves where the job does not say: a fresh one hears little of most classes in a round. Methods
+    without factors want rates of their own, at which eight times would be too far.
+    """
     given = plan.training
     if given.head_lr_ratio is not None:
         return given
-    ratio = 0.0 if plan.task == "causal_lm" or given.optim == "sgd" else 8.0
+    ratio = 8.0 if plan.task != "causal_lm" and method.factored and given.optim != "sgd" else 0.0
     return given.model_copy(update={"head_lr_ratio": ratio})
 
 

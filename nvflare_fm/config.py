@@ -81,7 +81,7 @@ class TrainingSettings(Settings):
         None,
         ge=0,
         description="a head moves this many times learning_rate, in the root mean square and by one second moment a "
-        "tensor (NovoGrad, arXiv:1905.11286); 0: like all else; unset: 8 for classifiers, unless optim is sgd",
+        "tensor (NovoGrad, arXiv:1905.11286); 0: like all else; unset: 8 for classifiers with LoRA and Adam",
     )
     proximal_mu: float = Field(
         0.0,

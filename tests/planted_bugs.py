@@ -234,7 +234,7 @@ BUGS = [
         "+ settings.logit_adjustment * often",
         "site/test_simulate",
     ),
-    Bug("combination.py", '"training": _by_task(plan),', "", "test_legality"),
+    Bug("combination.py", '"training": _with_head(plan, method),', "", "test_legality"),
     Bug("combination.py", "if given.head_lr_ratio is not None", "if given.head_lr_ratio", "test_legality"),
     Bug(
         "site/layerwise.py",
@@ -248,7 +248,8 @@ BUGS = [
     Bug("site/layerwise.py", "rate * group", "group", "site/test_layerwise"),
     Bug("site/layerwise.py", "self.ratio * group", "group", "site/test_training"),
     Bug("site/attach.py", "p.requires_grad and any(prefix in name", "any(prefix not in name", "site/test_training"),
-    Bug("combination.py", ' or given.optim == "sgd"', "", "test_legality"),
+    Bug("combination.py", "and method.factored and given.optim", "and given.optim", "test_legality"),
+    Bug("combination.py", ' and given.optim != "sgd"', "", "test_legality"),
     Bug("config.py", "math.sqrt(rank / peft", "(rank / peft", "test_config"),
     Bug("config.py", 'and not peft.get("use_rslora")', "", "test_config"),
     Bug(

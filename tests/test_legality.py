@@ -78,3 +78,5 @@ def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     assert settled(head_lr_ratio=2.0).head_lr_ratio == 2
     assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
     assert settled(optim="sgd").head_lr_ratio == 0
+    ia3 = RoundPlan(task=task, labels=["a", "b"], peft={"method": "ia3"})
+    assert settle(ia3, Aggregation()).training.head_lr_ratio == 0

@@ -100,7 +100,7 @@ def test_the_same_weights_read_in_another_way_are_another_base_model(bert: Path,
 
 @pytest.mark.parametrize("quantization", ["fp32", "nf4"])
 def test_what_a_federation_trained_loads_on_the_same_class(averaged: Path, tmp_path: Path, quantization: str) -> None:
-    plan = tiny.plan("sequence_classification", quantization=quantization, training={"learning_rate": 2e-2})
+    plan = tiny.plan("sequence_classification", quantization=quantization, training={"learning_rate": 5e-3})
     worker = tiny.worker(tmp_path, averaged, "sequence_classification")
     first, second = federate({"site-1": worker}, plan, Aggregation(), 2)
     assert second.reports["site-1"].after["loss"] < first.reports["site-1"].before["loss"]
