@@ -238,8 +238,8 @@ BUGS = [
     Bug("combination.py", "if given.head_lr_ratio is not None", "if given.head_lr_ratio", "test_legality"),
     Bug(
         "site/layerwise.py",
-        "p.grad.square().mean(), 1 - beta2",
-        "p.grad.square().sum(), 1 - beta2",
+        "gradient.square().mean(), 1 - beta2",
+        "gradient.square().sum(), 1 - beta2",
         "site/test_layerwise",
     ),
     Bug("site/layerwise.py", "(1 - beta1**self.steps)", "1", "site/test_layerwise"),

@@ -162,6 +162,7 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     table = harness["comparison"].overview([study])
     rows = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
     assert rows["ours"] == "1.500 ± 0.707"
+    assert harness["comparison"].spread([1.5]) == "1.500"  # one seed has no spread
     assert rows["FedIT, rank 4"] == "2.500 ± 0.707"  # told apart, so without a mark
     assert rows["pooled"] == "–"
 

@@ -29,14 +29,13 @@ class LayerwiseStep:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if p in self.moments and p.grad is not None:
-                    self._move(p, group)
+                    self._move(p, p.grad, group)
                     p.grad = None
 
-    def _move(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         (first, second), (beta1, beta2) = self.moments[p], group["betas"]
-        assert p.grad is not None
-        first.lerp_(p.grad, 1 - beta1)
-        second.lerp_(p.grad.square().mean(), 1 - beta2)
+        first.lerp_(gradient, 1 - beta1)
+        second.lerp_(gradient.square().mean(), 1 - beta2)
         size = (second / (1 - beta2**self.steps)).sqrt() + group["eps"]
         rate = self.ratio * group["lr"]
         p.mul_(1 - rate * group["weight_decay"])

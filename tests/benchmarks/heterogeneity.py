@@ -34,7 +34,6 @@ from comparison import Results, lines
 from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS, TOGETHER
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 app = typer.Typer(add_completion=False)
 console = Console(width=150)
@@ -44,7 +43,7 @@ ALPHAS = ("0", "1", "0.3", "0.1")
 BANKING = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
 RANDOM = [OURS, "pooled", TOGETHER]  # also from random weights
 GRID = [*BANKING[:2], "medquad-types", "medquad-lm", *BANKING[2:]]
-BESIDE = ["ours, by examples", AT_HOME, *PRECISIONS]  # in the first four of them
+BESIDE = [AT_HOME, *PARTS, *PRECISIONS]  # in the first four of them
 
 Folder = typer.Option(None, help="one folder per site with train.jsonl and test.jsonl")
 Model = typer.Option(None, help="folder of the base model; else MiniLM's first two layers, or stories260k")
@@ -227,25 +226,21 @@ def grid(seeds: int = 3, cores: int = Cores) -> None:
 
 
 @app.command()
-def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS, markdown: bool = False) -> None:
+def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS) -> None:
     """Tables and a figure of what has been run."""
     results = Results(study(name, folder, model))
-    show(comparison.compared(results, against), markdown)
+    console.print(comparison.compared(results, against))
     if any(row["method"] == "alone" for row in results.rows):
-        show(comparison.homes(results), markdown)
+        console.print(comparison.homes(results))
     console.print(f"figure: {comparison.picture(results.study)}")
 
 
 @app.command()
-def overview(markdown: bool = False) -> None:
+def overview() -> None:
     """All studies of the grid side by side: what was labelled, then what was written."""
     for lower in (False, True):
         studies = [found for found in map(study, GRID) if found.lower_is_better == lower]
-        show(comparison.overview(studies), markdown)
-
-
-def show(table: Table, markdown: bool) -> None:
-    console.print(comparison.markdown(table) if markdown else table, soft_wrap=markdown)
+        console.print(comparison.overview(studies))
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need
     "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
     "raFLoRA, trained as ours": Method(Aggregation(merge="rank_partition")),
 }
-PARTS = {**OWN_RATE, "ours, by examples": Method(Aggregation(weigh=("examples",)))}
+PARTS = {"ours, by examples": Method(Aggregation(weigh=("examples",)))}
 PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
 }
-METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **PARTS, **PRECISIONS}
+METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS}
 BASELINES = {"pooled": PLAIN, "alone": PLAIN, TOGETHER: {}}
 COMPARED = [OURS, *PEERS, "pooled", "alone"]  # what a table of the docs holds

@@ -5,7 +5,7 @@ python tests/benchmarks/page.py
 
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from bench import POINTS, study
@@ -28,16 +28,17 @@ def cell(name: str) -> Table:
 
 
 def parts(name: str) -> Table:
-    """What else was measured: parts of ours, ours with a part left out, peers that train as ours do."""
-    return _only(compared(Results(study(name))), {OURS} | ({*Results(study(name)).final} - {*COMPARED, AT_HOME}))
+    """What else was measured: ours with a part left out, on other bases, and others who train as ours do."""
+    results = Results(study(name))
+    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, AT_HOME}))
 
 
-def _only(table: Table, methods: Iterable[str]) -> Table:
+def _only(table: Table, methods: Collection[str]) -> Table:
     """The rows of `methods`."""
-    kept = [row for row in zip(*(c.cells for c in table.columns), strict=True) if row[0] in set(methods)]
-    found = Table(*(c.header for c in table.columns))
-    for row in kept:
-        found.add_row(*row)
+    found = Table(*(column.header for column in table.columns))
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        if row[0] in methods:
+            found.add_row(*row)
     return found
 
 
@@ -79,16 +80,13 @@ def means(*names: str) -> Table:
 
 def starts(skewed: str, alike: str) -> Table:
     """Ours by round, from a pretrained base and from a random one."""
-    table = Table("base", "sites")
+    rounds = curve(Results(study(skewed)).rows, OURS, "score")
+    table = Table("base", "sites", *map(str, rounds), "pooled", TOGETHER)
     for base, tail in (("pretrained", ""), ("random", "@random")):
         for sites, name in (("skewed", skewed), ("alike", alike)):
             results = Results(study(f"{name}{tail}"))
-            points = curve(results.rows, OURS, "score")
-            if len(table.columns) == 2:
-                for head in (*map(str, points), "pooled", TOGETHER):
-                    table.add_column(head)
             pooled = ([r["score"] for r in results.final.get(m, {}).values()] for m in ("pooled", TOGETHER))
-            table.add_row(base, sites, *map(spread, (*points.values(), *pooled)))
+            table.add_row(base, sites, *map(spread, (*curve(results.rows, OURS, "score").values(), *pooled)))
     return table
 
 
