@@ -136,6 +136,17 @@ def test_a_random_base_has_a_rate_of_its_own_and_one_for_every_skew(harness: dic
     assert whole == "medquad-types-tuning.jsonl"
 
 
+def test_only_what_trains_as_ours_does_takes_its_rate(
+    harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = harness["heterogeneity"]
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    tiny.jsonl(tmp_path / "own-tuning.jsonl", [{"method": "ours", "rate": rate, "score": rate} for rate in (0.5, 2.0)])
+    rates = run.tuned("own", lower_is_better=False)
+    assert rates["ours"] == rates["ours, by examples"] == rates["ours, finished at home"] == 2.0
+    assert not {*run.OWN_RATE, *run.BASELINES} & {*rates}
+
+
 def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods, two seeds, two sites, in bits per byte: who is first, who is worst off, who reaches the target."""
     lines = [
