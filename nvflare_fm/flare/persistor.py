@@ -16,6 +16,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.model_desc import ModelDescriptor
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from safetensors.torch import load_file
 
 from ..errors import ConfigError
 from ..export import WEIGHTS, Provenance, read_adapter, write_adapter
@@ -63,9 +64,12 @@ class AdapterPersistor(ModelPersistor):
         return make_model_learnable(model.params, model.meta)
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
+        """Saves `model` and has it read from its own file from then on: the next merge holds the new adapter alone."""
         self._write(model, LAST, fl_ctx)
         if self.keep_rounds:
             self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx)
+        if weights := model[ModelLearnableKey.WEIGHTS]:
+            weights.update(load_file(_adapters(fl_ctx) / LAST / WEIGHTS))  # mapped, not copied
 
     def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
         """The adapters saved in this job, and the one it brought."""

@@ -95,11 +95,14 @@ def _randn(rank: int, side: int, seed: int) -> Tensor:
 
 
 def opened(folder: Path, number: int, shift: int = 0, blocks: int = BLOCKS) -> Adapter:
-    """An adapter that is read from its file, a copy at each access."""
+    """An adapter that is read from its file: G in the file's mapping, as the server has it; others a copy each time."""
     file = safe_open(folder / f"{number}.safetensors", "pt")
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = file.get_tensor(name).clone()
+        tensor: Tensor = file.get_tensor(name)
+        if number < 0:
+            return tensor
+        tensor = tensor.clone()
         if shift and name.endswith(LORA_A):
             tensor[RANK // 2 :] = tensor[RANK // 2 :].roll(shift, dims=1)
         return tensor

@@ -18,7 +18,7 @@ from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from tests.site import tiny
 
 from .federation import PLAN, Federation, offers
-from .spy import Spy
+from .spy import Held, Spy
 
 SITES = ["alder", "birch", "drift", "hollow"]
 
@@ -48,6 +48,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     (folder / "spied").mkdir()
     recipe._job.set_app_packages(["nvflare_fm", "tests"])
     recipe.add_server_output_filter(Spy(str(folder / "spied")), tasks=TASKS)
+    recipe._job.to_server(Held(str(folder / "held")))
     run = Federation(recipe, sites, folder / "runs")
     listed = allow_list.with_package({})
     listed["class_allow_list"].append("tests.integration.spy.")
@@ -117,6 +118,13 @@ def test_cross_site_evaluation_measures_server_and_site_adapters_at_both_sites(f
         losses = {owner: metrics["loss"] for owner, metrics in results[site].items() if metrics}
         assert {"SRV_best", "SRV_last", "alder", "birch"} <= losses.keys()
         assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_the_server_does_not_hold_the_adapter_it_has_saved(federation: Federation) -> None:
+    first, second = (federation.root.parent.parent / "held").read_text().splitlines()
+    tensors, in_its_file = second.split()
+    assert first == "0 0"
+    assert tensors == in_its_file != "0"
 
 
 def test_nothing_sent_to_a_site_tells_of_another(federation: Federation) -> None:
