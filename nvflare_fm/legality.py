@@ -125,6 +125,13 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
+        "`head_lr_ratio`",
+        "`causal_lm`",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.task == "causal_lm",
+        "it is about a classifier's head, and the task has none",
+        "leave it out",
+    ),
+    Clash(
         "weight `loss`",
         "`evaluation.before = false`",
         lambda job: job.weighs("loss") and not job.plan.evaluation.before,

@@ -26,6 +26,7 @@ REFUSED = [
     ({"training": {"logit_calibration": 1.0}}, {}, "about classes"),
     ({"training": {"logit_adjustment": 1.0}}, {}, "about classes"),
     ({"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}, "SGD keeps none"),
+    ({"training": {"head_lr_ratio": 2.0}}, {}, "about a classifier's head"),
     ({"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}, "set evaluation.before"),
 ]
 
@@ -71,12 +72,12 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
     ("task", "ratio"), [("causal_lm", 0.0), ("sequence_classification", 8.0), ("token_classification", 8.0)]
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
-    def settled(**training: object) -> TrainingSettings:
-        return settle(RoundPlan(task=task, labels=["a", "b"], training=training), Aggregation()).training
+    def settled(method: str = "lora", **training: object) -> TrainingSettings:
+        plan = RoundPlan(task=task, labels=["a", "b"], peft={"method": method}, training=training)
+        return settle(plan, Aggregation()).training
 
     assert settled().head_lr_ratio == ratio
-    assert settled(head_lr_ratio=2.0).head_lr_ratio == 2
-    assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
     assert settled(optim="sgd").head_lr_ratio == 0
-    ia3 = RoundPlan(task=task, labels=["a", "b"], peft={"method": "ia3"})
-    assert settle(ia3, Aggregation()).training.head_lr_ratio == 0
+    assert settled("ia3").head_lr_ratio == 0
+    assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
+    assert settled(head_lr_ratio=ratio / 4).head_lr_ratio == ratio / 4
