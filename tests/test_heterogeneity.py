@@ -162,7 +162,9 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
         (tmp_path / site).mkdir()
         for split in ("train", "test"):
             tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
-    study = harness["bench"].Study("own", tmp_path, tmp_path, {}, "bits_per_byte", lower_is_better=True)
+    study = harness["bench"].Study(
+        "own", tmp_path, tmp_path, {"task": "causal_lm"}, "bits_per_byte", lower_is_better=True
+    )
     results = harness["comparison"].Results(study)
     assert list(results.final) == ["ours", "FedIT, rank 4"]
     assert results.worst("ours") == [1.5, 2.5]
@@ -176,6 +178,27 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     assert harness["comparison"].spread([1.5]) == "1.500"  # one seed has no spread
     assert rows["FedIT, rank 4"] == "2.500 ± 0.707"  # told apart, so without a mark
     assert rows["pooled"] == "–"
+
+
+def test_lone_sites_make_one_line_of_what_each_has_at_home(
+    harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = harness["comparison"]
+    monkeypatch.setattr(comparison, "RESULTS", tmp_path)
+    scores = {"lake": {"lake": 0.9, "north": 0.1}, "north": {"lake": 0.2, "north": 0.5}}
+    lone = [{"method": "alone", "seed": 0, "trained_at": site, "scores": scores[site]} for site in scores]
+    ours = {"method": "ours", "seed": 0, "rate": 1e-3, "score": 0.8, "scores": {"lake": 0.8, "north": 0.8}}
+    tiny.jsonl(tmp_path / "own.jsonl", [*lone, ours])
+    for site, rows in {"lake": 3, "north": 1}.items():
+        (tmp_path / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
+    plan = {"task": "sequence_classification"}
+    results = comparison.Results(harness["bench"].Study("own", tmp_path, tmp_path, plan, "accuracy"))
+    (line,) = results.final[comparison.ALONE].values()
+    assert line["scores"] == {"lake": 0.9, "north": 0.5}
+    assert line["score"] == pytest.approx(0.8)
+    assert results.worst(comparison.ALONE) == [0.5]
 
 
 @pytest.mark.realdata

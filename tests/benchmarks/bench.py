@@ -62,6 +62,10 @@ class Study:
     def rows(self, site: str, split: str) -> list[str]:
         return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
 
+    def looked_at(self, file: Path) -> int:
+        """Rows of a site's test file that a score is measured on: the first ones."""
+        return min(self.test_rows, len(file.read_text().splitlines()))
+
 
 def study(name: str, folder: Path | None = None, model: Path | None = None, max_length: int = 0) -> Study:
     """
@@ -101,9 +105,7 @@ class Bench:
         plan["evaluation"] = {"before": False, "after": False, "max_examples": study.test_rows, "batch_size": 50}
         self.plan = RoundPlan.read(plan, "study")
         self.files = {name: self._files(name) for name in self.names}
-        self.rows = {
-            name: min(study.test_rows, len(test.read_text().splitlines())) for name, (_, test) in self.files.items()
-        }
+        self.rows = {name: study.looked_at(test) for name, (_, test) in self.files.items()}
 
     def _files(self, name: str) -> tuple[Path, Path]:
         """Train and test, or for tuning a fifth of the training rows as test and the others to train on."""
@@ -180,7 +182,7 @@ class Bench:
         self, workers: dict[str, Worker], method: Method, adapter: Adapter, manifest: Manifest | None
     ) -> dict[str, float]:
         task = RoundTask(self.settled(method), adapter, manifest)
-        return {name: workers[name].validate(task)[self.study.metric] for name in self.names}
+        return {name: worker.validate(task)[self.study.metric] for name, worker in workers.items()}
 
     def finished_at_home(self, method: Method, workers: dict[str, Worker], seed: int, last: Round) -> dict[str, float]:
         """The score at home of each site's own adapter, which goes on from the global one, at half the rate."""
@@ -195,9 +197,10 @@ class Bench:
             scores[name] = worker.validate(RoundTask(plan, *worker.submit()))[self.study.metric]
         return scores
 
-    def overall(self, scores: dict[str, float]) -> float:
-        """Over all sites' test rows together."""
-        return sum(self.rows[s] * scores[s] for s in scores) / sum(self.rows[s] for s in scores)
+
+def overall(scores: dict[str, float], rows: dict[str, int]) -> float:
+    """Over the test rows of all sites that have a score together."""
+    return sum(rows[site] * score for site, score in scores.items()) / sum(rows[site] for site in scores)
 
 
 def above(adapter: Adapter, rank: int) -> float:
@@ -228,10 +231,12 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
 
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Pooled training, or each site alone, for as many steps as a site takes in all rounds."""
+    """Pooled training, or each site alone, for as many steps as a site takes in all rounds. Tuned, a lone site is
+    measured at home only.
+    """
     method = Method(training=BASELINES[name])
-    plan, judges, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
-    for site in bench.names if name == "alone" else ["pooled"]:
-        adapter, manifest, _ = alone(judges[site] if name == "alone" else bench.pooled(), plan, rounds)
-        scores = bench.measure(judges, method, adapter, manifest)
-        yield {"round": rounds, "trained_at": site, "scores": scores}
+    plan, sites, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
+    for trained_at, worker in sites.items() if name == "alone" else [("pooled", bench.pooled())]:
+        adapter, manifest, _ = alone(worker, plan, rounds)
+        judges = {trained_at: worker} if name == "alone" and bench.held_out else sites
+        yield {"round": rounds, "trained_at": trained_at, "scores": bench.measure(judges, method, adapter, manifest)}

@@ -8,8 +8,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench import RANKS, RESULTS, RUNS, Study
-from methods import AT_HOME, METHODS, OURS, PEERS
+from bench import RANKS, RESULTS, RUNS, Study, overall
+from methods import ALONE, AT_HOME, METHODS, OURS, PEERS
 from rich.table import Table
 from scipy.stats import ttest_1samp
 
@@ -42,11 +42,17 @@ class Results:
 
     @cached_property
     def final(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """method → seed → the last line; the best method first."""
+        """method → seed → the last line; the best method first. Of sites alone the scores at home make one line."""
         found: dict[str, dict[int, dict[str, Any]]] = {}
         for row in self.rows:
-            if row["method"] != "alone":
+            if row["method"] == "alone":
+                line = found.setdefault(ALONE, {}).setdefault(row["seed"], row | {"scores": {}})
+                line["scores"][row["trained_at"]] = row["scores"][row["trained_at"]]
+            else:
                 found.setdefault(row["method"], {})[row["seed"]] = row
+        rows = {site: self.study.looked_at(self.study.folder / site / "test.jsonl") for site in self.study.names}
+        for line in found.get(ALONE, {}).values():
+            line["score"] = overall(line["scores"], rows)
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
 
     def _mean(self, by_seed: dict[int, dict[str, Any]]) -> float:
@@ -94,7 +100,7 @@ def overview(studies: list[Study]) -> Table:
     marks = {"tie": " (tie)", "better": " (better)", "worse": "", "?": ""}
     table = Table("method", *(f"{study.name}, {study.metric}" for study in studies))
     found = [Results(study) for study in studies]
-    for method in (OURS, *PEERS, "pooled"):
+    for method in (OURS, *PEERS, ALONE, "pooled"):
         cells = []
         for results in found:
             scores = [row["score"] for row in results.final.get(method, {}).values()]
@@ -128,20 +134,17 @@ def compared(results: Results, against: str = OURS) -> Table:
 
 def homes(results: Results) -> Table:
     """Each site alone against the federation, at home and on all sites' rows, the smallest site first."""
-    alone = [row for row in results.rows if row["method"] == "alone"]
-    last, finished = (list(results.final.get(method, {}).values()) for method in (OURS, AT_HOME))
+    everywhere = [row for row in results.rows if row["method"] == "alone"]
+    homes = [list(results.final.get(method, {}).values()) for method in (ALONE, OURS, AT_HOME)]
     sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
-    heads = ("alone, at home", f"{OURS}, at home", AT_HOME, "alone, everywhere")
+    heads = (ALONE, f"{OURS}, at home", AT_HOME, "alone, everywhere")
     table = Table("site", "training rows", *heads, title=results.study.name)
     for site in sorted(sizes, key=lambda s: sizes[s]):
-        mine = [row for row in alone if row["trained_at"] == site]
         table.add_row(
             site,
             str(sizes[site]),
-            spread([row["scores"][site] for row in mine]),
-            spread([row["scores"][site] for row in last]),
-            spread([row["scores"][site] for row in finished]),
-            spread([row["score"] for row in mine]),
+            *(spread([row["scores"][site] for row in rows]) for rows in homes),
+            spread([row["score"] for row in everywhere if row["trained_at"] == site]),
         )
     return table
 

@@ -24,12 +24,13 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import comparison
 import torch
 import typer
-from bench import POINTS, RESULTS, Bench, Study, baseline, federated, study
+from bench import POINTS, RESULTS, Bench, Study, baseline, federated, overall, study
 from comparison import Results, lines
 from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS, TOGETHER
 from rich.console import Console
@@ -86,7 +87,9 @@ def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
     else:
         found = list(federated(bench, METHODS[job.method], job.seed, 1 if job.tuning else POINTS))
     who = {"method": job.method, "seed": job.seed, "rate": job.rate}
-    return [rounded({**who, "score": bench.overall(row["scores"]), **row}) for row in found], time.monotonic() - began
+    return [
+        rounded({**who, "score": overall(row["scores"], bench.rows), **row}) for row in found
+    ], time.monotonic() - began
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +133,11 @@ def named(methods: str, known: list[str]) -> list[str]:
 
 
 def tried(name: str) -> dict[str, dict[float, float]]:
-    """method → rate → score."""
-    found: dict[str, dict[float, float]] = {}
+    """method → rate → score; of sites alone the mean over them."""
+    found: dict[str, dict[float, list[float]]] = {}
     for row in lines(tuning_file(name)):
-        found.setdefault(row["method"], {})[row["rate"]] = row["score"]
-    return found
+        found.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row["score"])
+    return {method: {rate: mean(scores) for rate, scores in rates.items()} for method, rates in found.items()}
 
 
 def best(scores: dict[float, float], lower_is_better: bool) -> float:
@@ -142,11 +145,11 @@ def best(scores: dict[float, float], lower_is_better: bool) -> float:
 
 
 def tuned(name: str, lower_is_better: bool) -> dict[str, float]:
-    """The best rate of each method. Parts of ours that were not tuned take that of ours, sites alone that of pooled."""
+    """The best rate of each method. Parts of ours that were not tuned take that of ours."""
     rates = {method: best(scores, lower_is_better) for method, scores in tried(name).items()}
     if OURS in rates:
         rates = dict.fromkeys([AT_HOME, *PARTS, *PRECISIONS], rates[OURS]) | rates
-    return rates | ({"alone": rates["pooled"]} if "pooled" in rates else {})
+    return rates
 
 
 def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]:
@@ -159,10 +162,10 @@ def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]
 
 
 def tune_all(data: Study, methods: list[str], cores: int) -> None:
-    asked = [method for method in methods if method not in (AT_HOME, "alone")]
     while jobs := [
         Job(data, method, rate, TUNING_SEED, True)
-        for method in asked
+        for method in methods
+        if method != AT_HOME  # goes on from ours
         for rate in next_rates(tried(data.name).get(method, {}), data.lower_is_better)
     ]:
         carry_out_all(jobs, cores)

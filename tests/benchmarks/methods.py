@@ -14,6 +14,7 @@ from nvflare_fm.site.worker import Worker
 
 OURS, AT_HOME = "ours", "ours, finished at home"
 TOGETHER = "pooled, trained as ours"
+ALONE = "alone, at home"  # what each site's own model has on its own rows
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,5 @@ PRECISIONS = {
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
 }
 METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS}
-BASELINES = {"pooled": PLAIN, "alone": PLAIN, TOGETHER: {}}
-COMPARED = [OURS, *PEERS, "pooled", "alone"]  # what a table of the docs holds
+BASELINES = {"pooled": PLAIN, "alone": {}, TOGETHER: {}}
+COMPARED = [OURS, *PEERS, "pooled", "alone"]

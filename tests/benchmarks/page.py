@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import POINTS, study
 from comparison import Results, compared, curve, homes, markdown, overview, spread, verdict
 from heterogeneity import GRID
-from methods import AT_HOME, COMPARED, OURS, PEERS, TOGETHER
+from methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, TOGETHER
 from rich.table import Table
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites_that_differ.md"
@@ -24,13 +24,13 @@ def all_cells(metric: str) -> Table:
 
 def cell(name: str) -> Table:
     """The methods that the docs compare."""
-    return _only(compared(Results(study(name))), COMPARED)
+    return _only(compared(Results(study(name))), [*COMPARED, ALONE])
 
 
 def parts(name: str) -> Table:
     """What else was measured: ours with a part left out, on other bases, and others who train as ours do."""
     results = Results(study(name))
-    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, AT_HOME}))
+    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, ALONE, AT_HOME}))
 
 
 def _only(table: Table, methods: Collection[str]) -> Table:
@@ -63,14 +63,9 @@ def means(*names: str) -> Table:
     table = Table("study", *heads)
     for name in names:
         results = Results(study(name))
-        alone: dict[int, list[float]] = {}
-        for row in results.rows:
-            if row["method"] == "alone":
-                alone.setdefault(row["seed"], []).append(row["scores"][row["trained_at"]])
-        lone = {seed: statistics.mean(scores) for seed, scores in alone.items()}
-        ours, finished = (
+        lone, ours, finished = (
             {seed: statistics.mean(row["scores"].values()) for seed, row in results.final.get(method, {}).items()}
-            for method in (OURS, AT_HOME)
+            for method in (ALONE, OURS, AT_HOME)
         )
         gained = [results.sign * (finished[seed] - lone[seed]) for seed in finished]
         columns = [spread([*by_seed.values()]) for by_seed in (lone, ours, finished)]
