@@ -25,21 +25,29 @@ def leading(pair: LoraPair, rank: int, energy: float) -> LoraPair:
     turned inside the rank.
     """
     turned = LoraPair(pair.B.T, pair.A.T, pair.scale)
-    basis, image = (torch.zeros(side, 0, dtype=torch.float64) for side in (pair.A.shape[1], pair.B.shape[0]))
-    inner = image.T @ image
+    basis: list[Tensor] = []  # and what ΔW makes of it, in blocks
+    image: list[Tensor] = []
+    inner = torch.zeros(0, 0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(pair.B.shape[0], rank + OVERSAMPLING, generator=generator, dtype=torch.float64)
     fresh, captured = _new(_times(turned, start), basis), 0.0
-    while 0 < fresh.shape[1] <= len(basis) - basis.shape[1]:  # something new, and room for it
-        block = _times(pair, fresh)
-        basis, image = torch.cat([basis, fresh], dim=1), torch.cat([image, block], dim=1)
-        inner = _bordered(inner, image.T @ block)
+    while 0 < fresh.shape[1] <= pair.A.shape[1] - len(inner):  # something new, and room for it
+        basis.append(fresh)
+        image.append(_times(pair, fresh))
+        inner = _bordered(inner, torch.cat([block.T @ image[-1] for block in image]))
         before, captured = captured, float(torch.linalg.eigvalsh(inner).flip(0)[:rank].sum())
         if captured - before <= max(GAIN * (energy - captured), NOTHING * energy):
             break
-        fresh = _new(_times(turned, block), basis)
+        fresh = _new(_times(turned, image[-1]), basis)
     best = torch.linalg.eigh(inner).eigenvectors[:, -start.shape[1] :]
-    return LoraPair((basis @ best).T, image @ best)
+    fan_out, fan_in = pair.shape
+    return LoraPair(_sum(basis, best, fan_in).T, _sum(image, best, fan_out))
+
+
+def _sum(blocks: list[Tensor], by: Float[Tensor, "n k"], side: int) -> Float[Tensor, "side k"]:
+    """[blocks] @ by, where no block is copied."""
+    parts = by.split([block.shape[1] for block in blocks])
+    return sum((b @ p for b, p in zip(blocks, parts, strict=True)), torch.zeros(side, by.shape[1], dtype=by.dtype))
 
 
 def _times(pair: LoraPair, x: Float[Tensor, "m n"]) -> Float[Tensor, "d n"]:
@@ -50,15 +58,19 @@ def _times(pair: LoraPair, x: Float[Tensor, "m n"]) -> Float[Tensor, "d n"]:
     return pair.scale * result
 
 
-def _new(x: Float[Tensor, "m n"], basis: Float[Tensor, "m k"]) -> Float[Tensor, "m new"]:
+def _new(x: Float[Tensor, "m n"], basis: list[Tensor]) -> Float[Tensor, "m new"]:
     """An orthonormal basis of what `x` holds beside `basis`; fewer columns than `x` where it holds less."""
     floor = NEW * x.norm()
-    for _ in range(2):  # twice is enough (Kahan; Parlett, The Symmetric Eigenvalue Problem)
-        x = x - basis @ (basis.T @ x)
-    u, lengths, _ = torch.linalg.svd(x, full_matrices=False)
-    u = u[:, lengths > floor]
-    q: Tensor = torch.linalg.qr(u - basis @ (basis.T @ u))[0]
+    u, lengths, _ = torch.linalg.svd(_beside(_beside(x, basis), basis), full_matrices=False)  # twice is enough: Kahan
+    q: Tensor = torch.linalg.qr(_beside(u[:, lengths > floor], basis))[0]
     return q
+
+
+def _beside(x: Float[Tensor, "m n"], basis: list[Tensor]) -> Float[Tensor, "m n"]:
+    """What of `x` is orthogonal to `basis`; `x` is overwritten."""
+    for block in basis:
+        x -= block @ (block.T @ x)
+    return x
 
 
 def _bordered(inner: Float[Tensor, "k k"], beside: Float[Tensor, "n new"]) -> Float[Tensor, "n n"]:
