@@ -26,7 +26,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     check_training(method, plan.training)
     for entry in how.weigh:
         asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
-    asked(step.registry, how.step)
+    if how.step is not None:
+        asked(step.registry, how.step)
     rest = rule.rest if method.side_adapter else "none"
     plan = plan.model_copy(
         update={

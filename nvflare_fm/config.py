@@ -165,7 +165,11 @@ class Aggregation(Settings):
     normalize_steps: bool = Field(
         False, description="FedNova (arXiv:2007.07481): a site's change counts per step, however many steps it took"
     )
-    step: Rule = Field("plain", description="a server step: what is done with the mean of the sites' changes")
+    step: Rule | None = Field(
+        None,
+        description="a server step: what is done with the mean of the sites' changes; unset: fedexp for causal_lm with "
+        "exact or stack, else plain",
+    )
     max_rank: int = Field(0, ge=0, description="of the global adapter; 0: the plan's rank")
     keep_energy: float = Field(
         1.0, gt=0, le=1, description="a layer keeps no more directions than hold this share of ‖ΔW‖²"

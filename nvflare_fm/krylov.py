@@ -46,7 +46,7 @@ def leading(pair: LoraPair, rank: int, energy: float) -> LoraPair:
 
 def _sum(blocks: list[Tensor], by: Float[Tensor, "n k"], side: int) -> Float[Tensor, "side k"]:
     """[blocks] @ by, where no block is copied."""
-    parts = by.split([block.shape[1] for block in blocks])
+    parts = torch.split(by, [block.shape[1] for block in blocks])
     return sum((b @ p for b, p in zip(blocks, parts, strict=True)), torch.zeros(side, by.shape[1], dtype=by.dtype))
 
 

@@ -18,6 +18,11 @@ class Job:
     rule: MergeRule
     method: PeftMethod
 
+    @property
+    def step(self) -> str:
+        """Asked for by name: where the job leaves it open, nothing clashes."""
+        return named(self.how.step or "plain")
+
     def weighs(self, *names: str) -> bool:
         return any(named(entry) in names for entry in self.how.weigh)
 
@@ -75,7 +80,7 @@ CLASHES = (
     Clash(
         "a server step other than `plain`",
         "a merge rule that keeps raw factors",
-        lambda job: named(job.how.step) != "plain" and not job.rule.canonical,
+        lambda job: job.step != "plain" and not job.rule.canonical,
         "the step acts on ΔW, and the rule keeps B and A as they are",
         "use plain, or merge = exact",
     ),
@@ -97,7 +102,7 @@ CLASHES = (
         "weights `agreement`, `norm`; step `fedexp`",
         "a PEFT method without factors, or `share_a`",
         lambda job: (
-            (job.weighs("agreement", "norm") or named(job.how.step) == "fedexp")
+            (job.weighs("agreement", "norm") or job.step == "fedexp")
             and not (job.method.factored and job.rule.shares == "AB")
         ),
         "they compare the products the sites send, and there are none",
@@ -155,5 +160,5 @@ def check(job: Job) -> None:
 
 def _chosen(job: Job) -> str:
     how = job.how
-    parts: Mapping[str, object] = {"merge": how.merge, "weigh": [named(w) for w in how.weigh], "step": named(how.step)}
+    parts: Mapping[str, object] = {"merge": how.merge, "weigh": [named(w) for w in how.weigh], "step": job.step}
     return ", ".join(f"{name} = {value}" for name, value in parts.items())

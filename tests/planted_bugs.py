@@ -169,6 +169,8 @@ BUGS = [
     Bug("aggregation/step/__init__.py", "self._squares[name] = v", "pass", "test_step"),
     Bug("aggregation/step/yogi.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_step"),
     Bug("aggregation/step/fedexp.py", "max(rate, 1.0)", "rate", "test_step"),
+    Bug("aggregation/combine.py", 'manifest.task == "causal_lm" and', "", "test_step"),
+    Bug("aggregation/combine.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
     Bug("aggregation/step/fedexp.py", "share @ cohort.gram @ share", "apart", "test_step"),
     # cohort: who may be merged
     Bug("aggregation/cohort.py", "if not 0 < scale <", "if not 0 <= scale <", "test_cohort"),

@@ -17,7 +17,7 @@ from nvflare_fm.lora import head, tail
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, dense_mean, identical, make_pair, ranks, update
 
 RULES = [name for name in merge.registry if merge.registry[name].shares == "AB"]
-EXACT = Aggregation(merge="exact", weigh=["examples"])
+EXACT = Aggregation(merge="exact", weigh=["examples"], step="plain")
 
 
 def mean_of_products(updates, weights, layer):
@@ -188,7 +188,7 @@ def test_steps_are_normalised_as_fednova_does_and_a_site_of_many_steps_does_not_
         moved = replace(pair, B=pair.B + 0.1 * steps * make_pair(9, 8, 4, seed=i + 1).to(SINGLE).B)
         sent = update(site, Adapter({"q": moved}, {"head": torch.ones(3) * (1 + steps)}), examples)
         updates.append(replace(sent, report=replace(sent.report, steps=steps)))
-    result = combine(start, MANIFEST, updates, Aggregation(weigh=["examples"], normalize_steps=True), 8).adapter
+    result = combine(start, MANIFEST, updates, EXACT.model_copy(update={"normalize_steps": True}), 8).adapter
     weights, taken = [0.75, 0.25], [4, 12]
     usual = sum(w * t for w, t in zip(weights, taken, strict=True))
     changes = [u.adapter.lora["q"].delta() - start.lora["q"].delta() for u in updates]

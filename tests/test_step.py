@@ -1,5 +1,7 @@
 """Server steps act on products: what they do to a layer is what the paper's formula does to ΔW."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,3 +128,18 @@ def test_an_unknown_setting_of_a_step_is_refused_with_the_nearest():
         step.choose({"step": "adam"}, Cohort(sites(1)), [1.0])
     with pytest.raises(ConfigError, match="learning_rate"):
         step.choose({"rule": "plain", "learning_rate": 0}, Cohort(sites(1)), [1.0])
+
+
+@pytest.mark.parametrize(
+    ("task", "merge", "usual"),
+    [
+        ("causal_lm", "exact", "fedexp"),
+        ("causal_lm", "svd", "plain"),
+        ("causal_lm", "factor_mean", "plain"),
+        ("sequence_classification", "exact", "plain"),
+    ],
+)
+def test_the_step_a_job_leaves_open_follows_from_its_task_and_rule(task, merge, usual):
+    sent = [replace(u, manifest=replace(u.manifest, task=task)) for u in sites(1, 2, 3)]
+    left_open, asked = (combine(Adapter(), None, sent, Aggregation(merge=merge, step=s), 3) for s in (None, usual))
+    assert torch.equal(left_open.adapter.lora["q"].delta(), asked.adapter.lora["q"].delta())

@@ -54,7 +54,9 @@ def combine(
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = per_step(shares, accepted) if how.normalize_steps else shares
-    mover = step.Mover(step.choose(how.step, cohort, shares), memory or Memory(), max_rank)
+    mover = step.Mover(
+        step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares), memory or Memory(), max_rank
+    )
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
         pairs = Trained(accepted, layer)
@@ -80,6 +82,11 @@ def combine(
         spectrum=spectra,
         memory=mover.memory(),
     )
+
+
+def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
+    """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
+    return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
 
 
 def per_step(shares: Sequence[float], updates: Sequence[AdapterUpdate]) -> list[float]:

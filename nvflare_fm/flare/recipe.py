@@ -106,7 +106,7 @@ class FedPEFTRecipe(AdapterRecipe):
         weigh: Sequence[Rule] = ("uniform",),
         max_weight: float = 1.0,
         normalize_steps: bool = False,
-        step: Rule = "plain",
+        step: Rule | None = None,
         max_rank: int = 0,
         keep_energy: float = 1.0,
         sigma: str = "B",

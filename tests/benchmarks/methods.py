@@ -44,7 +44,7 @@ PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
     """Another's rule, whose sites train as usual."""
-    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",)), training=PLAIN, **more)
+    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",), step="plain"), training=PLAIN, **more)
 
 
 PEERS = {
@@ -60,7 +60,7 @@ PEERS = {
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
 OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need a rate of their own
-    "ours, the rule alone": Method(Aggregation(weigh=("examples",)), training=PLAIN),
+    "ours, the rule alone": Method(Aggregation(weigh=("examples",), step="plain"), training=PLAIN),
     "FedIT, rank 4, trained as ours": Method(Aggregation(merge="factor_mean"), rank=4),
     "FFA-LoRA, rank 4, trained as ours": Method(Aggregation(merge="freeze_a"), rank=4),
     "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
