@@ -1,5 +1,7 @@
 """One round at the server: admit, weigh, merge layer by layer, step, shorten, report. Pure functions on adapters."""
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +70,7 @@ def combine(
             fixed = how.keep_energy == 1 and rule.rest != "all"  # what nobody trains needs no empty directions
             merged = refill(short, max_rank, layer, how.seed) if fixed else short
         lora[layer] = merged
+        _give_back()
     dense = {name: _mean(name, accepted, counts if state else shares) for name in sorted(accepted[0].adapter.dense)}
     for name in dense if state else ():
         before = state.dense[name].float()
@@ -102,6 +105,12 @@ def per_step(shares: Sequence[float], updates: Sequence[AdapterUpdate]) -> list[
             raise WireError(f"{update.site} reports {update.report.steps} steps; leave normalize_steps off")
     usual = sum(share * taken for share, taken in zip(shares, steps, strict=True))
     return [share * usual / taken for share, taken in zip(shares, steps, strict=True)]
+
+
+def _give_back() -> None:
+    """Hands what a layer needed back to the system; glibc would keep it, in holes between the new adapter's tensors."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 def _mean(name: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Tensor:

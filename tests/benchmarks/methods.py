@@ -66,7 +66,11 @@ OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need
     "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
     "raFLoRA, trained as ours": Method(Aggregation(merge="rank_partition")),
 }
-PARTS = {"ours, by examples": Method(Aggregation(weigh=("examples",)))}
+PARTS = {
+    "ours, by examples": Method(Aggregation(weigh=("examples",))),
+    "ours, plain steps": Method(Aggregation(step="plain")),
+    "ours, FedExP's steps": Method(Aggregation(step="fedexp")),
+}
 PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
