@@ -67,7 +67,7 @@ def means(*names: str) -> Table:
             {seed: statistics.mean(row["scores"].values()) for seed, row in results.final.get(method, {}).items()}
             for method in (ALONE, OURS, AT_HOME)
         )
-        gained = [results.sign * (finished[seed] - lone[seed]) for seed in finished]
+        gained = [results.sign * (finished[seed] - lone[seed]) for seed in finished if seed in lone]
         columns = [spread([*by_seed.values()]) for by_seed in (lone, ours, finished)]
         table.add_row(f"{name}, {results.study.metric}", *columns, spread(gained), verdict(gained))
     return table
