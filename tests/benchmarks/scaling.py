@@ -283,7 +283,7 @@ def draw(merges: dict[int, dict[str, Any]], file: Path) -> None:
     right.plot(sites, [merges[k]["peak_mib"] for k in sites], marker="o", label="peak")
     right.plot(sites, [limit_mib(k) for k in sites], "--", label="two adapters + one layer of all sites")
     carried = [k for k in sites if merges[k]["number"] < BLOCKS]
-    for axis, key in ((left, "cpu_seconds"), (right, "peak_mib")):
+    for axis, key in ((left, "cpu_seconds"), (right, "peak_mib")) if carried else ():
         there = [merges[k][key] for k in carried]
         axis.plot(carried, there, "o", color="C0", markerfacecolor="white", label="carried on from some blocks")
     right.set(xlabel="sites", ylabel="MiB", title="memory", ylim=(0, None))
