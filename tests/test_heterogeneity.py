@@ -51,6 +51,7 @@ def test_every_method_and_baseline_runs_on_ones_own_folders(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run, study = harness["heterogeneity"], harness["bench"].study("own", sites, model)
+    study.plan["training"]["local_steps"] = 1
     for method in [*run.METHODS, *run.BASELINES]:
         found, _ = run.carry_out(run.Job(study, method, 1e-3, 0))
         assert found[-1]["round"] == 2, method
