@@ -170,6 +170,8 @@ BUGS = [
     Bug("aggregation/step/yogi.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_step"),
     Bug("aggregation/step/fedexp.py", "max(rate, 1.0)", "rate", "test_step"),
     Bug("aggregation/combine.py", 'manifest.task == "causal_lm" and', "", "test_step"),
+    Bug("aggregation/combine.py", "step_size=taken.size", "step_size=1.0", "test_step"),
+    Bug("aggregation/step/__init__.py", "return None if self.square else float", "return float", "test_step"),
     Bug("aggregation/combine.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
     Bug("aggregation/step/fedexp.py", "share @ cohort.gram @ share", "apart", "test_step"),
     # cohort: who may be merged
@@ -224,6 +226,7 @@ BUGS = [
     Bug("aggregation/cohort.py", "[-began, owners(ranks)]", "[-torch.ones_like(began), owners(ranks)]", "test_krylov"),
     Bug("lora.py", "energy.cumsum(0) < keep_energy", "energy.cumsum(0) <= 0", "test_lora"),
     Bug("lora.py", "torch.special.entr(energy / energy.sum())", "torch.special.entr(energy)", "test_lora"),
+    Bug("combination.py", "if how.step is not None:", "if False:", "test_legality"),
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
     Bug("legality.py", 'head_lr_ratio) and job.plan.task == "causal_lm"', "head_lr_ratio) and False", "test_legality"),

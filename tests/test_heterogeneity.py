@@ -137,6 +137,22 @@ def test_a_random_base_has_a_rate_of_its_own_and_one_for_every_skew(harness: dic
     assert whole == "medquad-types-tuning.jsonl"
 
 
+@pytest.mark.timeout(60)
+def test_lone_sites_are_tuned_by_the_mean_of_what_each_has_at_home(
+    harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = harness["heterogeneity"]
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    study = harness["bench"].study("own", sites, model)
+    found, _ = run.carry_out(run.Job(study, "alone", 1e-3, 0, tuning=True))
+    assert [[*row["scores"]] for row in found] == [["lake"], ["north"], ["valley"]]
+    for row, score in zip(found, (0.2, 0.4, 0.9), strict=True):
+        row["score"] = score
+    tiny.jsonl(tmp_path / "own-tuning.jsonl", found)
+    assert run.tried("own") == {"alone": {1e-3: pytest.approx(0.5)}}
+
+
 def test_only_what_trains_as_ours_does_takes_its_rate(
     harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +162,14 @@ def test_only_what_trains_as_ours_does_takes_its_rate(
     rates = run.tuned("own", lower_is_better=False)
     assert rates["ours"] == rates["ours, by examples"] == rates["ours, finished at home"] == 2.0
     assert not {*run.OWN_RATE, *run.BASELINES} & {*rates}
+
+
+def three_rows_and_one(folder: Path) -> None:
+    """Two sites, lake and north, whose rows are only counted."""
+    for site, rows in {"lake": 3, "north": 1}.items():
+        (folder / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(folder / site / f"{split}.jsonl", [{}] * rows)
 
 
 def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,10 +183,7 @@ def test_lower_may_be_better(harness: dict[str, Any], tmp_path: Path, monkeypatc
     ]  # fmt: skip
     monkeypatch.setattr(harness["comparison"], "RESULTS", tmp_path)
     tiny.jsonl(tmp_path / "own.jsonl", lines)
-    for site, rows in {"lake": 3, "north": 1}.items():
-        (tmp_path / site).mkdir()
-        for split in ("train", "test"):
-            tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
+    three_rows_and_one(tmp_path)
     study = harness["bench"].Study(
         "own", tmp_path, tmp_path, {"task": "causal_lm"}, "bits_per_byte", lower_is_better=True
     )
@@ -190,10 +211,7 @@ def test_lone_sites_make_one_line_of_what_each_has_at_home(
     lone = [{"method": "alone", "seed": 0, "trained_at": site, "scores": scores[site]} for site in scores]
     ours = {"method": "ours", "seed": 0, "rate": 1e-3, "score": 0.8, "scores": {"lake": 0.8, "north": 0.8}}
     tiny.jsonl(tmp_path / "own.jsonl", [*lone, ours])
-    for site, rows in {"lake": 3, "north": 1}.items():
-        (tmp_path / site).mkdir()
-        for split in ("train", "test"):
-            tiny.jsonl(tmp_path / site / f"{split}.jsonl", [{}] * rows)
+    three_rows_and_one(tmp_path)
     plan = {"task": "sequence_classification"}
     results = comparison.Results(harness["bench"].Study("own", tmp_path, tmp_path, plan, "accuracy"))
     (line,) = results.final[comparison.ALONE].values()

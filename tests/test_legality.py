@@ -37,6 +37,12 @@ def test_a_clash_is_refused_and_says_why(plan, how, why):
         settle(RoundPlan(**plan), Aggregation(**how))
 
 
+@pytest.mark.parametrize("how", [{"step": "adm"}, {"step": {"rule": "fedexp", "least": 1}}, {"weigh": ["exmples"]}])
+def test_a_rule_or_setting_nobody_knows_is_refused_before_a_round_is_lost(how):
+    with pytest.raises(ConfigError, match="adm|least|exmples"):
+        settle(RoundPlan(), Aggregation(**how))
+
+
 def test_every_clash_of_the_table_is_tried_here():
     tried = {
         clash.why

@@ -143,3 +143,12 @@ def test_the_step_a_job_leaves_open_follows_from_its_task_and_rule(task, merge, 
     sent = [replace(u, manifest=replace(u.manifest, task=task)) for u in sites(1, 2, 3)]
     left_open, asked = (combine(Adapter(), None, sent, Aggregation(merge=merge, step=s), 3) for s in (None, usual))
     assert torch.equal(left_open.adapter.lora["q"].delta(), asked.adapter.lora["q"].delta())
+    assert left_open.step_size == asked.step_size
+    assert (left_open.step_size > 1) == (usual == "fedexp")
+
+
+@pytest.mark.parametrize(
+    ("entry", "size"), [("adam", None), ("yogi", None), ({"rule": "momentum", "learning_rate": 0.7}, 0.7)]
+)
+def test_a_step_tells_its_size_but_where_a_second_moment_sets_one_for_each_layer(entry, size):
+    assert combine(Adapter(), None, sites(1, 2), Aggregation(step=entry), 3).step_size == size

@@ -29,6 +29,7 @@ class Combined:
     refused: Mapping[str, str] = field(default_factory=dict)  # site → reason
     energy_lost: Mapping[str, float] = field(default_factory=dict)  # layer → share of ‖ΔW‖² cut off by shortening
     spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer → singular values of ΔW, falling
+    step_size: float | None = 1.0  # η of the server step; none where it has one for each layer
     memory: Memory = field(default_factory=Memory)  # what the server step needs in the next round
 
 
@@ -56,9 +57,8 @@ def combine(
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = per_step(shares, accepted) if how.normalize_steps else shares
-    mover = step.Mover(
-        step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares), memory or Memory(), max_rank
-    )
+    taken = step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares)
+    mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
         pairs = Trained(accepted, layer)
@@ -83,6 +83,7 @@ def combine(
         refused=refused,
         energy_lost=lost,
         spectrum=spectra,
+        step_size=taken.size,
         memory=mover.memory(),
     )
 

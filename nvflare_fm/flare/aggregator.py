@@ -101,7 +101,8 @@ class AdapterAggregator(ModelAggregator):
 
     def _log(self, combined: Combined) -> None:
         shares = ", ".join(f"{site} {weight:.4f}" for site, weight in sorted(combined.weights.items()))
-        self.logger.info(f"round {self.task.round}: weights {shares}")
+        size = "" if combined.step_size is None else f"; server step {combined.step_size:.2f}"
+        self.logger.info(f"round {self.task.round}: weights {shares}{size}")
         for site, reason in sorted(combined.refused.items()):
             self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
         if combined.spectrum:

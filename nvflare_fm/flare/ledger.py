@@ -36,6 +36,7 @@ class Ledger:
     metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from
     after: dict[str, float] = field(default_factory=dict)  # of the sites' own adapters, after training
     factors: dict[str, dict[str, float]] = field(default_factory=dict)  # weight factor → site → its value
+    step_size: float | None = None  # η of the server step
     energy_lost: dict[str, float] = field(default_factory=dict)
     spectrum: dict[str, list[float]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
     effective_rank: dict[str, float] = field(default_factory=dict)  # layer → directions that carry its energy
@@ -55,7 +56,7 @@ class Ledger:
 
     def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate]) -> None:
         self.out |= {site: f"rejected: {reason}" for site, reason in combined.refused.items()}
-        self.energy_lost = dict(combined.energy_lost)
+        self.energy_lost, self.step_size = dict(combined.energy_lost), combined.step_size
         self.factors = {name: dict(values) for name, values in combined.factors.items()}
         self.spectrum = {layer: list(values) for layer, values in combined.spectrum.items()}
         self.effective_rank = {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()}

@@ -102,6 +102,7 @@ def test_every_weight_loss_and_byte_is_on_record_at_the_server(federation: Feder
     for line in (first, second):
         assert math.isclose(sum(site["weight"] for site in line["sites"].values()), 1.0)
         assert line["energy_lost"]
+        assert 1 <= line["step_size"] <= 1.5
         assert all(site["bytes_up"] > 0 and site["seconds"] > 0 for site in line["sites"].values())
     assert first["bytes_down"] == 0 < second["bytes_down"]
     assert last["metrics"]["loss"] < first["metrics"]["loss"]

@@ -42,9 +42,14 @@ class Step:
     first: float = 0.0  # v before the first round
 
     @property
+    def size(self) -> float | None:
+        """η, or nothing where a second moment sets it layer by layer."""
+        return None if self.square else float(self.gain(None))
+
+    @property
     def plain(self) -> bool:
         """x + d: what the merge rule gave is the result."""
-        return not (self.keep or self.square) and float(self.gain(None)) == 1.0
+        return not self.keep and self.size == 1.0
 
 
 Factory = Callable[..., Step]
