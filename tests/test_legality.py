@@ -39,7 +39,7 @@ def test_a_clash_is_refused_and_says_why(plan, how, why):
 
 @pytest.mark.parametrize("how", [{"step": "adm"}, {"step": {"rule": "fedexp", "least": 1}}, {"weigh": ["exmples"]}])
 def test_a_rule_or_setting_nobody_knows_is_refused_before_a_round_is_lost(how):
-    with pytest.raises(ConfigError, match="adm|least|exmples"):
+    with pytest.raises(ConfigError, match=r"adm|least|exmples"):
         settle(RoundPlan(), Aggregation(**how))
 
 
