@@ -171,6 +171,12 @@ class Aggregation(Settings):
         "exact or stack, else plain",
     )
     max_rank: int = Field(0, ge=0, description="of the global adapter; 0: the plan's rank")
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="an answer counts up to so many rounds late, and its site trains on undisturbed; 0: a round's end "
+        "calls off who is still at it",
+    )
     keep_energy: float = Field(
         1.0, gt=0, le=1, description="a layer keeps no more directions than hold this share of ‖ΔW‖²"
     )

@@ -92,6 +92,23 @@ CLASHES = (
         "use exact or stack",
     ),
     Clash(
+        "`max_staleness`",
+        "a merge rule that is not the global adapter plus changes, or DoRA",
+        lambda job: (
+            bool(job.how.max_staleness)
+            and not (job.rule.delta and (job.method.side_adapter or not job.method.factored))
+        ),
+        "a late answer counts by what it changed, and the rule averages what the sites hold",
+        "use exact or stack",
+    ),
+    Clash(
+        "weight `staleness`",
+        "`max_staleness = 0`",
+        lambda job: job.weighs("staleness") and not job.how.max_staleness,
+        "no update is older than its round",
+        "set max_staleness",
+    ),
+    Clash(
         "`keep_energy` below 1",
         "a merge rule that keeps raw factors",
         lambda job: job.how.keep_energy < 1 and not job.rule.canonical,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from .aggregation.cohort import check_values, drawn
 from .aggregation.combine import Combined, combine
+from .aggregation.late import trained_from
 from .aggregation.step import Memory
 from .combination import max_rank, of_round, settle
 from .config import Aggregation, RoundPlan
@@ -34,11 +35,14 @@ def federate(
     adapter: Adapter | None = None,
     manifest: Manifest | None = None,
     sites_per_round: int = 0,
+    takes: Mapping[str, int] | None = None,
 ) -> Iterator[Round]:
     """Rounds one after the other, each yielded as it ends; `adapter` and `manifest` continue an earlier federation.
 
     Args:
         sites_per_round: so many are drawn for each round; 0: all.
+        takes: rounds until a site's answer is there, where that is more than one; what comes more than
+            `how.max_staleness` rounds late does not count.
 
     Raises:
         FmError: a site fails; unlike NVFlare's controller, nothing here goes on without it.
@@ -46,13 +50,18 @@ def federate(
     plan = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
     adapter = adapter or Adapter()
     memory = Memory()
+    at: dict[str, RoundTask] = {}  # site → what it works at
     for number in range(rounds):
         task = RoundTask(of_round(plan, how, number), adapter, manifest, number, rounds)
-        updates = tuple(workers[site].train(task) for site in drawn(workers, sites_per_round, plan.seed, number))
+        at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
+        due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
+        tasks = {site: at.pop(site) for site in due}
+        updates = tuple(trained_from(began, workers[site].train(began), task) for site, began in tasks.items())
         for update in updates:
             check_values(update)
         combined = combine(adapter, manifest, updates, how, max_rank(plan, how), memory)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
+        at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
         yield Round(number, combined, updates)

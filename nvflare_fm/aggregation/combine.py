@@ -14,6 +14,7 @@ from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
 from . import merge, step
 from .cohort import Cohort, Trained, admit
+from .late import rebased
 from .step import Memory
 from .weigh import weigh
 
@@ -53,6 +54,7 @@ def combine(
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise WireError(f"no update can be merged: {refused or 'no site answered'}")
+    accepted = [rebased(update, state, rule.rest) for update in accepted]
     cohort = Cohort(accepted, state, rule.rest)
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())

@@ -18,12 +18,13 @@ from nvflare.fuel.utils import fobs
 from ..adapter import AdapterUpdate, Manifest, RoundTask
 from ..aggregation.cohort import check_values
 from ..aggregation.combine import Combined, combine, per_step
+from ..aggregation.late import trained_from
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
 from ..config import Aggregation, RoundPlan, Rule
 from ..lora import effective_rank
 from . import wire
-from .ledger import mean
+from .ledger import mean, received
 
 _OF_ONE_SITE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
 
@@ -43,6 +44,7 @@ class AdapterAggregator(ModelAggregator):
         normalize_steps: bool = False,
         step: Rule | None = None,
         max_rank: int = 0,
+        max_staleness: int = 0,
         keep_energy: float = 1.0,
         sigma: str = "B",
         seed: int = 0,
@@ -51,7 +53,8 @@ class AdapterAggregator(ModelAggregator):
         super().__init__()
         self.merge, self.weigh, self.max_weight = merge, list(weigh), max_weight
         self.normalize_steps, self.step = normalize_steps, step
-        self.max_rank, self.keep_energy, self.sigma, self.seed = max_rank, keep_energy, sigma, seed
+        self.max_rank, self.max_staleness = max_rank, max_staleness
+        self.keep_energy, self.sigma, self.seed = keep_energy, sigma, seed
         self.how = Aggregation.read({name: getattr(self, name) for name in Aggregation.model_fields}, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
@@ -71,8 +74,11 @@ class AdapterAggregator(ModelAggregator):
     def reset_stats(self) -> None:
         self.updates, self.combined = {}, None
 
-    def accept_model(self, model: FLModel) -> None:
+    def accept_model(self, model: FLModel, began: RoundTask | None = None) -> None:
         """
+        Args:
+            began: what the site was sent, if that was in an earlier round.
+
         Raises:
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
@@ -81,7 +87,7 @@ class AdapterAggregator(ModelAggregator):
         check(self.how.weigh, update)
         if self.how.normalize_steps:
             per_step([1.0], [update])
-        self.updates[update.site] = update
+        self.updates[update.site] = trained_from(began or self.task, update, self.task)
 
     def aggregate_model(self) -> FLModel:
         """
@@ -95,8 +101,7 @@ class AdapterAggregator(ModelAggregator):
         self._log(combined)
         manifest = _shared(combined.manifest) if combined.adapter.lora else combined.manifest
         model = wire.write_saved(wire.Saved(combined.adapter, manifest, task.round, task.plan))
-        before = {site: self.updates[site].report.before for site in combined.weights}
-        model.metrics = mean(before, combined.weights) or None
+        model.metrics = mean(received(self.updates), combined.weights) or None
         return model
 
     def _log(self, combined: Combined) -> None:

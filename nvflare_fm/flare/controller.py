@@ -5,12 +5,15 @@ site the others' names and sample counts.
 """
 
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import Task
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
@@ -42,6 +45,8 @@ class FedPEFT(FedAvg):
         min_responses: usable updates a round needs; with fewer the job stops and says what each site answered.
         deadline_s: a round ends after so many seconds; 0: it waits for every site.
         grace_s: a round ends so many seconds after `min_responses` usable updates are in; 0: it waits for every site.
+            Who is still at a round that ended is called off, or with the aggregator's `max_staleness` trains on and
+            counts in the round in which the answer comes. The first round has nothing that it could be late for.
         plan: what the sites are to do, a `config.RoundPlan`; sent with every task.
         aggregator: how their adapters become one.
         sites_per_round: so many of the connected sites are drawn for each round, by the plan's seed; 0: all.
@@ -79,6 +84,8 @@ class FedPEFT(FedAvg):
         if key_metric_mode not in ("min", "max"):
             raise ConfigError(f'key_metric_mode must be "min" or "max", got {key_metric_mode!r}')
         aggregator = aggregator or AdapterAggregator()
+        if aggregator.how.max_staleness and not (grace_s or deadline_s):
+            raise ConfigError("max_staleness: a round that waits for every site has nobody late; set grace_s as well")
         super().__init__(
             num_rounds=num_rounds,
             persistor_id=persistor_id,
@@ -102,6 +109,10 @@ class FedPEFT(FedAvg):
         self.ledger = Ledger(0, num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the metrics known last
         self.best: float | None = None
+        self._turn = threading.Lock()  # answers come in NVFlare's threads
+        self._open: RoundTask | None = None  # the round that is going on
+        self._asked: dict[int, tuple[RoundTask, Task]] = {}  # rounds that sites are at, as we and as NVFlare see them
+        self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other
 
@@ -127,16 +138,19 @@ class FedPEFT(FedAvg):
         return model
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
-        """The connected sites of this round, in the order of their names."""
-        connected = (client.name for client in self.engine.get_clients())
-        return drawn(connected, self.sites_per_round, self.round_plan.seed, self.current_round)
+        """The connected sites of this round that are not at an earlier one, in the order of their names."""
+        free = {client.name for client in self.engine.get_clients()} - self._behind()
+        return drawn(free, self.sites_per_round, self.round_plan.seed, self.current_round)
+
+    def get_num_standing_tasks(self) -> int:
+        """None that FedAvg should wait for: `send_model` has."""
+        return 0
 
     def send_model(
         self,
         task_name: str = AppConstants.TASK_TRAIN,
         data: FLModel | None = None,
         targets: list[str] | None = None,
-        callback: Callable[[FLModel], bool] | None = None,
         **_: Any,
     ) -> None:
         """Sends the round's task to all sites at once, and returns when the round is over."""
@@ -144,43 +158,89 @@ class FedPEFT(FedAvg):
         plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
         task = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
         self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how))
-        self._ask(task, task_name, targets or self.sample_clients(), callback or self._aggregate_one_result)
+        self._ask(task, task_name, targets or self.sample_clients(), partial(self._came, task))
 
     def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
         message = wire.write_task(task)
         self.ledger = Ledger(task.round, self.total_rounds, sites, wire.size(message.params))
         self._show()
-        super().send_model(
-            task_name=name, data=message, targets=sites, timeout=math.ceil(self.deadline_s), callback=callback
-        )
-        self._wait()
-        self._call_off(self.ledger.silent("no answer before the round ended"))
+        self._open = task
+        super().send_model(task_name=name, data=message, targets=sites, callback=callback)
+        self._asked[task.round] = task, self._sent
+        self._wait(self._sent)
+        with self._turn:
+            self._open = None
+        self._end(task)
 
-    def _wait(self) -> None:
-        """Until all have answered or the deadline has passed, both NVFlare's to see, or the grace time is over."""
-        enough_since = math.inf
-        while self.get_num_standing_tasks() and not self.abort_signal.triggered:
-            if self.ledger.usable() >= self.min_responses:
-                enough_since = min(enough_since, time.monotonic())
-            if self.grace_s and time.monotonic() - enough_since >= self.grace_s:
-                self.cancel_all_tasks(fl_ctx=self.fl_ctx)
+    def _prepare_task(self, *args: Any, **kwargs: Any) -> Task:
+        self._sent = super()._prepare_task(*args, **kwargs)
+        return self._sent
+
+    def _wait(self, asked: Task) -> None:
+        """Until all have answered, or the grace time is over or the deadline has passed."""
+        began, enough_since = time.monotonic(), math.inf
+        while not self.abort_signal.triggered:
+            self._count_late()
+            now, enough = time.monotonic(), self.ledger.usable() >= self.min_responses
+            enough_since = min(enough_since, now) if enough else math.inf
+            if asked.completion_status and (enough or not self._behind() - set(self.ledger.asked)):
+                return
+            if 0 < self.grace_s <= now - enough_since or 0 < self.deadline_s <= now - began:
+                return
             time.sleep(self._task_check_period)
 
-    def _call_off(self, sites: list[str]) -> None:
-        """NVFlare tells nobody that a task is over: a slow site would train on, and miss the next round too."""
+    def _end(self, task: RoundTask) -> None:
+        """Who is still at this round or an earlier one trains on or is called off: NVFlare tells nobody that a task is
+        over, so a slow site would train for nothing, and miss the next round too.
+        """
+        last = task.round + 1 >= self.total_rounds
+        for number, (began, asked) in list(self._asked.items()):
+            if not last and began.adapter and task.round - number < self.aggregator.how.max_staleness:
+                asked.targets = [fetched.client.name for fetched in asked.client_tasks]  # the others get the next one
+            else:
+                self._call_off(number)
+            if not _working(asked):
+                self._asked.pop(number, None)
+        self.ledger.out |= dict.fromkeys(self._behind(), "late: still at it, and counts when its answer comes")
+        self.ledger.silent("no answer before the round ended")
+
+    def _behind(self) -> set[str]:
+        """Sites that are at a round that is not over for them."""
+        return {site for _, asked in self._asked.values() for site in _working(asked)}
+
+    def _call_off(self, number: int) -> None:
+        _, asked = self._asked.pop(number)
+        sites = _working(asked)
+        self.cancel_task(asked, fl_ctx=self.fl_ctx)
         if sites and not self.abort_signal.triggered:
             over = Shareable()
-            over.set_header(AppConstants.CURRENT_ROUND, self.ledger.round)
+            over.set_header(AppConstants.CURRENT_ROUND, number)
             self.engine.send_aux_request(sites, wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
 
     # --- one answer after the other
 
-    def _aggregate_one_result(self, result: FLModel) -> bool:
+    def _came(self, task: RoundTask, result: FLModel) -> bool:
+        with self._turn:
+            if task is self._open:
+                return self._aggregate_one_result(result)
+            self._late.append((task, result))
+            return True
+
+    def _count_late(self) -> None:
+        with self._turn:
+            for began, result in self._late:
+                self._aggregate_one_result(result, began)
+            self._late.clear()
+
+    def _aggregate_one_result(self, result: FLModel, began: RoundTask | None = None) -> bool:
+        """Takes an answer to this round, or to the earlier one of `began`."""
         site = result.meta["client_name"]
         if reason := wire.refused(result):
             return self._leave_out(site, f"refused: {reason}")
+        if began and not (began.adapter and self.ledger.round - began.round <= self.aggregator.how.max_staleness):
+            return self._too_late(site)
         try:
-            self.aggregator.accept_model(result)
+            self.aggregator.accept_model(result, began)
         except FmError as error:
             return self._leave_out(site, f"rejected: {error.message}")
         except Exception as error:  # what a stranger sends must not stop the federation
@@ -204,8 +264,12 @@ class FedPEFT(FedAvg):
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
         if result.get_return_code() == ReturnCode.OK:
-            self.info(f"round {self.ledger.round}: {client.name} answered a {task_name} task too late for it to count")
-            self.ledger.late.append(client.name)
+            self._too_late(client.name)
+
+    def _too_late(self, site: str) -> bool:
+        self.info(f"round {self.ledger.round}: {site} answered an earlier task too late for it to count")
+        self.ledger.late.append(site)
+        return False
 
     def _leave_out(self, site: str, reason: str) -> bool:
         self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")
@@ -278,3 +342,8 @@ class FedPEFT(FedAvg):
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
+
+
+def _working(asked: Task) -> set[str]:
+    """Sites that have not answered."""
+    return set(asked.targets) - {done.client.name for done in asked.client_tasks if done.result_received_time}

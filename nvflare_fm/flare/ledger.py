@@ -61,7 +61,7 @@ class Ledger:
         self.spectrum = {layer: list(values) for layer, values in combined.spectrum.items()}
         self.effective_rank = {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()}
         self.sites = {site: _contribution(updates[site], weight) for site, weight in combined.weights.items()}
-        self.metrics = mean({s: updates[s].report.before for s in combined.weights}, combined.weights)
+        self.metrics = mean(received(updates), combined.weights)
         self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
 
     def write(self, run_dir: Path) -> None:
@@ -82,6 +82,11 @@ class Ledger:
         }
 
 
+def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, float]]:
+    """What the sites measured of this round's adapter; those who come late measured an older one."""
+    return {site: update.report.before for site, update in updates.items() if not update.staleness}
+
+
 def mean(metrics: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
     """Each metric's weighted mean over the sites that have a finite value of it, in the order of their names."""
     names = sorted({name for site in metrics for name in metrics[site]})
@@ -99,5 +104,5 @@ def _finite(metrics: Mapping[str, float], name: str) -> bool:
 def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
     report = asdict(update.report)
     numbers = {k: v for k, v in report.items() if not isinstance(v, float) or math.isfinite(v)}
-    speed = {"tokens_per_s": update.report.tokens_per_s}
-    return {"weight": weight, **numbers, **speed, "bytes_up": wire.size(update.adapter.tensors())}
+    ours = {"weight": weight, "staleness": update.staleness, "bytes_up": wire.size(update.adapter.tensors())}
+    return {**ours, **numbers, "tokens_per_s": update.report.tokens_per_s}

@@ -81,7 +81,8 @@ class FedPEFTRecipe(AdapterRecipe):
         name: of the job.
         num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload, sites_per_round: see `FedPEFT`.
         min_sites: sites the job needs to start, and usable updates it needs in every round.
-        merge, weigh, max_weight, normalize_steps, step, max_rank, keep_energy, sigma: see `config.Aggregation`;
+        merge, weigh, max_weight, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma: see
+            `config.Aggregation`;
             max_rank 0 is the largest rank any site trains.
         sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
             these sites take part.
@@ -108,6 +109,7 @@ class FedPEFTRecipe(AdapterRecipe):
         normalize_steps: bool = False,
         step: Rule | None = None,
         max_rank: int = 0,
+        max_staleness: int = 0,
         keep_energy: float = 1.0,
         sigma: str = "B",
         sites: Mapping[str, Mapping[str, Any]] | None = None,
@@ -131,7 +133,7 @@ class FedPEFTRecipe(AdapterRecipe):
         if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
             max_rank = largest
         aggregator = AdapterAggregator(
-            merge, weigh, max_weight, normalize_steps, step, max_rank, keep_energy, sigma, asked.seed
+            merge, weigh, max_weight, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma, asked.seed
         )
         settle(asked, aggregator.how, overrides)
         controller = FedPEFT(

@@ -162,11 +162,13 @@ class Bench:
         plan = self.settled(method, seed)
         if method.folds:
             return self._folding(method, workers, plan)
-        return federate(workers, plan, method.how, self.together(method))
+        takes = {} if method.waits else dict.fromkeys(self.names[2::3], method.slow)
+        return federate(workers, plan, method.how, self.together(method), takes=takes)
 
     def together(self, method: Method) -> int:
-        """Rounds of the federation; in the others each site trains by itself."""
-        return self.study.rounds - math.ceil(method.at_home * self.study.rounds)
+        """Rounds of the federation; in the others each site trains by itself, or waits for the slow ones."""
+        rounds = self.study.rounds // method.slow if method.waits else self.study.rounds
+        return rounds - math.ceil(method.at_home * rounds)
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None

@@ -1,16 +1,15 @@
 """Sites that differ: our default against what others do, in data, in rank, in both. Resumable; a line a measurement.
 
-    python tests/benchmarks/heterogeneity.py tune banking77-0.3      # the same budget for every method, held-out rows
-    python tests/benchmarks/heterogeneity.py run banking77-0.1       # fixed settings, fresh seeds
+    python tests/benchmarks/heterogeneity.py run banking77-0.1       # tunes, runs, and reports as below
     python tests/benchmarks/heterogeneity.py report banking77-0.1    # tables, paired differences and a figure
-    python tests/benchmarks/heterogeneity.py grid                    # tunes and runs all that the docs report
+    python tests/benchmarks/heterogeneity.py grid                    # all that the docs report
     python tests/benchmarks/heterogeneity.py overview                # what the grid found, a study a column
 
 Studies: banking77-A and banking77lm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm. `@random` behind a
 name: from a base model whose weights are random. Data of your own, one folder per site with train.jsonl and
 test.jsonl (`text` and `label`, or `prompt` and `completion`):
 
-    python tests/benchmarks/heterogeneity.py tune NAME --folder SITES --model BASE     # then run, then report
+    python tests/benchmarks/heterogeneity.py run NAME --folder SITES --model BASE
 
 What was measured lies in tests/benchmarks/results and is gone on with; `--cores` says how many runs go side by side.
 
@@ -32,7 +31,7 @@ import torch
 import typer
 from bench import POINTS, RESULTS, Bench, Study, baseline, federated, overall, study
 from comparison import Results, lines
-from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS, TOGETHER
+from methods import AT_HOME, BASELINES, COMPARED, METHODS, OURS, OWN_RATE, PARTS, PRECISIONS, SLOW, TOGETHER
 from rich.console import Console
 from rich.progress import track
 
@@ -44,11 +43,16 @@ ALPHAS = ("0", "1", "0.3", "0.1")
 BANKING = [f"{kind}-{alpha}" for alpha in reversed(ALPHAS) for kind in ("banking77", "banking77lm")]
 RANDOM = [OURS, "pooled", TOGETHER]  # also from random weights
 GRID = [*BANKING[:2], "medquad-types", "medquad-lm", *BANKING[2:]]
-BESIDE = [AT_HOME, *PARTS, *PRECISIONS]  # in the first four of them …
-SAME = {
-    "sequence_classification": "ours, plain steps",
-    "causal_lm": "ours, FedExP's steps",
-}  # … but what ours does anyway
+BESIDE = {  # what else is run
+    "banking77-0.1": [AT_HOME, "ours, FedExP's steps", *PRECISIONS, *SLOW, *OWN_RATE, TOGETHER],
+    "banking77lm-0.1": [AT_HOME, "ours, plain steps", *PRECISIONS, *SLOW],
+    "medquad-types": [AT_HOME, "ours, FedExP's steps", "ours, by examples"],
+    "medquad-lm": [AT_HOME, "ours, plain steps", "ours, by examples"],
+    "banking77-0": [TOGETHER],
+    "banking77-0.1@random": RANDOM,
+    "banking77-0@random": RANDOM,
+}
+AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 Folder = typer.Option(None, help="one folder per site with train.jsonl and test.jsonl")
 Model = typer.Option(None, help="folder of the base model; else MiniLM's first two layers, or stories260k")
@@ -76,10 +80,15 @@ class Job:
         return any((row["method"], row["seed"], row["rate"]) == mine for row in lines(self.file))
 
 
-def tuning_file(name: str) -> Path:
+def tuned_on(name: str) -> str:
+    """The study whose rates are this one's."""
     data, at, start = name.partition("@")
     kind, _, alpha = data.rpartition("-")
-    return RESULTS / f"{f'{kind}-0.3' if alpha in ALPHAS else data}{at}{start}-tuning.jsonl"
+    return f"{f'{kind}-0.3' if alpha in ALPHAS else data}{at}{start}"
+
+
+def tuning_file(name: str) -> Path:
+    return RESULTS / f"{tuned_on(name)}-tuning.jsonl"
 
 
 def carry_out(job: Job) -> tuple[list[dict[str, Any]], float]:
@@ -149,11 +158,9 @@ def best(scores: dict[float, float], lower_is_better: bool) -> float:
 
 
 def tuned(name: str, lower_is_better: bool) -> dict[str, float]:
-    """The best rate of each method. Parts of ours that were not tuned take that of ours."""
+    """The best rate of each method."""
     rates = {method: best(scores, lower_is_better) for method, scores in tried(name).items()}
-    if OURS in rates:
-        rates = dict.fromkeys([AT_HOME, *PARTS, *PRECISIONS], rates[OURS]) | rates
-    return rates
+    return rates | (dict.fromkeys(AS_OURS, rates[OURS]) if OURS in rates else {})
 
 
 def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]:
@@ -166,37 +173,18 @@ def next_rates(scores: dict[float, float], lower_is_better: bool) -> list[float]
 
 
 def tune_all(data: Study, methods: list[str], cores: int) -> None:
+    """Finds each method's learning rate on held-out training rows; every method tries by the same rule."""
     while jobs := [
         Job(data, method, rate, TUNING_SEED, True)
-        for method in methods
-        if method != AT_HOME  # goes on from ours
+        for method in dict.fromkeys(OURS if method in AS_OURS else method for method in methods)
         for rate in next_rates(tried(data.name).get(method, {}), data.lower_is_better)
     ]:
         carry_out_all(jobs, cores)
 
 
 def to_run(data: Study, methods: list[str], seeds: list[int]) -> list[Job]:
-    """
-    Raises:
-        BadParameter: a method has no rate yet.
-    """
     rates = tuned(data.name, data.lower_is_better)
-    if untuned := [method for method in methods if method not in rates]:
-        raise typer.BadParameter(f"no rate for {untuned}: run tune first")
     return [Job(data, method, rates[method], seed) for seed in seeds for method in methods]
-
-
-@app.command()
-def tune(
-    name: str,
-    folder: Path = Folder,
-    model: Path = Model,
-    max_length: int = Length,
-    methods: str = Methods,
-    cores: int = Cores,
-) -> None:
-    """Finds each method's learning rate on held-out training rows; every method tries by the same rule."""
-    tune_all(study(name, folder, model, max_length), named(methods, COMPARED), cores)
 
 
 @app.command()
@@ -210,37 +198,37 @@ def run(
     first_seed: int = 0,
     cores: int = Cores,
 ) -> None:
-    """Runs what the results lack."""
-    seeds_ = list(range(first_seed, first_seed + seeds))
-    carry_out_all(to_run(study(name, folder, model, max_length), named(methods, COMPARED), seeds_), cores)
+    """Tunes what has no rate yet, runs what the results lack, and reports."""
+    data, asked = study(name, folder, model, max_length), named(methods, COMPARED)
+    tune_all(data if folder else study(tuned_on(name)), asked, cores)
+    carry_out_all(to_run(data, asked, list(range(first_seed, first_seed + seeds))), cores)
+    show(data)
 
 
 @app.command()
 def grid(seeds: int = 3, cores: int = Cores) -> None:
     """All that the docs report, the most skewed data first."""
-    for name in ("banking77-0.3", "medquad-types"):
-        tune_all(study(name), [*COMPARED, *OWN_RATE, TOGETHER], cores)
-    for name in ("banking77lm-0.3", "medquad-lm"):
-        tune_all(study(name), COMPARED, cores)
-    tune_all(study("banking77-0.3@random"), RANDOM, cores)
-    jobs = [job for name in GRID for job in to_run(study(name), COMPARED, list(range(seeds)))]
-    for data in map(study, GRID[:4]):
-        jobs += to_run(data, [part for part in BESIDE if part != SAME[data.plan["task"]]], list(range(seeds)))
-    for name in ("banking77-0.1", "medquad-types"):
-        jobs += to_run(study(name), [*OWN_RATE, TOGETHER], list(range(seeds)))
-    for name in ("banking77-0.1", "banking77-0"):
-        jobs += to_run(study(f"{name}@random"), RANDOM, list(range(seeds)))
+    asked = {name: [*COMPARED, *BESIDE.get(name, [])] for name in GRID}
+    asked |= {name: methods for name, methods in BESIDE.items() if name not in GRID}
+    for name in dict.fromkeys(map(tuned_on, asked)):
+        together = [method for other in asked if tuned_on(other) == name for method in asked[other]]
+        tune_all(study(name), together, cores)
+    jobs = [job for name in asked for job in to_run(study(name), asked[name], list(range(seeds)))]
     carry_out_all(jobs, cores)
 
 
 @app.command()
 def report(name: str, folder: Path = Folder, model: Path = Model, against: str = OURS) -> None:
     """Tables and a figure of what has been run."""
-    results = Results(study(name, folder, model))
+    show(study(name, folder, model), against)
+
+
+def show(data: Study, against: str = OURS) -> None:
+    results = Results(data)
     console.print(comparison.compared(results, against))
     if any(row["method"] == "alone" for row in results.rows):
         console.print(comparison.homes(results))
-    console.print(f"figure: {comparison.picture(results.study)}")
+    console.print(f"figure: {comparison.picture(data)}")
 
 
 @app.command()

@@ -27,6 +27,8 @@ class Method:
         quantizations: of the base model, over the sites in turn.
         training: what its sites set differently from the defaults.
         at_home: share of the rounds, the last ones, in which each site trains on by itself, for itself.
+        slow: rounds that every third site takes for one.
+        waits: for the slow sites, so that fewer rounds fit into the same time.
     """
 
     how: Aggregation = field(default_factory=Aggregation)
@@ -37,6 +39,8 @@ class Method:
     quantizations: tuple[str, ...] = ("nf4",)
     training: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
+    slow: int = 1
+    waits: bool = False
 
 
 PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
@@ -59,12 +63,9 @@ PEERS = {
     "raFLoRA": peer("rank_partition"),
     "FLoRA, folded into NF4": peer("stack", folds=True),
 }
-OWN_RATE = {  # parts of ours, and peers whose sites train as ours do, that need a rate of their own
+OWN_RATE = {  # a part of ours, and a peer whose sites train as ours do, each at a rate of its own
     "ours, the rule alone": Method(Aggregation(weigh=("examples",), step="plain"), training=PLAIN),
     "FedIT, rank 4, trained as ours": Method(Aggregation(merge="factor_mean"), rank=4),
-    "FFA-LoRA, rank 4, trained as ours": Method(Aggregation(merge="freeze_a"), rank=4),
-    "FlexLoRA, trained as ours": Method(Aggregation(merge="svd")),
-    "raFLoRA, trained as ours": Method(Aggregation(merge="rank_partition")),
 }
 PARTS = {
     "ours, by examples": Method(Aggregation(weigh=("examples",))),
@@ -75,6 +76,12 @@ PRECISIONS = {
     "ours, all fp32": Method(quantizations=("fp32",)),
     "ours, NF4 + int8 + fp32": Method(quantizations=("nf4", "int8", "fp32")),
 }
-METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS}
+SLOW = {  # three of ten sites need three rounds for one
+    "slow sites waited for": Method(slow=3, waits=True),
+    "slow sites called off": Method(slow=3),
+    "slow sites late": Method(Aggregation(max_staleness=2), slow=3),
+    "slow sites late, by age": Method(Aggregation(max_staleness=2, weigh=("uniform", "staleness")), slow=3),
+}
+METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW}
 BASELINES = {"pooled": PLAIN, "alone": {}, TOGETHER: {}}
 COMPARED = [OURS, *PEERS, "pooled", "alone"]

@@ -77,6 +77,19 @@ def test_one_round_by_one_site_is_that_site_alone(llama: Path, tmp_path: Path) -
         torch.testing.assert_close(pair.delta(), adapter.lora[layer].delta(), atol=1e-6, rtol=1e-4)
 
 
+def test_a_slow_sites_work_counts_in_the_round_in_which_it_comes(llama: Path, tmp_path: Path) -> None:
+    """site-1 takes two rounds. From the first there is nothing to be late for, so it begins with the second."""
+    workers, plan = sites(tmp_path, llama, "causal_lm"), tiny.plan(evaluation={"before": True, "after": False})
+    how, takes = Aggregation(max_staleness=1, weigh=["staleness"]), {"site-1": 2}
+    rounds = list(federate(workers, plan, how, 5, takes=takes))
+    assert [[u.staleness for u in r.updates] for r in rounds] == [[0], [0], [0, 1], [0], [0, 1]]
+    late = rounds[2].updates[1]
+    assert late.began is rounds[0].combined.adapter
+    assert rounds[2].combined.weights["site-1"] == pytest.approx(2**-0.5 / (1 + 2**-0.5))
+    dropped = federate(workers, plan, Aggregation(), 3, takes=takes)
+    assert [list(r.reports) for r in dropped] == [["site-0"]] * 3
+
+
 def test_a_federated_classifier_has_one_head_from_the_start(bert: Path, tmp_path: Path) -> None:
     plan = tiny.plan("sequence_classification", training={"local_steps": 1, "learning_rate": 1e-9})
     (only,) = federate(sites(tmp_path, bert, "sequence_classification"), plan, Aggregation(), 1)

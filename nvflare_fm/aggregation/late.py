@@ -1,0 +1,44 @@
+"""Updates that come after their round, as in buffered asynchronous aggregation (FedBuff, arXiv:2106.06639)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter, AdapterUpdate, Lazy, LoraPair, RoundTask
+from ..config import Rest
+from ..lora import head, stack
+
+
+def trained_from(began: RoundTask, update: AdapterUpdate, now: RoundTask) -> AdapterUpdate:
+    """`update`, marked with the adapter it was trained from where that is not the one of `now`."""
+    late = now.round - began.round
+    return replace(update, began=began.adapter, staleness=late) if late else update
+
+
+def rebased(update: AdapterUpdate, state: Adapter, rest: Rest) -> AdapterUpdate:
+    """What a site changed of the earlier global adapter that it began with, as if it had changed it of `state`, whole.
+
+    Args:
+        rest: of the merge rule, see `MergeRule`; not "none".
+
+    Returns:
+        For "tail" G + ΔWₖ − ΔW⁰ₖ in each layer, at the rank of G and twice the site's, with G of `state` and ΔW⁰ₖ the
+        part of the earlier adapter that the site trained; for "all" ΔWₖ, which is the change. Made when it is read.
+    """
+    began, theirs = update.began, update.adapter
+    if began is None:
+        return update
+
+    def pair(layer: str) -> LoraPair:
+        trained = theirs.lora[layer].to(torch.float32)
+        today, before = state.lora[layer].to(torch.float32), began.lora[layer].to(torch.float32)
+        return stack([today, trained, head(before, trained.rank)], [1.0, 1.0, -1.0])
+
+    def tensor(name: str) -> torch.Tensor:
+        change: torch.Tensor = theirs.dense[name].float() - began.dense[name].float()
+        return state.dense[name].float() + change
+
+    lora: Mapping[str, Any] = theirs.lora if rest == "all" else Lazy(theirs.lora, pair)
+    return replace(update, adapter=Adapter(lora, Lazy(theirs.dense, tensor)))
