@@ -54,7 +54,7 @@ def test_every_method_and_baseline_runs_on_ones_own_folders(
     study.plan["training"]["local_steps"] = 1
     for method in [*run.METHODS, *run.BASELINES]:
         found, _ = run.carry_out(run.Job(study, method, 1e-3, 0))
-        assert found[-1]["round"] == 2, method
+        assert found[-1]["round"] == (1 if method == "slow sites waited for" else 2), method
         assert found[-1]["scores"].keys() == {"lake", "north", "valley"}
         assert 0 <= found[-1]["score"] <= 1
 

@@ -167,7 +167,7 @@ class Bench:
 
     def together(self, method: Method) -> int:
         """Rounds of the federation; in the others each site trains by itself, or waits for the slow ones."""
-        rounds = self.study.rounds // method.slow if method.waits else self.study.rounds
+        rounds = math.ceil(self.study.rounds / method.slow) if method.waits else self.study.rounds
         return rounds - math.ceil(method.at_home * rounds)
 
     def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
