@@ -60,6 +60,16 @@ def test_changes_point_where_they_pointed_when_they_were_made(updates, rank):
     close(now, then, 1e-5, len(updates) * size + 1e-9)
 
 
+def test_a_late_update_of_other_layers_is_left_out_by_name() -> None:
+    def of(width: int) -> Adapter:
+        return Adapter({"layer": make_pair(2, width, 1, 0).to(SINGLE)})
+
+    sent = [late(update("alder", of(4)), of(3)), update("birch", of(3))]
+    result = combine(of(3), MANIFEST, sent, Aggregation(), 2)
+    assert "layers differ" in result.refused["alder"]
+    assert dict(result.weights) == {"birch": 1.0}
+
+
 def test_who_is_in_time_is_left_as_it_is() -> None:
     one = update("alder", Adapter())
     task = RoundTask(RoundPlan(), round=3)

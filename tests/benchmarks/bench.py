@@ -32,7 +32,14 @@ ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
 ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the language model takes twice as long
 TEST_ROWS = {"sequence_classification": 100, "causal_lm": 50}  # of a site
 POINTS = 5  # of a curve
-LENGTHS = {"banking77": 24, "banking77lm": 48, "medquad-types": 24, "medquad-lm": 96}  # tokens a text is cut at
+LENGTHS = {
+    "banking77": 24,
+    "banking77lm": 48,
+    "medquad-types": 24,
+    "medquad-lm": 96,
+    "mts": 48,
+    "mtslm": 96,
+}  # tokens a text is cut at
 OWN_LENGTHS = {"sequence_classification": 64, "causal_lm": 128}  # of data of one's own
 
 

@@ -4,6 +4,8 @@
     python tests/benchmarks/sites.py medquad-types OUT
     python tests/benchmarks/sites.py banking77-0.3 OUT          # Dirichlet α over ten sites; 0: alike
     python tests/benchmarks/sites.py banking77lm-0.3 OUT        # the same rows, to be written from their label
+    python tests/benchmarks/sites.py mts-0.3 OUT                # MTS-Dialog: a note's header, from the dialogue
+    python tests/benchmarks/sites.py mtslm-0.3 OUT              # the note, from its header
 
 MedQuAD is split by disease, never by row, because 612 diseases occur at more than one NIH institute: a disease is in
 the test set of all sites or of none.
@@ -84,18 +86,18 @@ def answer_and_type(row: Row) -> Row:
     return {"text": row["answer"].strip()[:CUT], "label": row["qtype"]}
 
 
-def banking77(alpha: float, count: int = 10, seed: int = 0) -> Iterator[tuple[str, str, Row]]:
-    """(site, split, row) of banking77, its labels spread over `count` sites by a Dirichlet law (arXiv:1909.06335):
-    each label's rows go to the sites in proportions drawn from Dir(α), train and test alike. α = 0: all alike (IID).
+def spread(
+    splits: dict[str, list[Row]], alpha: float, count: int = 10, seed: int = 0
+) -> Iterator[tuple[str, str, Row]]:
+    """(site, split, row), labels spread over `count` sites by a Dirichlet law (arXiv:1909.06335): each label's rows go
+    to the sites in proportions drawn from Dir(α), train and test alike. α = 0: all alike (IID).
     """
     shares = numpy.random.default_rng(seed)
     bounds: dict[str, Any] = {}
-    for split in ("train", "test"):
-        with (SHARED / "data" / "banking77" / f"{split}.csv").open() as file:
-            rows = list(csv.DictReader(file))
+    for split, rows in splits.items():
         by_label: dict[str, list[Row]] = {}
         for row in rows:
-            by_label.setdefault(row["category"], []).append({"text": row["text"], "label": row["category"]})
+            by_label.setdefault(row["label"], []).append(row)
         for label, found in sorted(by_label.items()):
             if label not in bounds:
                 drawn = shares.dirichlet([alpha] * count) if alpha else numpy.full(count, 1 / count)
@@ -106,17 +108,42 @@ def banking77(alpha: float, count: int = 10, seed: int = 0) -> Iterator[tuple[st
                 yield f"site-{min(site, count - 1):02d}", split, row
 
 
+def banking77() -> dict[str, list[Row]]:
+    """Utterance → intent, as published."""
+    splits = {}
+    for split in ("train", "test"):
+        with (SHARED / "data" / "banking77" / f"{split}.csv").open() as file:
+            splits[split] = [{"text": row["text"], "label": row["category"]} for row in csv.DictReader(file)]
+    return splits
+
+
+def mts_dialog() -> dict[str, list[Row]]:
+    """Dialogue → header of the note's section. All rows, three in ten of them to test on."""
+    splits: dict[str, list[Row]] = {"train": [], "test": []}
+    for path in sorted((SHARED / "data" / "mts_dialog").glob("*.csv")):
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                found = {"text": row["dialogue"].strip(), "label": row["section_header"], "note": row["section_text"]}
+                splits["test" if fraction(found["text"]) < 0.3 else "train"].append(found)
+    return splits
+
+
 SETS: dict[str, Callable[[Row], Row]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
 
 
 def request(row: Row) -> Row:
-    return {"prompt": row["label"].replace("_", " ").strip() + "\n", "completion": row["text"].strip()}
+    """What is to be written from the label: the note's section, or the utterance itself."""
+    return {
+        "prompt": row["label"].replace("_", " ").strip() + "\n",
+        "completion": row.get("note", row["text"]).strip()[:CUT],
+    }
 
 
-def split_banking77(name: str) -> Iterator[tuple[str, str, Row]]:
+def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
     kind, alpha = name.split("-")
-    for site, split, row in banking77(float(alpha)):
-        yield site, split, request(row) if kind == "banking77lm" else row
+    rows = banking77() if kind.startswith("banking77") else mts_dialog()
+    for site, split, row in spread(rows, float(alpha)):
+        yield site, split, request(row) if kind.endswith("lm") else {"text": row["text"], "label": row["label"]}
 
 
 def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]]:
@@ -130,7 +157,7 @@ def write(name: str, out: Path, test_share: float = 0.2) -> Path:
         return out
     files: dict[Path, list[str]] = {}
     labels = set()
-    rows = split_banking77(name) if name.startswith("banking77") else split_medquad(name, test_share)
+    rows = split_medquad(name, test_share) if name in SETS else split_by_label(name)
     for site, split, record in rows:
         labels.add(record.get("label"))
         files.setdefault(out / site / f"{split}.jsonl", []).append(json.dumps(record))

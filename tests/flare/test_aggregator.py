@@ -17,6 +17,7 @@ from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
+from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 
 from .messages import MANIFEST, adapter, same, update
@@ -59,6 +60,22 @@ def test_metrics_are_means_by_the_weights_of_the_merge() -> None:
     assert aggregator.aggregate_model().metrics == {"loss": pytest.approx(0.75 * 3 + 0.25 * 4)}
 
 
+def test_a_late_answer_counts_by_its_age_and_says_nothing_about_this_rounds_adapter() -> None:
+    began, now = (RoundTask(RoundPlan(), adapter(seed), MANIFEST, seed, 9) for seed in (3, 6))
+    aggregator, ledger = opened(now, weigh=["staleness"], max_staleness=3), Ledger(6, 9, ["birch"], 0)
+    aggregator.accept_model(arrival(update("alder", 0)), began)
+    aggregator.accept_model(arrival(update("birch", 1)))
+    assert aggregator.aggregate_model().metrics == {"loss": 4.0}
+    assert aggregator.combined
+    ledger.close(aggregator.combined, aggregator.updates)
+    assert ledger.metrics == {"loss": 4.0}
+    assert [(s["staleness"], s["weight"]) for s in ledger.sites.values()] == [
+        (3, pytest.approx(1 / 3)),
+        (0, pytest.approx(2 / 3)),
+    ]
+    assert ledger.sites["alder"]["bytes_up"] == ledger.sites["birch"]["bytes_up"]
+
+
 def test_the_description_of_the_adapter_is_attached_every_round_without_any_sites_own_rank() -> None:
     aggregator = opened()
     aggregator.accept_model(arrival(update("alder", 0)))
@@ -91,6 +108,13 @@ def test_a_round_starts_without_the_updates_of_the_last() -> None:
 def test_an_unknown_rule_is_refused_while_the_job_loads(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         FedPEFT(plan={}, aggregator=AdapterAggregator(**settings))
+
+
+def test_nobody_can_be_late_where_a_round_waits_for_all() -> None:
+    how = AdapterAggregator(max_staleness=1)
+    with pytest.raises(ConfigError, match="set grace_s"):
+        FedPEFT(plan={}, aggregator=how)
+    FedPEFT(plan={}, aggregator=how, deadline_s=9)
 
 
 def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> None:
