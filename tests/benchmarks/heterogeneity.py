@@ -5,9 +5,9 @@
     python tests/benchmarks/heterogeneity.py grid                    # all that the docs report
     python tests/benchmarks/heterogeneity.py overview                # what the grid found, a study a column
 
-Studies: banking77-A, banking77lm-A, mts-A and mtslm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm. `@random` behind a
-name: from a base model whose weights are random. Data of your own, one folder per site with train.jsonl and
-test.jsonl (`text` and `label`, or `prompt` and `completion`):
+Studies: banking77-A, banking77lm-A, mts-A and mtslm-A with A = 0 (IID), 1, 0.3 or 0.1, medquad-types, medquad-lm.
+`@random` behind a name: from a base model whose weights are random. Data of your own, one folder per site with
+train.jsonl and test.jsonl (`text` and `label`, or `prompt` and `completion`):
 
     python tests/benchmarks/heterogeneity.py run NAME --folder SITES --model BASE
 
