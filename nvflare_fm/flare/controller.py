@@ -345,5 +345,6 @@ class FedPEFT(FedAvg):
 
 
 def _working(asked: Task) -> set[str]:
-    """Sites that have not answered."""
-    return set(asked.targets) - {done.client.name for done in asked.client_tasks if done.result_received_time}
+    """Sites that have not answered yet and still may."""
+    done = {answered.client.name for answered in asked.client_tasks if answered.result_received_time}
+    return set() if asked.completion_status else set(asked.targets) - done
