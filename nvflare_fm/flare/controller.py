@@ -210,7 +210,7 @@ class FedPEFT(FedAvg):
 
     def _call_off(self, number: int) -> None:
         _, asked = self._asked.pop(number)
-        sites = _working(asked)
+        sites = sorted(_working(asked))
         self.cancel_task(asked, fl_ctx=self.fl_ctx)
         if sites and not self.abort_signal.triggered:
             over = Shareable()

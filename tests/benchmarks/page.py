@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import POINTS, study
 from comparison import Results, compared, curve, homes, markdown, overview, spread, verdict
 from heterogeneity import GRID
-from methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, TOGETHER
+from methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, SLOW, TOGETHER
 from rich.table import Table
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites_that_differ.md"
@@ -30,7 +30,7 @@ def cell(name: str) -> Table:
 def parts(name: str) -> Table:
     """What else was measured: ours with a part left out, on other bases, and others who train as ours do."""
     results = Results(study(name))
-    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, ALONE, AT_HOME}))
+    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, *SLOW, ALONE, AT_HOME}))
 
 
 def _only(table: Table, methods: Collection[str]) -> Table:
@@ -73,6 +73,18 @@ def means(*names: str) -> Table:
     return table
 
 
+def slow(*names: str) -> Table:
+    """What becomes of three sites in ten that need three rounds for one, and whether their work is worth having."""
+    dropped, late, _ = list(SLOW)[1:]
+    table = Table("study", "none is slow", *SLOW, "late better than called off by", "")
+    for name in names:
+        results = Results(study(name))
+        columns = [spread([row["score"] for row in results.final.get(m, {}).values()]) for m in (OURS, *SLOW)]
+        gained = results.paired(late, dropped)
+        table.add_row(f"{name}, {results.study.metric}", *columns, spread(gained), verdict(gained))
+    return table
+
+
 def starts(skewed: str, alike: str) -> Table:
     """Ours by round, from a pretrained base and from a random one."""
     rounds = curve(Results(study(skewed)).rows, OURS, "score")
@@ -92,6 +104,7 @@ TABLES: dict[str, Callable[..., Table]] = {
     "at home": at_home,
     "energy": energy,
     "means": means,
+    "slow": slow,
     "starts": starts,
 }
 
