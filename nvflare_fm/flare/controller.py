@@ -248,7 +248,8 @@ class FedPEFT(FedAvg):
             return self._leave_out(site, f"rejected: malformed update ({type(error).__name__})")
         self._received_count += 1
         self.ledger.answered.append(site)
-        self.info(f"round {self.ledger.round}: {site} answered, {self.ledger.usable()} of {len(self.ledger.asked)}")
+        of = f" round {began.round}" if began else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
+        self.info(f"round {self.ledger.round}: {site} answered{of}")
         self._show()
         return True
 
