@@ -60,6 +60,53 @@ def test_every_method_and_baseline_runs_on_ones_own_folders(
 
 
 @pytest.mark.timeout(60)
+def test_every_third_site_is_slow_and_is_dropped_or_waited_for(
+    harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    bench = harness["bench"].Bench(harness["bench"].study("own", sites, model), 1e-3)
+    took_part = {}
+    for name in ("slow sites waited for", "slow sites called off"):
+        method = harness["heterogeneity"].METHODS[name]
+        took_part[name] = [[*done.reports] for done in bench.rounds(method, bench.workers(method), seed=0)]
+    assert took_part["slow sites waited for"] == [["lake", "north", "valley"]]
+    assert took_part["slow sites called off"] == [["lake", "north"]] * 2
+
+
+@pytest.mark.timeout(120)
+def test_one_command_tunes_runs_and_reports(
+    harness: dict[str, Any],
+    sites: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, which knows of the short rounds."""
+    monkeypatch.chdir(tmp_path)
+    run = harness["heterogeneity"]
+    for module in (run, harness["comparison"]):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "carry_out_all", lambda jobs, _: [run.write(job, *run.carry_out(job)) for job in jobs])
+    monkeypatch.setattr(run.console, "file", sys.stdout)
+    run.run("own", sites, model, 0, "ours, finished at home", seeds=1, first_seed=4, cores=1)
+    tuning, found = (harness["comparison"].lines(tmp_path / "results" / f"own{end}.jsonl") for end in ("-tuning", ""))
+    best = max(tuning, key=lambda row: row["score"])
+    assert {row["method"] for row in tuning} == {"ours"}  # whose rate the other takes
+    assert len(tuning) >= 3
+    assert {(row["method"], row["seed"]) for row in found} == {("ours, finished at home", 4)}
+    assert {row["rate"] for row in found} == {best["rate"]}
+    assert "ours, finished at home" in capsys.readouterr().out
+    assert list(tmp_path.rglob("own.png"))
+
+
+def test_what_the_docs_report_is_named_right(harness: dict[str, Any]) -> None:
+    run = harness["heterogeneity"]
+    asked = [method for studies in (run.BESIDE, run.APART) for methods in studies.values() for method in methods]
+    assert {*asked} <= {*run.METHODS, *run.BASELINES}
+
+
+@pytest.mark.timeout(60)
 def test_a_site_of_hetlora_gives_up_directions_that_fade(
     harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -183,7 +183,7 @@ class FedPEFT(FedAvg):
             self._count_late()
             now, enough = time.monotonic(), self.ledger.usable() >= self.min_responses
             enough_since = min(enough_since, now) if enough else math.inf
-            if asked.completion_status and (enough or not self._behind() - set(self.ledger.asked)):
+            if asked.completion_status and (enough or not self._behind()):
                 return
             if 0 < self.grace_s <= now - enough_since or 0 < self.deadline_s <= now - began:
                 return
@@ -193,16 +193,17 @@ class FedPEFT(FedAvg):
         """Who is still at this round or an earlier one trains on or is called off: NVFlare tells nobody that a task is
         over, so a slow site would train for nothing, and miss the next round too.
         """
-        last = task.round + 1 >= self.total_rounds
-        for number, (began, asked) in list(self._asked.items()):
-            if not last and began.adapter and task.round - number < self.aggregator.how.max_staleness:
-                asked.targets = [fetched.client.name for fetched in asked.client_tasks]  # the others get the next one
-            else:
-                self._call_off(number)
-            if not _working(asked):
-                self._asked.pop(number, None)
+        for began, asked in list(self._asked.values()):
+            asked.targets = [fetched.client.name for fetched in asked.client_tasks]  # the others get the next one
+            if not (_working(asked) and self._counts(began, task.round + 1)):
+                self._call_off(began.round)
         self.ledger.out |= dict.fromkeys(self._behind(), "late: still at it, and counts when its answer comes")
         self.ledger.silent("no answer before the round ended")
+
+    def _counts(self, began: RoundTask, number: int) -> bool:
+        """Whether an answer to an earlier round still counts in round `number`."""
+        late = number - began.round
+        return bool(began.adapter) and number < self.total_rounds and late <= self.aggregator.how.max_staleness
 
     def _behind(self) -> set[str]:
         """Sites that are at a round that is not over for them."""
@@ -237,7 +238,7 @@ class FedPEFT(FedAvg):
         site = result.meta["client_name"]
         if reason := wire.refused(result):
             return self._leave_out(site, f"refused: {reason}")
-        if began and not (began.adapter and self.ledger.round - began.round <= self.aggregator.how.max_staleness):
+        if began and not self._counts(began, self.ledger.round):
             return self._too_late(site)
         try:
             self.aggregator.accept_model(result, began)

@@ -86,7 +86,7 @@ def answer_and_type(row: Row) -> Row:
     return {"text": row["answer"].strip()[:CUT], "label": row["qtype"]}
 
 
-def spread(
+def dirichlet(
     splits: dict[str, list[Row]], alpha: float, count: int = 10, seed: int = 0
 ) -> Iterator[tuple[str, str, Row]]:
     """(site, split, row), labels spread over `count` sites by a Dirichlet law (arXiv:1909.06335): each label's rows go
@@ -142,7 +142,7 @@ def request(row: Row) -> Row:
 def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
     kind, alpha = name.split("-")
     rows = banking77() if kind.startswith("banking77") else mts_dialog()
-    for site, split, row in spread(rows, float(alpha)):
+    for site, split, row in dirichlet(rows, float(alpha)):
         yield site, split, request(row) if kind.endswith("lm") else {"text": row["text"], "label": row["label"]}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
 
-from nvflare_fm.adapter import AdapterUpdate, RoundTask
+from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
@@ -115,6 +116,23 @@ def test_nobody_can_be_late_where_a_round_waits_for_all() -> None:
     with pytest.raises(ConfigError, match="set grace_s"):
         FedPEFT(plan={}, aggregator=how)
     FedPEFT(plan={}, aggregator=how, deadline_s=9)
+
+
+@pytest.mark.parametrize(
+    ("sent_in", "now", "counts"), [(1, 2, True), (1, 3, True), (1, 4, False), (0, 1, False), (4, 5, False)]
+)
+def test_an_answer_counts_while_it_is_not_too_old_there_was_an_adapter_and_a_round_to_come(
+    sent_in: int, now: int, counts: bool
+) -> None:
+    """Five rounds, two of which an answer may be late; with the sixth number the last adapter is only measured."""
+    controller = FedPEFT(num_rounds=5, aggregator=AdapterAggregator(max_staleness=2), grace_s=1)
+    began = RoundTask(RoundPlan(), adapter(1) if sent_in else Adapter(), MANIFEST, sent_in, 5)
+    controller.fl_ctx = FLContext()
+    controller.aggregator.begin(RoundTask(RoundPlan(), adapter(2), MANIFEST, now, 5), rank=3)
+    controller.ledger = Ledger(now, 5, ["birch"], 0)
+    assert controller._aggregate_one_result(arrival(update("alder", 0)), began) is counts
+    assert controller.ledger.late == ([] if counts else ["alder"])
+    assert [*controller.aggregator.updates] == (["alder"] if counts else [])
 
 
 def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> None:
