@@ -16,11 +16,14 @@ class FmError(Exception):
     Args:
         message: what happened and the remedy; safe to leave the site (no path, no data, no host name).
         local: more detail, such as a path, for the site's own log only.
+        code: a name for this kind of error, such as "adapter_damaged", that stays when its wording changes: users look
+            it up, tests match it. It ends the message, in brackets.
     """
 
-    def __init__(self, message: str, local: str = "") -> None:
+    def __init__(self, message: str, local: str = "", *, code: str = "") -> None:
+        message = f"{message} [{code}]" if code else message
         super().__init__(f"{message} [{local}]" if local else message)
-        self.message = message
+        self.message, self.code = message, code
 
 
 class ConfigError(FmError):

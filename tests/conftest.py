@@ -22,6 +22,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.register_profile("search", settings.get_profile("suite"), derandomize=False, max_examples=1000)
+settings.register_profile(
+    "fuzz", settings.get_profile("search"), max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100000"))
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
