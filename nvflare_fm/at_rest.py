@@ -21,8 +21,8 @@ _SUMS_LIMIT = 64 * 1024
 def replacing(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write files into; when the block ends they are the files of `folder`, with their sums.
 
-    A kill or a power cut at any moment leaves the old files or the new ones, whole: `standing` finds them. What a killed
-    writer left lying is removed by the next one.
+    A kill or a power cut at any moment leaves the old files or the new ones, whole: `standing` finds them. The next
+    writer removes what a killed one left.
 
     Raises:
         OSError: the disk is full, or the folder may not be written to; the old files are still there.

@@ -1,19 +1,20 @@
 """Reads files that may be anything, and writes files that nobody finds half written.
 
-What kind of file it is and how large is known before a byte is read: a FIFO, a device or a huge file is refused at once.
+A file's kind and size are checked before its content is read: a FIFO, a device or a huge file is refused at once.
 """
 
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MIB = 2**20
 JSON_LIMIT = 8 * MIB  # a configuration that names every layer of a large model stays below 1 MiB
 
 
-def open_file(file: Path) -> BinaryIO:
+def open_file(file: Path) -> BufferedReader:
     """Open a regular file for reading, and nothing else.
 
     Args:

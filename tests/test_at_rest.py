@@ -1,5 +1,6 @@
-"""A saved adapter is whole or known not to be: whatever bit flips, whenever its writer is killed, whatever lies there."""
+"""A saved adapter is whole or known not to be: whichever bit flips, whenever its writer is killed, whatever is there."""
 
+import json
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from nvflare_fm import at_rest, export
 from nvflare_fm.adapter import Adapter
@@ -37,8 +39,7 @@ def refused(folder: Path) -> str:
     try:
         export.read_adapter(folder)
     except ModelError as error:
-        assert str(folder.parent) not in error.message
-        return error.code
+        return error.code if str(folder.parent) not in error.message else "its path is told"
     return ""
 
 
@@ -227,22 +228,32 @@ def circle(file: Path) -> None:
     file.symlink_to(file.name)
 
 
-def holding(content: bytes) -> Callable[[Path], None]:
-    return lambda file: file.write_bytes(content) and None
+def folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
 
 
-STRANGE: dict[str, Callable[[Path], None]] = {
+def device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def holding(content: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(content)
+
+
+STRANGE: dict[str, Callable[[Path], object]] = {
     "a FIFO": fifo,
     "a link to itself": circle,
-    "a folder": lambda file: (file.unlink(), file.mkdir()) and None,
-    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")) and None,
+    "a folder": folder,
+    "a device": device,
     "20 MB of text": holding(b"x" * 20 * 2**20),
     "10,000 brackets": holding(b"[" * 10_000),
     "not UTF-8": holding(b'{"\xff": 1}'),
     "nothing": holding(b""),
     "a list": holding(b"[1]"),
     "a header of 2⁶³ bytes": holding((2**63).to_bytes(8, "little") + b"{}"),
-    "a header of 100 MB": lambda file: file.write_bytes((10**8).to_bytes(8, "little") + b" " * 10**8) and None,
+    "a header of 100 MB": lambda file: file.write_bytes((10**8).to_bytes(8, "little") + b" " * 10**8),
 }
 
 
@@ -256,12 +267,8 @@ def test_a_file_of_another_kind_is_an_error_with_a_code(tmp_path: Path, kind: st
     if not with_sums and name != at_rest.SUMS:
         (last / at_rest.SUMS).unlink()
     code = refused(last)
-    gone = kind == "a link to itself" and not with_sums and name == export.STEP  # is as if it were not there
-    assert (
-        code in ("adapter_damaged", "adapter_unreadable")
-        or gone
-        or (name == at_rest.SUMS and kind == "a link to itself")
-    )
+    not_there = kind == "a link to itself" and (name == at_rest.SUMS or (name == export.STEP and not with_sums))
+    assert code in ("adapter_damaged", "adapter_unreadable") or not_there
 
 
 def without_sums(folder: Path, name: str, content: str | bytes) -> str:
@@ -270,14 +277,10 @@ def without_sums(folder: Path, name: str, content: str | bytes) -> str:
     return refused(folder)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"lora_alpha": "8"}, {"lora_alpha": None}, {"lora_alpha": float("nan")}, {"lora_alpha": True}, {"lora_alpha": [8]}],
-)  # fmt: skip
-def test_a_configuration_without_a_usable_scale_is_an_error(tmp_path: Path, config: dict[str, Any]) -> None:
-    import json
-
-    assert without_sums(saved(tmp_path / "last"), export.CONFIG, json.dumps(config)) == "adapter_unreadable"
+@pytest.mark.parametrize("alpha", [None, "8", float("nan"), True, [8]])
+def test_a_configuration_without_a_usable_scale_is_an_error(tmp_path: Path, alpha: Any) -> None:
+    for config in ({"lora_alpha": alpha}, {}):
+        assert without_sums(saved(tmp_path / "last"), export.CONFIG, json.dumps(config)) == "adapter_unreadable"
 
 
 @pytest.mark.parametrize(
@@ -294,8 +297,6 @@ def test_a_configuration_without_a_usable_scale_is_an_error(tmp_path: Path, conf
     ids=["ranks", "scalars", "rank 0", "half a pair", "integers", "complex", "float8"],
 )
 def test_tensors_that_make_no_adapter_are_an_error(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save
-
     assert without_sums(saved(tmp_path / "last"), export.WEIGHTS, save(tensors)) == "adapter_unreadable"
 
 
