@@ -1,4 +1,4 @@
-"""A saved adapter is whole or known not to be: whichever bit flips, whenever its writer is killed, whatever is there."""
+"""A saved adapter is whole or known not to be: whichever bit flips, whoever kills its writer, whatever is there."""
 
 import json
 import os
@@ -125,36 +125,40 @@ def killed_at(line: int, write: Callable[[], Any]) -> bool:
 
 @pytest.mark.parametrize("before", ["the old one", "nothing", "what a killed writer left"])
 def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, before: str) -> None:
-    work, last = tmp_path / "work", tmp_path / "work" / "last"
-    old, new = adapter(1), adapter(2)
+    start, work, last = tmp_path / "start", tmp_path / "work", tmp_path / "work" / "last"
+    start.mkdir()
+    if before == "the old one":
+        saved(start / "last", 1)
+    if before == "what a killed writer left":
+        saved(start / ".last.old", 1)
+        saved(start / ".last.new", 3)
     line, ended, ends = 0, False, set()
     while not ended:
         shutil.rmtree(work, ignore_errors=True)
-        if before != "nothing":
-            saved(last, 1)
-        if before == "what a killed writer left":
-            last.rename(at_rest._beside(last, "old"))
-            saved(at_rest._beside(last, "new"), 3)
+        shutil.copytree(start, work)
         ended = killed_at(line, lambda: saved(last, 2))
-        code = refused(last)
-        if code:
+        if refused(last):
             assert before == "nothing"
             ends.add("nothing")
         else:
             found = export.read_adapter(last)[0]
-            assert same(found, old) or same(found, new)
-            ends.add("new" if same(found, new) else "old")
-            copied = tmp_path / "copy"  # as NVFlare stores a job's folder
-            shutil.rmtree(copied, ignore_errors=True)
-            shutil.copytree(work, copied)
-            at_rest.tidy(copied)
-            assert [f.name for f in copied.iterdir()] == ["last"]
-            assert same(export.read_adapter(copied / "last")[0], found)
-        saved(last, 4)  # the next round
-        assert [f.name for f in work.iterdir()] == ["last"]
+            assert same(found, adapter(1)) or same(found, adapter(2))
+            ends.add("new" if same(found, adapter(2)) else "old")
+            at_rest.tidy(work)
+            assert [f.name for f in work.iterdir()] == ["last"]
+            assert same(export.read_adapter(last)[0], found)
         line += 1
     assert ends == {"nothing" if before == "nothing" else "old", "new"}
     assert line > 40
+
+
+@pytest.mark.parametrize("left", [[".last.old"], [".last.new"], [".last.old", ".last.new"], ["last", ".last.old"]])
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path, left: list[str]) -> None:
+    for name in left:
+        saved(tmp_path / name, 1)
+    saved(tmp_path / "last", 2)
+    assert [f.name for f in tmp_path.iterdir()] == ["last"]
+    assert same(export.read_adapter(tmp_path / "last")[0], adapter(2))
 
 
 # --- nothing more can be written
