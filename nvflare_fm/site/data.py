@@ -8,7 +8,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,10 @@ def load(source: DataSource, plan: RoundPlan, task: Task, tokenizer: PreTrainedT
         validation, more = _read(source, source.validation, "validation", plan, task, tokenizer)
         return SiteData(Dataset.from_list(train), Dataset.from_list(validation), bad + more)
     if len(train) < 2:
-        raise DataError(f"data {plan.data!r} has one row and no validation file; add rows or name a validation file")
+        raise DataError(
+            f"data {plan.data!r} has one row and no validation file; add rows or name a validation file",
+            code="data_one_row",
+        )
     held = set(random.Random(0).sample(range(len(train)), max(1, round(_HELD_OUT * len(train)))))
     return SiteData(
         Dataset.from_list([row for i, row in enumerate(train) if i not in held]),
@@ -61,30 +64,57 @@ def _read(
     source: DataSource, file: str, split: str, plan: RoundPlan, task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Any]], int]:
     good: list[dict[str, Any]] = []
-    bad: list[tuple[int, str]] = []
+    bad = _BadRows()
     for line, row in rows(held_in(Path(file), source.folder), source.format, split):
         try:
             if isinstance(row, BadRow):
                 raise row
             good.append(task.encode(_mapped(row, source.columns), tokenizer, plan))
         except BadRow as reason:
-            bad.append((line, str(reason)))
+            bad.add(line, str(reason))
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # a tokenizer raises what it likes, and may repeat the row: half a surrogate is enough
+            log.debug("line %d", line, exc_info=True)
+            bad.add(line, f"the row cannot be tokenized ({type(error).__name__})")
     _report(f"data {plan.data!r} ({split})", len(good), bad, source.max_bad_rows)
-    return good, len(bad)
+    return good, bad.count
 
 
 def _mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
     return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
 
 
-def _report(where: str, good: int, bad: list[tuple[int, str]], limit: float) -> None:
-    if not good and not bad:
-        raise DataError(f"{where} is empty; add rows")
-    if not bad:
+@dataclass
+class _BadRows:
+    """How many rows cannot be used and why, and the first of them: a file can hold millions."""
+
+    first: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    def add(self, line: int, reason: str) -> None:
+        self.reasons[reason] += 1
+        if len(self.first) < _SHOWN:
+            self.first.append(f"line {line}: {reason}")
+
+
+def _report(where: str, good: int, bad: _BadRows, limit: float) -> None:
+    if not good and not bad.count:
+        raise DataError(f"{where} is empty; add rows", code="data_empty")
+    if not bad.count:
         return
-    listed = "; ".join(f"line {line}: {reason}" for line, reason in bad[:_SHOWN])
-    said = f"{where}: {len(bad)} of {good + len(bad)} rows cannot be used: {listed}{'; …' if len(bad) > _SHOWN else ''}"
-    if not good or len(bad) > limit * (good + len(bad)):
-        raise DataError(f"{said}. Mend them, or raise the site's max_bad_rows ({limit:g}) if that is as it should be")
-    reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(r for _, r in bad).most_common())
+    listed = "; ".join(bad.first) + ("; …" if bad.count > _SHOWN else "")
+    said = f"{where}: {bad.count} of {good + bad.count} rows cannot be used: {listed}"
+    if not good or bad.count > limit * (good + bad.count):
+        raise DataError(
+            f"{said}. Mend them, or raise the site's max_bad_rows ({limit:g}) if that is as it should be",
+            code="data_bad_rows",
+        )
+    reasons = ", ".join(f"{count} × {reason}" for reason, count in bad.reasons.most_common())
     log.warning("%s (in all: %s)", said, reasons)

@@ -159,12 +159,20 @@ def held_in(file: Path, folder: str) -> Path:
     Raises:
         PolicyError: it does.
     """
-    root = Path(folder).resolve() if folder else file.parent.resolve()
-    for place in (file, *file.rglob("*")) if file.is_dir() else (file,):
-        if not place.resolve().is_relative_to(root):
+    try:
+        root = Path(folder).resolve() if folder else file.parent.resolve()
+        places = {place: place.resolve() for place in ((file, *file.rglob("*")) if file.is_dir() else (file,))}
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise PolicyError(
+            "a data file is a link that leads nowhere; the site's admin must put the file itself there",
+            f"{file}: {error}",
+            code="data_link_broken",
+        ) from None
+    for place, target in places.items():
+        if not target.is_relative_to(root):
             raise PolicyError(
                 "a data file is a link that leads out of its data folder; the site's admin must put the file itself "
                 "there, or name the folder it is in",
-                f"{place} → {place.resolve()}, outside {root}",
+                f"{place} → {target}, outside {root}",
             )
     return file

@@ -17,6 +17,7 @@ from ...config import RoundPlan
 from . import IGNORED, BadRow, Columns, Task, registry, text_of
 
 Span = tuple[int, int]  # characters, end excluded
+_TURNS = 200  # the template is rendered once and again for each, so time grows with their square
 
 
 class CausalLM(Task):
@@ -117,6 +118,8 @@ def _turn(messages: Sequence[Any], i: int, whole: str, tokenizer: PreTrainedToke
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRow("'messages' is not a list of {role, content}")
+    if len(messages) > _TURNS:
+        raise BadRow(f"the conversation has more than {_TURNS} messages")
     if not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
         raise BadRow("a message lacks a 'role' or a 'content' text")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
