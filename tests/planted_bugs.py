@@ -292,6 +292,12 @@ BUGS = [
     Bug("site/mean_pooling.py", 'key_mapping={rf"^{prefix}\\.": "backbone."}, ', "", "site/test_mean_pooling"),
     Bug("site/mean_pooling.py", '{"past_key_values": past_key_values}', "{}", "site/test_mean_pooling"),
     Bug("site/attach.py", 'kind.__module__.startswith("nvflare_fm.")', "False", "site/test_mean_pooling"),
+    Bug(
+        "site/peft_methods/lora.py",
+        "target_modules=targets)",
+        "target_modules=model.peft_config[LOCAL].target_modules)",
+        "site/test_families",
+    ),
     Bug("site/fingerprint.py", "if means_tokens(folder):", "if False:", "site/test_mean_pooling"),
     Bug("config.py", 'weigh: Rules = Field(("uniform",)', 'weigh: Rules = Field(("examples",)', "test_combine"),
     Bug("flare/aggregator.py", '= ("uniform",),', '= ("examples",),', "flare/test_aggregator"),

@@ -173,7 +173,7 @@ def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> B
             f"{folder}: {error}",
         ) from error
     model.requires_grad_(False).eval()
-    _keep_packing(model)
+    keep_packing(model)
     return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
 
 
@@ -232,7 +232,7 @@ def _quantization(plan: RoundPlan, dtype: torch.dtype, skipped: list[str]) -> Bi
     )
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
+def keep_packing(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer in place when it is first used for inference:
     that fails where the layer's width is no multiple of 32, and would change the weights that others share.
     """
