@@ -1,6 +1,7 @@
 """What is learned of a row, and metrics that do not depend on how rows were batched."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForTokenClassification, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.export import write_adapter
+from nvflare_fm.site import peft_methods
 from nvflare_fm.site.tasks import IGNORED, BadRow, collate, registry
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny, words
@@ -44,8 +46,70 @@ def test_a_token_that_straddles_the_start_of_the_answer_is_learned() -> None:
 def test_every_assistant_turn_is_learned_and_nothing_else() -> None:
     turns = [("system", "be kind"), ("user", "hello"), ("assistant", "ill"), ("user", "why"), ("assistant", "well")]
     row = encode({"messages": [{"role": role, "content": text} for role, text in turns]})
-    assert learned(row) == "ill<end>well<end>"
+    assert learned(row) == "ill<end>well<end></s>"
     assert row["bytes"] == len("ill<end>well<end>")
+
+
+ANSWER = "well and calm today"
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}END{% endif %}\n{% endfor %}"
+ENDS: dict[str, dict[str, Any]] = {  # how an end token can come in: the tokenizer's parts, its settings, the rows
+    "nobody puts one": {},
+    "the tokenizer's flag": {"settings": {"add_eos_token": True, "add_bos_token": True}},
+    "the tokenizer's post-processor": {"around": ("<s>", "</s>")},
+    "the post-processor, before another token": {"around": ("<s>", "</s> <unk>")},
+    "the post-processor, for another token": {"around": ("<s>", "<end>")},
+    "the data": {"row": {"prompt": "how is he? ", "completion": f"{ANSWER}</s>"}},
+    "the data, before a line's end": {"row": {"prompt": "how is he? ", "completion": f"{ANSWER}</s>\n"}},
+    "the data and the tokenizer": {
+        "row": {"prompt": "how is he? ", "completion": f"{ANSWER}</s>"}, "around": ("<s>", "</s>"),
+    },
+    "padding with it": {"settings": {"pad_token": "</s>"}, "around": ("", "</s>")},
+    "the beginning is the end": {"settings": {"bos_token": "</s>", "pad_token": "</s>"}, "around": ("</s>", "")},
+    "the template": {"template": TURNS.replace("END", "</s>")},
+    "the template, by eos_token": {"template": TURNS.replace("END", "{{ eos_token }}")},
+    "the template, for another token": {"template": TURNS.replace("END", "<end>")},
+    "not the template": {"template": TURNS.replace("END", "")},
+    "the template, not the tokenizer": {"template": TURNS.replace("END", "</s>"), "around": ("<s>", "</s>")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp_path: Path, how: str) -> None:
+    given = ENDS[how]
+    made = words.byte_level(size=320)
+    tokenizer = words.fast(words.between(made, *given.get("around", ("", ""))), **given.get("settings", {}))
+    tokenizer.chat_template = given.get("template")
+    messages = [{"role": "user", "content": "how is he?"}, {"role": "assistant", "content": ANSWER}]
+    row = {"messages": messages} if tokenizer.chat_template else {"prompt": "how is he? ", "completion": ANSWER}
+    folder = shutil.copytree(llama, tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    file = str(tiny.jsonl(tmp_path / "rows.jsonl", [given.get("row", row)] * 4))
+    worker = Worker("site-1", tiny.site(folder, Path(file), data={"notes": {"train": file, "validation": file}}))
+    training = {"local_steps": 30, "batch_size": 1, "learning_rate": 1e-2}
+    peft = {"method": "lora", "rank": 16, "lora_alpha": 16}
+    plan = tiny.plan(training=training, evaluation={"before": False, "after": False}, peft=peft)
+    update, job = worker.train(RoundTask(plan)), worker._job(RoundTask(plan))
+    ids, labels = job.data.train[0]["input_ids"], job.data.train[0]["labels"]
+    begins = next(i for i, label in enumerate(labels) if label != IGNORED)
+    with job.base.lent():
+        model = peft_methods.read(plan.peft).attach(job.base, update.adapter, plan).eval()
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 40}
+        said = model.generate(input_ids=torch.tensor([ids[:begins]]), do_sample=False, **ends)[0, begins:].tolist()
+    assert ANSWER in tokenizer.decode(said)
+    assert said[-1] == tokenizer.eos_token_id, tokenizer.decode(said)
+
+
+def test_blanks_that_a_tokenizer_trims_off_are_learned_where_they_are_the_answers() -> None:
+    for tokenizer in (words.fast(words.byte_level(trimmed=trimmed)) for trimmed in (True, False)):
+        row = {"prompt": "how  is he?   ", "completion": "a    b  "}
+        found = registry["causal_lm"].encode(row, tokenizer, tiny.plan())
+        assert tokenizer.decode([i for i in found["labels"] if i != IGNORED]).strip(" ") == "a    b  </s>"
+
+
+def test_a_row_of_which_only_the_end_is_left_is_bad() -> None:
+    tokenizer = words.fast(words.between(words.word_pieces(), "<s>", "</s>"))
+    with pytest.raises(BadRow, match="no part of an answer"):
+        registry["causal_lm"].encode({"text": "\u200b"}, tokenizer, tiny.plan())
 
 
 def test_plain_text_is_learned_whole_but_for_the_token_nothing_predicts() -> None:

@@ -18,42 +18,42 @@ def _trained(model: Any, trainer: Any, texts: Iterable[str], **parts: Any) -> To
     return made
 
 
-def byte_level(prefix: bool = False, trimmed: bool = True, texts: Iterable[str] = TEXTS) -> Tokenizer:
+def byte_level(prefix: bool = False, trimmed: bool = True, size: int = 330) -> Tokenizer:
     """As GPT-2, RoBERTa (`prefix`: a blank before the first word), Llama 3 and Qwen."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     return _trained(
-        models.BPE(), trainer, texts,
+        models.BPE(), trainer, TEXTS,
         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoder=decoders.ByteLevel(),
         post_processor=processors.ByteLevel(trim_offsets=trimmed),
     )  # fmt: skip
 
 
-def word_pieces(texts: Iterable[str] = TEXTS) -> Tokenizer:
+def word_pieces() -> Tokenizer:
     """As BERT."""
     trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=SPECIAL, show_progress=False)
     return _trained(
-        models.WordPiece(unk_token="<unk>"), trainer, texts,
+        models.WordPiece(unk_token="<unk>"), trainer, TEXTS,
         normalizer=normalizers.BertNormalizer(), pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
         decoder=decoders.WordPiece(),
     )  # fmt: skip
 
 
-def unigram(scheme: str = "always", texts: Iterable[str] = TEXTS) -> Tokenizer:
+def unigram(scheme: str = "always") -> Tokenizer:
     """As XLM-R and T5."""
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     blanks = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     decoder = decoders.Metaspace(prepend_scheme=scheme)
-    return _trained(models.Unigram(), trainer, texts, pre_tokenizer=blanks, decoder=decoder)
+    return _trained(models.Unigram(), trainer, TEXTS, pre_tokenizer=blanks, decoder=decoder)
 
 
-def sentence_pieces(texts: Iterable[str] = TEXTS) -> Tokenizer:
+def sentence_pieces() -> Tokenizer:
     """As Llama 2 and Mistral: blanks are letters, and a text is one word."""
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=SPECIAL, show_progress=False)
     blanks = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return _trained(models.BPE(unk_token="<unk>"), trainer, texts, normalizer=blanks)
+    return _trained(models.BPE(unk_token="<unk>"), trainer, TEXTS, normalizer=blanks)
 
 
 def fast(made: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
@@ -63,9 +63,10 @@ def fast(made: Tokenizer, **more: Any) -> PreTrainedTokenizerFast:
 
 def between(made: Tokenizer, before: str = "", after: str = "") -> Tokenizer:
     """The same, putting special tokens around a text."""
+    around = [*before.split(), *after.split()]
     template = processors.TemplateProcessing(
-        single=" ".join(filter(None, [before, "$A", after])),
-        special_tokens=[(token, made.token_to_id(token)) for token in (before, after) if token],
+        single=" ".join([*before.split(), "$A", *after.split()]),
+        special_tokens=[(token, made.token_to_id(token)) for token in dict.fromkeys(around)],
     )
     kept = [made.post_processor] if made.post_processor else []
     made.post_processor = processors.Sequence([*kept, template])
