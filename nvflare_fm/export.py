@@ -65,7 +65,8 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
         config = json.loads((folder / CONFIG).read_text())
         told = json.loads((folder / PROVENANCE).read_text())
         tensors = load_file(folder / WEIGHTS)
-        manifest = Manifest(told["base"], told["task"], told["peft"], config, tuple(told["labels"]))
+        told_of = {name: str(told.get(name, "")) for name in ("tokenizer", "chat_template")}
+        manifest = Manifest(told["base"], told["task"], told["peft"], config, tuple(told["labels"]), **told_of)
         plan = RoundPlan.read(told["plan"], PROVENANCE) if told.get("plan") else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
@@ -139,6 +140,8 @@ def _provenance(manifest: Manifest, provenance: Provenance) -> dict[str, Any]:
         "task": manifest.task,
         "peft": manifest.peft,
         "labels": list(manifest.labels),
+        "tokenizer": manifest.tokenizer,
+        "chat_template": manifest.chat_template,
         "round": provenance.round,
         "plan": provenance.plan.model_dump(mode="json") if provenance.plan else None,
     }

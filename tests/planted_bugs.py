@@ -330,6 +330,18 @@ BUGS = [
         "site/tasks/causal_lm.py", "any(answer_start < stop <= answer_end", "any(stop == answer_end", "site/test_tasks"
     ),
     Bug("site/tasks/causal_lm.py", "is_learned and start < stop", "is_learned", "site/test_tasks"),
+    Bug(
+        "site/tokenization.py",
+        "_digest([ids, sorted(tokenizer.get_vocab().items()), ",
+        "_digest([ids, ",
+        "site/test_tokenization",
+    ),
+    Bug("site/tokenization.py", "_digest([ids, sorted", "_digest([sorted", "site/test_tokenization"),
+    Bug("site/tokenization.py", "tokenizer.eos_token_id]", "0]", "site/test_tokenization"),
+    Bug("site/tokenization.py", "_NO_DATE + tokenizer", "tokenizer", "site/test_tokenization"),
+    Bug("aggregation/cohort.py", "keep(lambda u: u.manifest.tokenizer,", "keep(lambda u: '',", "test_cohort"),
+    Bug("site/worker.py", "if theirs and theirs != ours:", "if theirs != ours:", "site/test_tokenization"),
+    Bug("site/worker.py", "if theirs and theirs != ours:", "if False:", "site/test_tokenization"),
     Bug("site/fingerprint.py", "if means_tokens(folder):", "if False:", "site/test_mean_pooling"),
     Bug("config.py", 'weigh: Rules = Field(("uniform",)', 'weigh: Rules = Field(("examples",)', "test_combine"),
     Bug("flare/aggregator.py", '= ("uniform",),', '= ("examples",),', "flare/test_aggregator"),

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint
 from .site_config import ModelSource
 from .tasks import Task
+from .tokenization import chat_template_digest, tokenizer_digest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: weights, tokenizer, no code
@@ -38,6 +40,12 @@ class BaseModel:
     heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
     fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def tokenization(self) -> dict[str, str]:
+        """Digests of what its tokenizer does, by name in a manifest; conversations where the task has any."""
+        ids = {"tokenizer": tokenizer_digest(self.tokenizer)}
+        return ids if self.task.needs_labels else ids | {"chat_template": chat_template_digest(self.tokenizer)}
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
