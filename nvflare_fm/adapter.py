@@ -127,6 +127,8 @@ class Manifest:
     peft: str  # registered name of the PEFT method
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, resolved at the site, without paths
     labels: tuple[str, ...] = ()
+    tokenizer: str = ""  # digest of the ids that the base model's tokenizer gives; empty: not known
+    chat_template: str = ""  # digest of its conversations, where the task has any
 
 
 @dataclass(frozen=True)

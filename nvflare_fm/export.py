@@ -55,6 +55,8 @@ class _Said(Settings):
     task: str
     peft: str
     labels: tuple[str, ...] = ()
+    tokenizer: str = ""
+    chat_template: str = ""
     round: int | None = Field(None, ge=0)
     plan: dict[str, Any] | None = None
 
@@ -111,7 +113,9 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
             f"{folder}: {error}",
             code="adapter_unreadable",
         ) from None
-    manifest = Manifest(said.base, said.task, said.peft, config, said.labels)
+    manifest = Manifest(
+        said.base, said.task, said.peft, config, said.labels, tokenizer=said.tokenizer, chat_template=said.chat_template
+    )
     return adapter, manifest, Provenance(said.round, plan, step, memory)
 
 
@@ -233,6 +237,8 @@ def _provenance(manifest: Manifest, provenance: Provenance) -> dict[str, Any]:
         "task": manifest.task,
         "peft": manifest.peft,
         "labels": list(manifest.labels),
+        "tokenizer": manifest.tokenizer,
+        "chat_template": manifest.chat_template,
         "round": provenance.round,
         "plan": provenance.plan.model_dump(mode="json") if provenance.plan else None,
     }

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
 
 LOCAL, REST = "local", "rest"  # the trained adapter, and the frozen directions beside it
+PREFIX = "base_model.model."  # that PEFT puts before the name of each of a model's modules
 
 
 def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
@@ -50,7 +51,7 @@ def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
 
 
 def _fill_fresh(name: str, parameter: Tensor, base: "BaseModel", seed: int) -> None:
-    plain = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(f"modules_to_save.{LOCAL}.", "")
+    plain = name.removeprefix(PREFIX).removeprefix("base_model.").replace(f"modules_to_save.{LOCAL}.", "")
     if plain not in base.fresh:
         return
     with torch.no_grad():

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint, model_config
 from .site_config import ModelSource
 from .tasks import Task
+from .tokenization import chat_template_digest, tokenizer_digest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: weights, tokenizer, no code
@@ -37,6 +39,12 @@ class BaseModel:
     heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
     fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def tokenization(self) -> dict[str, str]:
+        """Digests of what its tokenizer does, by name in a manifest; conversations where the task has any."""
+        ids = {"tokenizer": tokenizer_digest(self.tokenizer)}
+        return ids if self.task.needs_labels else ids | {"chat_template": chat_template_digest(self.tokenizer)}
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
@@ -172,7 +180,7 @@ def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> B
             f"{folder}: {error}",
         ) from error
     model.requires_grad_(False).eval()
-    _keep_packing(model)
+    keep_packing(model)
     return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
 
 
@@ -231,7 +239,7 @@ def _quantization(plan: RoundPlan, dtype: torch.dtype, skipped: list[str]) -> Bi
     )
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
+def keep_packing(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer in place when it is first used for inference:
     that fails where the layer's width is no multiple of 32, and would change the weights that others share.
     """

@@ -73,7 +73,9 @@ class Worker:
             )
             after = self._evaluate(model, job) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
-            manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
+            manifest = Manifest(
+                base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels, **base.tokenization
+            )
         self._measured("after", task, after)
         if plan.shares != "AB":
             self.own.keep(adapter, manifest, task)
@@ -169,9 +171,17 @@ class Worker:
                 f"{self.site}: the federation trains base model {task.manifest.base}, the alias "
                 f"{task.plan.model!r} is {base.fingerprint} here; point it at the same weights"
             )
+        for what, ours in base.tokenization.items():
+            theirs = getattr(task.manifest, what, "")
+            if theirs and theirs != ours:
+                raise ModelError(
+                    f"{self.site}: the {what.replace('_', ' ')} of {task.plan.model!r} is not the federation's; use "
+                    "the same tokenizer files and the same version of transformers",
+                    code=f"{what}_differs",
+                )
 
     def _tokenized(self, plan: RoundPlan, base: BaseModel) -> SiteData:
-        key = (plan.data, plan.task, plan.labels, plan.max_length, base.fingerprint)
+        key = (plan.data, plan.task, plan.labels, plan.max_length, base.fingerprint, *base.tokenization.values())
         if key not in self._data:
             self._data[key] = data.load(self.config.data_set(plan.data), plan, base.task, base.tokenizer)
         return self._data[key]

@@ -5,6 +5,7 @@ adapter, so that every site starts a round at exactly the global adapter, whatev
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -99,10 +100,11 @@ class Lora(PeftMethod):
     def _add_rest(self, model: "PeftModel", pairs: Mapping[str, LoraPair], rank: int) -> None:
         from peft import LoraConfig, PeftModel
 
-        from ..attach import LOCAL, REST, put
+        from ..attach import LOCAL, PREFIX, REST, put
 
-        targets = model.peft_config[LOCAL].target_modules
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1, heads stay with "local"
+        # The very layers of the pairs: what PEFT resolved for "local" may name heads, which are trained whole there.
+        targets = "|".join(re.escape(layer.removeprefix(PREFIX)) for layer in pairs)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1
         PeftModel.add_adapter(model, REST, config)
         frozen = {n: pad(p, rank).rescaled(1.0) for n, p in pairs.items()}
         put(model, Adapter(frozen).tensors(), REST)
