@@ -10,7 +10,7 @@ from nvflare.apis.fl_constant import WorkspaceConstants
 from nvflare.job_config.api import FedJob
 from nvflare.recipe import sim_env
 
-from ..site.site_config import FILE_NAME, SiteConfig
+from ..site.site_config import ANYONE, FILE_NAME, SiteConfig
 from . import allow_list
 
 
@@ -19,7 +19,8 @@ class SimEnv(sim_env.SimEnv):
 
     Args:
         sites: name → what its `fm_site.yaml` says; relative paths are taken from the current folder. Sites that set no
-            `limits.threads` share the machine's cores evenly.
+            `limits.threads` share the machine's cores evenly, and nobody submits a job in the simulator, so sites that
+            name no one are open to anyone.
         workspace_root: results are written to `<workspace_root>/<job name>/`.
         gpu_config, log_config: as in NVFlare.
     """
@@ -48,8 +49,10 @@ class SimEnv(sim_env.SimEnv):
 
 
 def write_site(file: Path, site: SiteConfig, threads: int = 0) -> None:
-    """Writes a site file with absolute paths; `threads` is for a site that sets none."""
-    values = site.model_dump(mode="json")
+    """Writes the file of a simulated site, with absolute paths; `threads` is for one that sets none."""
+    values = site.model_dump(mode="json", exclude_none=True)
+    if not {"submitters", "orgs"} & {*values["welcome"]}:
+        values["welcome"]["submitters"] = [ANYONE]
     for source in values["models"].values():
         _resolve(source, "path")
     for source in values["data"].values():

@@ -119,15 +119,23 @@ def load(source: ModelSource, plan: RoundPlan, task: Task, kept: tuple[str, ...]
     key = (source, plan.quantization, plan.double_quant, plan.compute_dtype, plan.task, plan.labels, kept)
     with _loading:
         if key not in _loaded:
-            _loaded[key] = _load(locate(source), plan, task, kept)
+            folder = locate(source)
+            identity = fingerprint(folder)
+            _check_pins(identity, source, plan)  # before memory is taken
+            _loaded[key] = _load(folder, identity, plan, task, kept)
         base = _loaded[key]
-    for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
-        if pin and pin != base.fingerprint:
-            raise ModelError(
-                f"base model {plan.model!r} is {base.fingerprint}, the {whose} pins {pin}; "
-                "point the alias at the pinned weights"
-            )
+    _check_pins(base.fingerprint, source, plan)
     return base
+
+
+def _check_pins(identity: str, source: ModelSource, plan: RoundPlan) -> None:
+    for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
+        if pin and pin != identity:
+            raise ModelError(
+                f"the base model's weights are {identity}, the {whose} pins others; point the alias at the pinned ones",
+                f"{whose}: {pin}",
+                code="not_the_pinned_weights",
+            )
 
 
 def locate(source: ModelSource) -> Path:
@@ -164,8 +172,7 @@ def _fetch(source: ModelSource) -> Path:
         raise ModelError("the base model cannot be fetched from the hub; fetch it beforehand", str(error)) from None
 
 
-def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
-    identity = fingerprint(folder)
+def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         dtype = compute_dtype(plan.compute_dtype, plan.quantization, getattr(config, "hidden_size", 0))
@@ -252,9 +259,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a base model, with a token to pad with.
 
     Raises:
-        ModelError: it is not a fast one, so which characters a token stands for is not known.
+        ModelError: it cannot be read, or is not a fast one, so which characters a token stands for is not known.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            "the base model's tokenizer cannot be loaded; is the folder a whole model?",
+            f"{folder}: {error}",
+            code="no_tokenizer",
+        ) from None
     if not tokenizer.is_fast:
         raise ModelError("the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder))
     if tokenizer.pad_token_id is None:

@@ -4,12 +4,15 @@ import csv
 import gzip
 import logging
 import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError, PolicyError
 from nvflare_fm.site import data
@@ -89,14 +92,33 @@ def test_a_line_of_csv_is_counted_where_it_starts(tmp_path: Path, caplog: pytest
     assert "line 4: the line has more or fewer fields than the header" in caplog.text
 
 
-def test_too_many_bad_rows_stop_the_site_with_the_first_of_them(tmp_path: Path) -> None:
+def test_too_many_bad_rows_stop_the_site_and_only_its_own_log_counts_them(tmp_path: Path) -> None:
     file = tiny.jsonl(tmp_path / "a.jsonl", ROWS[:10] + [{"text": "SECRET", "label": "no"}] * 7)
     with pytest.raises(
         DataError, match=r"'notes' \(train\): 7 of 17 rows cannot be used: line 11: 'label'.*…"
     ) as caught:
         load(file)
-    assert "SECRET" not in caught.value.message
+    assert caught.value.code == "bad_rows"
+    assert "SECRET" not in str(caught.value)
     assert str(tmp_path) not in caught.value.message
+    assert not re.search(r"\d", caught.value.message)
+
+
+@given(count=st.integers(1, 300), asked=st.integers(0, 400), least=st.integers(1, 40))
+def test_rows_are_measured_so_that_no_two_answers_differ_by_a_few(count: int, asked: int, least: int) -> None:
+    """A floor for the rows of each answer, for those left out of it, and for those between it and any other."""
+    taken = data.measured(count, asked, least)
+    assert taken == count or (taken <= asked and taken % least == 0 and count - taken >= least)
+    assert data.measured(count, 0, least) == data.measured(count, count, least) == count
+    assert least > 1 or taken == min(count, asked or count)
+    answers = {data.measured(count, each, least) for each in range(count + 1)}
+    assert all(abs(one - other) >= least for one in answers for other in answers - {one})
+
+
+def test_rows_are_told_apart_by_what_is_learned_of_them(tmp_path: Path) -> None:
+    rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[0] | {"label": "well"}, ROWS[0] | {"ward": "7"}, ROWS[3]]
+    train, _ = load(tiny.jsonl(tmp_path / "a.jsonl", rows), validation=str(tmp_path / "a.jsonl")).contents
+    assert [train.index(row) for row in train] == [0, 1, 0, 3, 0, 5]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +159,7 @@ def test_what_is_no_file_of_rows_is_an_error_and_nobody_waits_for_it(tmp_path: P
         (tmp_path / f"other.{format}").write_bytes(b"\x1f\x8b\x08\x00PAR1" * 9)
         assert code_of(tmp_path / f"pipe.{format}") == "data_unreadable"
         assert code_of(tmp_path / f"circle.{format}") == "data_link_broken"
-        assert code_of(tmp_path / f"other.{format}") in ("data_unreadable", "data_bad_rows", "data_empty")
+        assert code_of(tmp_path / f"other.{format}") in ("data_unreadable", "bad_rows", "no_rows")
         assert code_of(tmp_path / "empty", format=format) == "data_unreadable"
         assert code_of(tmp_path / f"device.{format}", folder="/") == "data_unreadable"
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
@@ -253,8 +275,9 @@ def test_a_missing_file_and_a_missing_split_stop_the_site(tmp_path: Path) -> Non
 
 
 def test_one_row_cannot_be_both_trained_on_and_held_out(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one row"):
+    with pytest.raises(DataError) as refused:
         load(tiny.jsonl(tmp_path / "a.jsonl", ROWS[:1]))
+    assert refused.value.code == "no_rows"
 
 
 def test_a_pickle_among_the_data_is_not_opened(tmp_path: Path) -> None:

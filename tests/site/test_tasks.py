@@ -237,7 +237,7 @@ def test_language_model_metrics_are_the_means_they_say() -> None:
 
 def test_the_loss_of_evaluation_is_the_models_own(llama: Path, tmp_path: Path) -> None:
     worker, plan = tiny.worker(tmp_path, llama, "causal_lm"), tiny.plan(evaluation={"batch_size": 24})
-    job = worker._job(RoundTask(plan))
+    job = worker._job(RoundTask(plan), trains=True)
     batch = collate(list(job.data.validation), 0)
     batch.pop("bytes")
     with job.base.lent() as model, torch.inference_mode():
