@@ -6,6 +6,7 @@ site's own files or environment before it came here, so no message repeats one; 
 
 import math
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -110,13 +111,19 @@ def _along(cls: Any, path: Sequence[Any]) -> tuple[list[str], Any]:
     for part in path:
         if isinstance(cls, type) and issubclass(cls, BaseModel) and part in cls.model_fields:
             names.append(str(part))
-            cls = cls.model_fields[part].annotation
+            cls = _present(cls.model_fields[part].annotation)
         elif (inside := get_args(cls)) and isinstance(inside[-1], type) and issubclass(inside[-1], BaseModel):
             names.append("*")
             cls = inside[-1]
         else:
             break
     return names, cls
+
+
+def _present(kind: Any) -> Any:
+    """The group of settings that `group | None` may hold."""
+    choices = get_args(kind) if isinstance(kind, UnionType) else ()
+    return next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), kind)
 
 
 def _found(error: Any) -> str:

@@ -13,13 +13,14 @@ from nvflare_fm.aggregation import step, weigh
 from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, Settings, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
+from nvflare_fm.export import ProvenanceFile
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.site_config import SiteConfig
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, Aggregation, SiteOverrides, SiteConfig]
 GROUPS: dict[str, type[Settings]] = {
-    **{group.__name__: group for group in (RoundPlan, Aggregation, SiteOverrides, SiteConfig, Measurement)},
+    **{g.__name__: g for g in (RoundPlan, Aggregation, SiteOverrides, SiteConfig, Measurement, ProvenanceFile)},
     **{name: peft_methods.registry[name] for name in peft_methods.registry},
     **{f"weight {name}": settings_of(weigh.registry[name]) for name in weigh.registry},
     **{f"step {name}": settings_of(step.registry[name]) for name in step.registry},
