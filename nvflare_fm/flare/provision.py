@@ -24,8 +24,10 @@ from ..errors import ConfigError
 from ..site import site_file
 from ..site.site_config import FILE_NAME, SiteConfig, load_site
 from . import allow_list
+from .recovery import JobRecovery
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
+RECOVERY = "nvflare_fm__p_resources.json"  # NVFlare adds its components to those of the parent process alone
 
 _README = """\
 nvflare_fm at {name}
@@ -67,7 +69,9 @@ class FmBuilder(Builder):
         Raises:
             ConfigError: it is listed before StaticFileBuilder, or a participant's `fm_site` has an unknown setting.
         """
-        self._prepare_local(project.get_server(), ctx)
+        server = project.get_server()
+        self._prepare_local(server, ctx)
+        write_recovery(Path(ctx.get_local_dir(server)))
         for client in project.get_clients():
             streaming = client.get_prop_fb(PropKey.ALLOW_LOG_STREAMING, default=False)
             self._prepare_local(client, ctx, {PropKey.ALLOW_LOG_STREAMING: bool(streaming)})
@@ -124,6 +128,12 @@ def capabilities(config: SiteConfig) -> dict[str, Any]:
     }
 
 
+def write_recovery(local: Path) -> Path:
+    """Have the server whose `local/` folder this is end the jobs it was running when it was killed."""
+    component = {"id": "nvflare_fm_recovery", "path": f"{JobRecovery.__module__}.{JobRecovery.__name__}", "args": {}}
+    return allow_list.write(local / RECOVERY, {"format_version": 2, "components": [component]})
+
+
 def streams_logs(resources: Mapping[str, Any]) -> bool:
     """Whether the site sends its error logs to the server; NVFlare does unless told otherwise."""
     return bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True))
@@ -155,7 +165,7 @@ def allow(kit: Path) -> list[Path]:
     _, before = allow_list.read(local)
     written = allow_list.allow(local)
     if not (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists():
-        return [written]
+        return [written, write_recovery(local)]
     prepare_site(local, {}, kit.name)
     _, resources = allow_list.read(local)
     if CAPABILITIES not in before:
@@ -184,9 +194,10 @@ def remove(kit: Path) -> list[Path]:
             changed.append(allow_list.write(file, resources))
     if (local / FILE_NAME).exists():
         changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
-    if (kit / README).exists():
-        (kit / README).unlink()
-        changed.append(kit / README)
+    for file in (kit / README, local / RECOVERY):
+        if file.exists():
+            file.unlink()
+            changed.append(file)
     return sorted(set(changed))
 
 
