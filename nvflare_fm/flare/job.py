@@ -62,7 +62,9 @@ def read_job(folder: Path) -> Job:
         _check_fits(plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
     if first >= last:
-        raise ConfigError(f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds")
+        raise ConfigError(
+            f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
+        )
     return Job(name, plan, how, range(first, last), sites, adapter)
 
 

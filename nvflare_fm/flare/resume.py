@@ -72,7 +72,7 @@ def _submitted(result: Path) -> Path:
 def _persistor(config: dict[str, Any]) -> dict[str, Any]:
     kind = f"{AdapterPersistor.__module__}.{AdapterPersistor.__name__}"
     for part in config.get("components") or []:
-        if part.get("path") == kind:
+        if isinstance(part, dict) and part.get("path") == kind:
             found: dict[str, Any] = part
             return found
     raise ConfigError(f"the job has no {AdapterPersistor.__name__}; is it a job of nvflare_fm?", code="no_job_result")
