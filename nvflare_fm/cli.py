@@ -22,6 +22,7 @@ app.add_typer(site, name="site")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
+app.command()(cli_job.resume)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 

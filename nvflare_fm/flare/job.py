@@ -62,18 +62,34 @@ def read_job(folder: Path) -> Job:
         _check_fits(plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
     if first >= last:
-        raise ConfigError(f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds")
+        raise ConfigError(
+            f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
+        )
     return Job(name, plan, how, range(first, last), sites, adapter)
 
 
 def _server(folder: Path, apps: Sequence[str]) -> tuple[list[Any], Path]:
     """The server's components of ours, and the folder its configuration lies in."""
+    file, config = _server_config(folder, apps)
+    parts = [*config.get("workflows", []), *config.get("components", [])]
+    return [_built(part) for part in parts if part.get("path") in _KINDS], file.parent
+
+
+def server_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the configuration of a job's server.
+
+    Returns:
+        Its file, and what it says.
+    Raises:
+        ConfigError: the folder is no job.
+    """
+    return _server_config(folder, list(_config(folder, "meta").get("deploy_map") or {}))
+
+
+def _server_config(folder: Path, apps: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     for app in apps:
-        home = folder / app / "config"
-        if any(home.glob("config_fed_server.*")):
-            config = _config(home, "config_fed_server")
-            parts = [*config.get("workflows", []), *config.get("components", [])]
-            return [_built(part) for part in parts if part.get("path") in _KINDS], home
+        if files := sorted((folder / app / "config").glob("config_fed_server.*")):
+            return files[0], _config(files[0].parent, "config_fed_server")
     raise ConfigError("the job has no app with a config_fed_server.conf or .json among those of its deploy_map")
 
 

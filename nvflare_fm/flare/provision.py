@@ -25,8 +25,10 @@ from ..site import secret, site_file
 from ..site.policy import BOUNDS
 from ..site.site_config import FILE_NAME, SiteConfig, load_site
 from . import allow_list
+from .recovery import JobRecovery
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
+RECOVERY = "nvflare_fm__p_resources.json"  # NVFlare adds its components to those of the parent process alone
 
 _README = """\
 nvflare_fm at {name}
@@ -68,7 +70,9 @@ class FmBuilder(Builder):
         Raises:
             ConfigError: it is listed before StaticFileBuilder, or a participant's `fm_site` has an unknown setting.
         """
-        self._prepare_local(project.get_server(), ctx)
+        server = project.get_server()
+        self._prepare_local(server, ctx)
+        write_recovery(Path(ctx.get_local_dir(server)))
         for client in project.get_clients():
             streaming = client.get_prop_fb(PropKey.ALLOW_LOG_STREAMING, default=False)
             self._prepare_local(client, ctx, {PropKey.ALLOW_LOG_STREAMING: bool(streaming)})
@@ -120,6 +124,12 @@ def capabilities(config: SiteConfig) -> dict[str, Any]:
     return told | {"memory_gib": limits.memory_gib, "quantizations": list(limits.quantizations)}
 
 
+def write_recovery(local: Path) -> Path:
+    """Have the server whose `local/` folder this is end the jobs it was running when it was killed."""
+    component = {"id": "nvflare_fm_recovery", "path": f"{JobRecovery.__module__}.{JobRecovery.__name__}", "args": {}}
+    return allow_list.write(local / RECOVERY, {"format_version": 2, "components": [component]})
+
+
 def streams_logs(resources: Mapping[str, Any]) -> bool:
     """Whether the site sends its error logs to the server; NVFlare does unless told otherwise."""
     return bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True))
@@ -151,7 +161,7 @@ def allow(kit: Path) -> list[Path]:
     _, before = allow_list.read(local)
     written = allow_list.allow(local)
     if not (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists():
-        return [written]
+        return [written, write_recovery(local)]
     prepare_site(local, {}, kit.name)
     _, resources = allow_list.read(local)
     if CAPABILITIES not in before:
@@ -181,7 +191,7 @@ def remove(kit: Path) -> list[Path]:
             changed.append(allow_list.write(file, resources))
     if (local / FILE_NAME).exists():
         changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
-    for ours in (kit / README, local / secret.NAME):
+    for ours in (kit / README, local / secret.NAME, local / RECOVERY):
         if ours.exists():
             ours.unlink()
             changed.append(ours)
