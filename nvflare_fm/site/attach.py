@@ -103,6 +103,28 @@ def trained_modules(model: "PeftModel", heads: Sequence[str]) -> tuple[tuple[str
     return tuple(whole), tuple(telling)
 
 
+@torch.inference_mode()
+def check_fits(model: "PeftModel") -> None:
+    """Tries what PEFT puts before or between a model's layers: not every model takes it.
+
+    Raises:
+        ConfigError: a text does not come through.
+    """
+    if model.device.type == "meta":
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(
+            f"this base model does not work with PEFT's {model.peft_type.lower()}; use another method, such as lora",
+            f"{type(error).__name__}: {error}",
+            code="method_does_not_fit",
+        ) from None
+
+
 def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for head in base.heads:
