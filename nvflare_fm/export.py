@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import __version__
-from .adapter import LORA_A, LORA_B, Adapter, Manifest, from_tensors
+from .adapter import LORA_A, LORA_B, Adapter, BaseClass, Manifest, from_tensors, own_class
 from .config import RoundPlan
 from .errors import ModelError
+from .peft_config import adapter_config
 
 CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors", "provenance.json"
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # of every tensor's name
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance
     try:
         tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
         save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-        _dump(beside / CONFIG, adapter_config(adapter, manifest))
+        _dump(beside / CONFIG, adapter_config(adapter, manifest, provenance.plan))
         _dump(beside / PROVENANCE, _provenance(manifest, provenance))
         beside.chmod(0o755)  # mkdtemp's 0700 would hide the result from the user's group
         old = folder.with_name(f".{folder.name}.old")
@@ -65,7 +66,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
         config = json.loads((folder / CONFIG).read_text())
         told = json.loads((folder / PROVENANCE).read_text())
         tensors = load_file(folder / WEIGHTS)
-        manifest = Manifest(told["base"], told["task"], told["peft"], config, tuple(told["labels"]))
+        manifest = Manifest(told["base"], told["task"], told["peft"], _base_class(config), tuple(told["labels"]))
         plan = RoundPlan.read(told["plan"], PROVENANCE) if told.get("plan") else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
@@ -82,52 +83,16 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
     return adapter, manifest, Provenance(told.get("round"), plan)
 
 
-def adapter_config(adapter: Adapter, manifest: Manifest) -> dict[str, Any]:
-    """PEFT's configuration, with the rank and α that make α/r the merged adapter's own scale in every layer."""
-    config = {**manifest.adapter_config, "base_model_name_or_path": None, "inference_mode": True}
-    if not adapter.lora:
-        return config
-    ranks = {_module(layer): adapter.lora[layer].rank for layer in adapter.lora}
-    alphas = {_module(layer): adapter.lora[layer].scale * adapter.lora[layer].rank for layer in adapter.lora}
-    rank, alpha = _usual(ranks), _usual(alphas)
-    return config | {
-        "peft_type": "LORA",
-        "r": int(rank),
-        "lora_alpha": _short(alpha),
-        "use_rslora": False,  # α/√r with rsLoRA: the scale is already the right one
-        "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(m): _short(a) for m, a in alphas.items() if a != alpha},
-        "target_modules": _targets(config.get("target_modules"), list(ranks)),
-    }
-
-
-def _targets(said: Any, modules: list[str]) -> str | list[str]:
-    """The sites' own target_modules where they cover every layer of the adapter, else each layer by its full name."""
-    if isinstance(said, list) and all(any(f".{m}".endswith(f".{end}") for end in said) for m in modules):
-        return said
-    return modules
-
-
-def _usual(values: Mapping[str, float]) -> float:
-    return max(sorted(values.values()), key=list(values.values()).count)
-
-
-def _exactly(module: str) -> str:
-    """As a key of rank_pattern, which PEFT matches as a regular expression at the end of a module's name."""
-    return "^" + re.escape(module)
-
-
-def _module(layer: str) -> str:
-    return layer.removeprefix(_PREFIX)
-
-
-def _short(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
+def _base_class(config: Mapping[str, Any]) -> BaseClass:
+    """Which class of ours the base model needs, if any; no other class that a file names is ever looked at."""
+    said = config.get("auto_mapping")
+    return own_class(said.get("parent_library"), said.get("base_model_class")) if isinstance(said, Mapping) else ""
 
 
 def _scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     patterns = config.get("alpha_pattern") or {}
-    found = [a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", _module(layer))]
+    module = layer.removeprefix(_PREFIX)
+    found = [a for pattern, a in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)]
     alpha = float(found[0] if found else config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

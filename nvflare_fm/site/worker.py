@@ -13,7 +13,7 @@ from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from . import base_model, data, distributed, evaluation, peft_methods, training
-from .attach import resolved
+from .attach import base_class
 from .base_model import BaseModel
 from .data import SiteData
 from .own_adapter import OwnAdapter, shared_half
@@ -73,7 +73,7 @@ class Worker:
             )
             after = self._evaluate(model, job) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
-            manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
+            manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], base_class(model), plan.labels)
         self._measured("after", task, after)
         if plan.shares != "AB":
             self.own.keep(adapter, manifest, task)

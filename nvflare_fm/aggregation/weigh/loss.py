@@ -16,7 +16,8 @@ def loss(
     *,
     q: Annotated[float, Field(ge=0, description="0: every site the same; larger: fairer")] = 1.0,
 ) -> list[float]:
-    """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data.
+    """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data. The same for all where it is
+    0 everywhere.
 
     Raises:
         ConfigError: a site did not measure it.
@@ -27,4 +28,4 @@ def loss(
         if not math.isfinite(value):
             raise ConfigError(f"{update.site} reports no loss of the adapter it received; set evaluation.before")
         factors.append(max(value, 0.0) ** q)
-    return factors
+    return factors if any(factors) else [1.0] * len(factors)
