@@ -5,6 +5,7 @@ Nothing but this package's own components is built.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,11 @@ from nvflare.fuel.utils.config_factory import ConfigFactory
 
 from .. import export
 from ..adapter import Adapter, Manifest
-from ..combination import settle
-from ..config import Aggregation, RoundPlan
+from ..aggregation.admit import Terms
+from ..combination import CHECKED, settle, terms
+from ..config import Aggregation, RoundPlan, SiteOverrides
 from ..errors import ConfigError
+from ..site.peft_methods import read
 from .aggregator import AdapterAggregator
 from .controller import FedPEFT
 from .executor import PeftExecutor
@@ -58,6 +61,9 @@ def read_job(folder: Path) -> Job:
     controller = _only(FedPEFT, server)
     how, last = controller.aggregator.how, controller.total_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
+    for site, executor in sites.items():
+        for name in (ALL, *controller.overrides) if site == ALL else (site,):
+            _check_admitted(name, executor.overrides, terms(plan, how, name, controller.overrides), plan)
     if manifest:
         _check_fits(plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
@@ -135,6 +141,28 @@ def _only(kind: type[T], parts: Sequence[Any]) -> T:
             f"the job's server needs one {kind.__name__} and has {len(found)}; is it a job of nvflare_fm?"
         )
     return found[0]
+
+
+def _check_admitted(site: str, overrides: SiteOverrides, asked: Terms, plan: RoundPlan) -> None:
+    """Whether the server will take what the job has `site` send.
+
+    Raises:
+        ConfigError: names the site, and what the controller must be told of it.
+    """
+    mine = overrides.applied(plan)
+    rank, steps = mine.rank, mine.training.local_steps
+    refused = {
+        "rank": asked.ranks and rank not in asked.ranks,
+        "lora_alpha": asked.ranks and not isclose(read(mine.peft).scale, asked.scale(rank), rel_tol=1e-6),
+        "local_steps": asked.steps is not None and steps not in asked.steps,
+    }
+    if any(refused.values()):
+        given = overrides.model_dump(include={*CHECKED}, exclude_none=True)
+        raise ConfigError(
+            f"{site} is to train at {', '.join(name for name, found in refused.items() if found)} of its own, and the "
+            f"server would refuse its updates: give FedPEFT the same, sites = {{ {site} = {given} }}",
+            code="site_not_listed",
+        )
 
 
 def _check_fits(plan: RoundPlan, manifest: Manifest) -> None:

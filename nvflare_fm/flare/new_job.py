@@ -3,6 +3,7 @@
 What a server would refuse while it loads the job is refused here, and nothing is left behind.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import export
+from ..combination import CHECKED
 from ..errors import ConfigError
 from ..templates import ADAPTER, SITES, Template
 from .job import Job, read_job
@@ -35,7 +37,18 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
     if named := list(dict.fromkeys(key.split(".")[1] for key in own if key.startswith(f"{SITES}."))):
         template = template.for_sites(named)
     template = template.with_values({**(_as_trained(adapter, template) if adapter else {}), **own})
+    if template.sites and SITES not in own:
+        template = template.with_values({SITES: _of_sites(template)})
     return _tried(folder, template, adapter)
+
+
+def _of_sites(template: Template) -> dict[str, dict[str, Any]]:
+    """What the server must know of what the sites' own apps ask of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for knob in template.knobs():
+        if knob.is_set and knob.path[0] == SITES and knob.path[-1] in CHECKED:
+            found.setdefault(knob.path[1], {})[knob.path[-1]] = json.loads(knob.value)
+    return found
 
 
 def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
