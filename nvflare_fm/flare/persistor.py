@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from pathlib import Path
 
 from nvflare.apis.event_type import EventType
@@ -21,8 +20,15 @@ from safetensors.torch import load_file
 from ..errors import ConfigError
 from ..export import WEIGHTS, Provenance, read_adapter, write_adapter
 from . import wire
+from .arguments import Arguments, OptionalId
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
+
+
+class _Arguments(Arguments):
+    keep_rounds: bool
+    initial_adapter: OptionalId  # the name of a folder, not a path
+    resume: bool
 
 
 class AdapterPersistor(ModelPersistor):
@@ -38,10 +44,7 @@ class AdapterPersistor(ModelPersistor):
 
     def __init__(self, keep_rounds: bool = False, initial_adapter: str = "", resume: bool = False) -> None:
         super().__init__()
-        if initial_adapter and not re.fullmatch(r"\w[\w.-]*", initial_adapter):
-            raise ConfigError(
-                f"initial_adapter {initial_adapter!r} must be the name of a folder in the job, not a path"
-            )
+        _Arguments.check(locals(), "persistor")
         if resume and not initial_adapter:
             raise ConfigError("resume needs an initial_adapter to resume from")
         self.keep_rounds, self.initial_adapter, self.resume = keep_rounds, initial_adapter, resume
