@@ -36,12 +36,15 @@ def main() -> None:
 def allow(
     kit: Kit = Path("."),
     remove: Annotated[bool, typer.Option("--remove", help="take everything out again")] = False,
+    only_ours: Annotated[
+        bool, typer.Option("--only-ours", help="let jobs build nothing of NVFlare's but what ours need")
+    ] = False,
 ) -> None:
     """Lets jobs use this package with a startup kit that exists already, and gives the site a file to fill in."""
     from .flare import provision
 
     try:
-        files = provision.remove(kit) if remove else provision.allow(kit)
+        files = provision.remove(kit) if remove else provision.allow(kit, only_ours)
     except FmError as error:
         sys.exit(f"nvflare-fm: {error}")
     for file in files:
@@ -88,17 +91,23 @@ def check(
 
 
 def _kit(kit: Path) -> "list[Finding]":
-    from .flare import allow_list, provision
+    from .flare import allow_list, components, job_check, provision
     from .site.checkup import Finding
 
     try:
         _, resources = allow_list.read(kit / "local")
     except FmError as error:
         return [Finding("allow list", False, str(error))]
-    good = allow_list.with_package(resources) == resources
-    streams = provision.streams_logs(resources)
+    faults = allow_list.faults(resources, components.SITE)
+    others = allow_list.others(resources, components.NVFLARE_SITE)
+    listed = ", ".join(name.rpartition(".")[2] for name in components.SITE)
+    besides = f"{len(others)} other classes; site allow --only-ours takes out NVFlare's" if others else "no class"
+    checked, streams = job_check.installed(kit / "local", is_site=True), provision.streams_logs(resources)
+    remedy = "run nvflare-fm site allow"
     return [
-        Finding("allow list", good, "jobs may use nvflare_fm" if good else "run nvflare-fm site allow"),
+        Finding("allow list", not faults, "; ".join([*faults, remedy]) if faults else f"jobs may build {listed}"),
+        Finding("allowed besides", True, besides),
+        Finding("job files", checked, "are checked before they are parsed" if checked else remedy),
         Finding("error logs", True, "go to the server: allow_log_streaming is on" if streams else "stay here"),
     ]
 

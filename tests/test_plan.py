@@ -186,7 +186,7 @@ def test_a_job_with_a_wrong_setting_a_wrong_model_or_no_job_at_all_is_refused(tm
     with pytest.raises(ConfigError, match="num_ronds"):
         told(job)
     server.write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not plain JSON"):
         told(job)
 
 

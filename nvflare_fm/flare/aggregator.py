@@ -54,11 +54,12 @@ class AdapterAggregator(ModelAggregator):
     ) -> None:
         FLComponent.__init__(self)
         super().__init__()
-        self.merge, self.weigh, self.max_weight, self.guard = merge, list(weigh), max_weight, list(guard)
+        self.how = Aggregation.read({k: v for k, v in locals().items() if k in Aggregation.model_fields}, "aggregator")
+        self.merge, self.weigh, self.max_weight = merge, [weigh] if isinstance(weigh, str) else list(weigh), max_weight
+        self.guard = [guard] if isinstance(guard, str) else list(guard)
         self.normalize_steps, self.step = normalize_steps, step
         self.max_rank, self.max_staleness = max_rank, max_staleness
         self.keep_energy, self.sigma, self.seed = keep_energy, sigma, seed
-        self.how = Aggregation.read({name: getattr(self, name) for name in Aggregation.model_fields}, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
         self.memory = Memory()  # of the server step

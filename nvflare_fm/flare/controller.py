@@ -11,19 +11,20 @@ import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
+from pydantic import Field
 
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
@@ -35,6 +36,7 @@ from ..errors import ConfigError, FmError
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
+from .arguments import A_YEAR, SITES, Arguments, Id, OptionalId
 from .ledger import Ledger
 from .persistor import REMEMBERED
 from .stats import PROGRESS
@@ -42,6 +44,20 @@ from .stats import PROGRESS
 
 class TooFewAnswers(Exception):
     """A round ended with less than it needs."""
+
+
+class _Arguments(Arguments):
+    num_rounds: int = Field(ge=1, le=1_000_000)
+    min_responses: int = Field(ge=1, le=SITES)
+    deadline_s: float = Field(ge=0, le=A_YEAR)
+    grace_s: float = Field(ge=0, le=A_YEAR)
+    plan: Mapping[str, Any] | None
+    aggregator: AdapterAggregator | None
+    persistor_id: Id
+    key_metric: OptionalId
+    key_metric_mode: Literal["min", "max"]
+    disk_offload: bool
+    sites_per_round: int = Field(ge=0, le=SITES)
 
 
 class FedPEFT(FedAvg):
@@ -83,15 +99,9 @@ class FedPEFT(FedAvg):
         sites_per_round: int = 0,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        if num_rounds < 1 or min_responses < 1 or deadline_s < 0 or grace_s < 0:
-            raise ConfigError(
-                f"num_rounds {num_rounds} and min_responses {min_responses} must be at least 1, "
-                f"deadline_s {deadline_s} and grace_s {grace_s} not negative"
-            )
+        _Arguments.check(locals(), "controller")
         if sites_per_round and sites_per_round < min_responses:
             raise ConfigError(f"sites_per_round {sites_per_round} cannot give min_responses {min_responses} answers")
-        if key_metric_mode not in ("min", "max"):
-            raise ConfigError(f'key_metric_mode must be "min" or "max", got {key_metric_mode!r}')
         aggregator = aggregator or AdapterAggregator()
         if aggregator.how.max_staleness and not (grace_s or deadline_s):
             raise ConfigError("max_staleness: a round that waits for every site has nobody late; set grace_s as well")
@@ -230,13 +240,16 @@ class FedPEFT(FedAvg):
         return {site for _, asked in self._asked.values() for site in _working(asked)}
 
     def _call_off(self, number: int) -> None:
+        """Tells each site that is still at its task, by the task's name, which nobody else was told."""
         _, asked = self._asked.pop(number)
-        sites = sorted(_working(asked))
+        behind = _working(asked)
+        fetched = {each.client.name: each.id for each in asked.client_tasks if each.client.name in behind}
         self.cancel_task(asked, fl_ctx=self.fl_ctx)
-        if sites and not self.abort_signal.triggered:
-            over = Shareable()
-            over.set_header(AppConstants.CURRENT_ROUND, number)
-            self.engine.send_aux_request(sites, wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
+        if fetched and not self.abort_signal.triggered:
+            over = {site: Shareable() for site in sorted(fetched)}
+            for site, message in over.items():
+                message.set_header(ReservedHeaderKey.TASK_ID, fetched[site])
+            self.engine.multicast_aux_requests(wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
 
     # --- one answer after the other
 
