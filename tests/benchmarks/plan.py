@@ -42,6 +42,8 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
 
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.config import RoundPlan
+    import sites
+
     from nvflare_fm.plan import activation_bytes, trained_bytes
     from nvflare_fm.site.rehearsal import made_up
     from nvflare_fm.site.shapes import shapes
@@ -54,9 +56,11 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
         file = Path(rows) / "rows.jsonl"
         file.write_text((json.dumps(made_up(plan)) + "\n") * 64)
         data = {"notes": {"train": str(file), "validation": str(file)}}
-        site = SiteConfig.read({"models": {"base": {"path": str(folder)}}, "data": data, "limits": {"threads": 1}}, "")
+        models, open_handed = {"base": {"path": str(folder)}}, sites.OPEN.model_dump()
+        said = {"models": models, "data": data, "limits": {"threads": 1}, "privacy": open_handed}
+        site = SiteConfig.read(said, "benchmark")
         worker = Worker("here", site)
-        loaded = worker._job(RoundTask(plan)).base.model.get_memory_footprint() / 2**20
+        loaded = worker._job(RoundTask(plan), trains=True).base.model.get_memory_footprint() / 2**20
         before = psutil.Process().memory_info().rss / 2**20
         worker.train(RoundTask(plan))
         seen = peak_memory_mib() - before
