@@ -39,11 +39,10 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     import tempfile
 
     import psutil
+    import sites
 
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.config import RoundPlan
-    import sites
-
     from nvflare_fm.plan import activation_bytes, trained_bytes
     from nvflare_fm.site.rehearsal import made_up
     from nvflare_fm.site.shapes import shapes

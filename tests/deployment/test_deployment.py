@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file:
 # What each clinic is asked in a job, and what it must answer.
 REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "names": {
-        "clinic-a": ({"data": "note"}, "this site offers no data set of that name; did you mean \"notes\"?"),
+        "clinic-a": ({"data": "note"}, 'this site offers no data set of that name; did you mean "notes"?'),
         "clinic-b": ({"model": "/srv/models/base"}, "model is a path; a job names aliases"),
         "clinic-c": ({"rank": 99}, "peft.rank is more than the 8 this site allows (max_rank); ask for less"),
     },
@@ -38,7 +38,10 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     },
     "files": {
         "clinic-a": ({"model": "swapped"}, "the site pins others; point the alias at the pinned ones"),
-        "clinic-b": ({"data": "few"}, "this site trains on no fewer than 20 different examples and the data set has fewer"),
+        "clinic-b": (
+            {"data": "few"},
+            "this site trains on no fewer than 20 different examples and the data set has fewer",
+        ),
         "clinic-c": ({"data": "link"}, "a data file is a link that leads out of its data folder"),
     },
     "weights": {
@@ -49,7 +52,10 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "labels": {
         "clinic-a": ({}, ""),
         "clinic-b": ({}, ""),
-        "clinic-c": ({"data": "coded"}, "more rows that cannot be used for this task and these labels than the site's max_bad_rows"),
+        "clinic-c": (
+            {"data": "coded"},
+            "more rows that cannot be used for this task and these labels than the site's max_bad_rows",
+        ),
     },
 }
 
