@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from nvflare.apis.workspace import Workspace
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.prov_utils import prepare_builders
@@ -14,9 +15,11 @@ from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.flare.provision import allow, remove, without_byoc
+from nvflare_fm.flare.provision import RECOVERY, allow, remove, without_byoc
+from nvflare_fm.flare.recovery import JobRecovery
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
+from tests.flare.test_job import Builder
 from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
 
 SAID: dict[str, Any] = {
@@ -87,6 +90,15 @@ def test_server_and_sites_allow_this_package_beside_nvflares_own_list(kits: Path
     for name in (SERVER, "clinic-a", "clinic-b"):
         assert resources(kits / name)["class_allow_list"] == OURS
         assert resources(kits / name)["class_list_enforcement_mode"] == "enforce"
+
+
+def test_the_servers_own_process_ends_the_jobs_it_was_running_and_no_other_process_can(kits: Path):
+    workspace = Workspace(str(kits / SERVER), "server")
+    parent, job = ({*workspace.get_config_files_for_startup(True, for_job)} for for_job in (False, True))
+    (file,) = parent - job
+    (component,) = json.loads(Path(file).read_text())["components"]
+    assert isinstance(Builder().build_component(component), JobRecovery)
+    assert not (kits / "clinic-a" / "local" / RECOVERY).exists()
 
 
 def test_the_site_file_says_what_project_yml_says(kits: Path):
@@ -160,6 +172,8 @@ def test_kits_that_exist_already_are_allowed_and_cleared_again(tmp_path: Path, d
         remove(kit)
         assert resources(kit) == before
         assert remove(kit) == []
+        assert ((kit / "local" / RECOVERY) in first) == (name == SERVER)
+        assert not (kit / "local" / RECOVERY).exists()
     assert not (kits / SERVER / "local" / "fm_site.yaml").exists()
     assert (kits / "clinic-a" / "local" / "fm_site.yaml.removed").exists()
 
