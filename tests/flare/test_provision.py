@@ -19,8 +19,8 @@ from nvflare_fm.flare.provision import RECOVERY, allow, remove, without_byoc
 from nvflare_fm.flare.recovery import JobRecovery
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
-from tests.flare.test_job import Builder
 from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
+from tests.flare.test_job import Builder
 
 SAID: dict[str, Any] = {
     "models": {"base": {"path": "/srv/models/llama", "fingerprint": "abc"}},
