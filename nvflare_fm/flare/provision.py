@@ -25,6 +25,7 @@ from ..site import site_file
 from ..site.site_config import FILE_NAME, SiteConfig, load_site
 from . import allow_list
 from .recovery import JobRecovery
+from .restarted import RestartedSites
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
 RECOVERY = "nvflare_fm__p_resources.json"  # NVFlare adds its components to those of the parent process alone
@@ -129,9 +130,12 @@ def capabilities(config: SiteConfig) -> dict[str, Any]:
 
 
 def write_recovery(local: Path) -> Path:
-    """Have the server whose `local/` folder this is end the jobs it was running when it was killed."""
-    component = {"id": "nvflare_fm_recovery", "path": f"{JobRecovery.__module__}.{JobRecovery.__name__}", "args": {}}
-    return allow_list.write(local / RECOVERY, {"format_version": 2, "components": [component]})
+    """Give the server whose `local/` folder this is the components that see to jobs after a kill."""
+    kinds = {"nvflare_fm_recovery": JobRecovery, "nvflare_fm_restarted": RestartedSites}
+    components = [
+        {"id": name, "path": f"{kind.__module__}.{kind.__name__}", "args": {}} for name, kind in kinds.items()
+    ]
+    return allow_list.write(local / RECOVERY, {"format_version": 2, "components": components})
 
 
 def streams_logs(resources: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare.provision import RECOVERY, allow, remove, without_byoc
 from nvflare_fm.flare.recovery import JobRecovery
+from nvflare_fm.flare.restarted import RestartedSites
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
 from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
@@ -92,12 +93,12 @@ def test_server_and_sites_allow_this_package_beside_nvflares_own_list(kits: Path
         assert resources(kits / name)["class_list_enforcement_mode"] == "enforce"
 
 
-def test_the_servers_own_process_ends_the_jobs_it_was_running_and_no_other_process_can(kits: Path):
+def test_what_sees_to_jobs_after_a_kill_is_part_of_the_servers_own_process_and_of_no_other(kits: Path):
     workspace = Workspace(str(kits / SERVER), "server")
     parent, job = ({*workspace.get_config_files_for_startup(True, for_job)} for for_job in (False, True))
     (file,) = parent - job
-    (component,) = json.loads(Path(file).read_text())["components"]
-    assert isinstance(Builder().build_component(component), JobRecovery)
+    built = [Builder().build_component(part) for part in json.loads(Path(file).read_text())["components"]]
+    assert [type(component) for component in built] == [JobRecovery, RestartedSites]
     assert not (kits / "clinic-a" / "local" / RECOVERY).exists()
 
 
