@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from ..errors import FmError
+from ..cli_terminal import console as terminal
+from ..cli_terminal import errors_told, plain
 from . import baselines, federation, report
 from .generator import FOLDER, generate
 from .picture import draw
 from .trial import METRIC, Trial, read_sites
 
-console = Console()
+console = terminal()
 
 
 def demo(
@@ -31,11 +31,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="of the notes, the adapter and the order of the notes")] = 0,
 ) -> None:
     """A federated fine-tune of a real pretrained encoder over simulated sites, on SYNTHETIC notes or your own files."""
-    try:
-        _demo(prepare(data, output.resolve(), rounds, steps, seed))
-    except FmError as error:
-        console.print(f"[bold red]{type(error).__name__}[/] {error}", soft_wrap=True)
-        raise typer.Exit(1) from None
+    _demo(prepare(data, output.resolve(), rounds, steps, seed))
 
 
 def prepare(data: Path | None, output: Path, rounds: int, steps: int, seed: int) -> Trial:
@@ -66,8 +62,9 @@ def _demo(trial: Trial) -> None:
         waiting = pool.apply_async(baselines.pooled, (trial,))
         waiting_alone = {site.name: pool.apply_async(baselines.alone, (trial, site)) for site in trial.sites}
         lines = _watch(trial, simulator)
-        with console.status("the federation is done; what it is compared with is still training"):
-            pooled, alone = waiting.get(), {name: result.get() for name, result in waiting_alone.items()}
+        with console.status(plain("the federation is done; what it is compared with is still training")):
+            pooled = waiting.get()
+            alone = {name: result.get() for name, result in waiting_alone.items()}
         pool.close()
         pool.join()  # they leave by themselves: told to end, they would complain on the terminal
     _conclude(trial, lines, alone, pooled, seconds=time.monotonic() - started)
@@ -75,8 +72,10 @@ def _demo(trial: Trial) -> None:
 
 def _introduce(trial: Trial) -> None:
     if trial.synthetic:
-        console.print("[bold yellow]SYNTHETIC notes[/]: made by this program, about nobody. Look at them in", end=" ")
-        console.print(trial.sites[0].folder.parent, soft_wrap=True)
+        console.print("SYNTHETIC notes", style="bold yellow", end="")
+        console.print(
+            f": made by this program, about nobody. Look at them in {trial.sites[0].folder.parent}", soft_wrap=True
+        )
     console.print(report.sites_table(trial))
     console.print(
         f"Task: which of {len(trial.labels)} labels is a note for? Every site holds the same frozen encoder "
@@ -89,11 +88,12 @@ def _watch(trial: Trial, simulator: BaseProcess) -> list[federation.Round]:
     lines: list[federation.Round] = []
     console.print("Macro-F1 of the shared adapter after each round, on each site's own test notes", style="bold")
     console.print(report.header(trial), style="dim")
-    with console.status("starting a server and the sites, each in a process of its own: about half a minute") as status:
+    begins = plain("starting a server and the sites, each in a process of its own: about half a minute")
+    with console.status(begins) as status:
         for line in federation.follow(trial, simulator):
             lines.append(line)
-            console.print(report.round_line(line), highlight=False)
-            status.update(f"round {min(len(lines) + 1, trial.rounds)} of {trial.rounds}")
+            console.print(report.round_line(line))
+            status.update(plain(f"round {min(len(lines) + 1, trial.rounds)} of {trial.rounds}"))
     return lines
 
 
@@ -121,7 +121,7 @@ def _conclude(
         ("figures", results),
         ("log", federation.log_file(trial)),
     ):
-        console.print(f"{name:<8} {path}", soft_wrap=True, highlight=False)
+        console.print(plain(f"{name:<8} {path}"), soft_wrap=True)
     console.print(f"took     {seconds:.0f} s")
 
 
@@ -143,4 +143,7 @@ def _picture(
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(demo)
+    with errors_told():
+        app()

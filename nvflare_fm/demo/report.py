@@ -5,6 +5,7 @@ from statistics import mean
 
 from rich.table import Table
 
+from ..cli_terminal import add_row
 from .baselines import Scores
 from .federation import Round
 from .trial import METRIC, Trial
@@ -29,7 +30,7 @@ def sites_table(trial: Trial) -> Table:
         labels = [row["label"] for row in site.rows("train")]
         often = sorted({*labels}, key=lambda label: (-labels.count(label), label))[:2]
         about = ", ".join(f"{label} {labels.count(label) / len(labels):.0%}" for label in often)
-        table.add_row(site.name, str(len(labels)), str(site.rank), about)
+        add_row(table, (site.name, len(labels), site.rank, about))
     return table
 
 
@@ -53,10 +54,10 @@ def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, po
     for name in columns:
         table.add_column(name, justify="right")
     for site, scores in alone.items():
-        table.add_row(f"{site} alone", *_cells(scores, columns))
+        add_row(table, (f"{site} alone", *_cells(scores, columns)))
     table.add_section()
-    table.add_row("federated", *_cells(federated, columns), style="bold")
-    table.add_row("pooled", *_cells(pooled, columns), style="dim")
+    add_row(table, ("federated", *_cells(federated, columns)), style="bold")
+    add_row(table, ("pooled", *_cells(pooled, columns)), style="dim")
     return table
 
 
