@@ -58,7 +58,7 @@ class AdapterAggregator(ModelAggregator):
         self.how = Aggregation.read({name: getattr(self, name) for name in Aggregation.model_fields}, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
-        self.memory = Memory()  # of the server step; a resumed job starts with an empty one
+        self.memory = Memory()  # of the server step
         self.begin(RoundTask(RoundPlan()), rank=1)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:

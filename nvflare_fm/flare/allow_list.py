@@ -13,6 +13,7 @@ from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.app_common.widgets.component_path_authorizer import ALLOW_ALL, CLASS_ALLOW_LIST
 
 from ..errors import ConfigError
+from ..files import read_object, write_text
 
 PACKAGE = "nvflare_fm."
 OWN, DEFAULT = WorkspaceConstants.RESOURCES_CONFIG, WorkspaceConstants.DEFAULT_RESOURCES_CONFIG
@@ -38,17 +39,36 @@ def read(local: Path) -> tuple[Path, dict[str, Any]]:
         ConfigError: it cannot be read.
     """
     file = local / (OWN if (local / OWN).exists() else DEFAULT)
+    return file, load(file) or {"format_version": 2}
+
+
+def load(file: Path) -> dict[str, Any]:
+    """Read one file of a kit; nothing where there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     try:
-        resources = json.loads(file.read_text()) if file.exists() else {"format_version": 2}
-    except ValueError as error:
-        raise ConfigError(f"{file.name} is not JSON; mend it", f"{file}: {error}") from None
-    return file, resources
+        return read_object(file) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file.name} cannot be read as JSON; mend it", f"{file}: {error}", code="kit_unreadable"
+        ) from None
 
 
 def write(file: Path, resources: Mapping[str, Any]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(resources, indent=2) + "\n")
-    return file
+    """Write one file of a kit, as a whole.
+
+    Raises:
+        ConfigError: the kit may not be written to, or the disk is full; the old file is still there.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return write_text(file, json.dumps(resources, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{file.name} cannot be written: {error.strerror}", f"{file}: {error}", code="kit_not_writable"
+        ) from None
 
 
 def allow(local: Path) -> Path:
@@ -61,6 +81,6 @@ def disallow(local: Path) -> list[Path]:
     """Takes the entry out of every file it is in, and returns those."""
     changed = []
     for file in (local / OWN, local / DEFAULT):
-        if file.exists() and (resources := json.loads(file.read_text())) != without_package(resources):
+        if file.exists() and (resources := load(file)) != without_package(resources):
             changed.append(write(file, without_package(resources)))
     return changed

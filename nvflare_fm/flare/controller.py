@@ -25,12 +25,14 @@ from nvflare.app_common.workflows.fedavg import FedAvg
 
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
+from ..aggregation.step import Memory
 from ..combination import max_rank, of_round, settle
 from ..config import DERIVED, RoundPlan
 from ..errors import ConfigError, FmError
 from . import wire
 from .aggregator import AdapterAggregator
 from .ledger import Ledger, mean
+from .persistor import REMEMBERED
 from .stats import PROGRESS
 
 
@@ -135,7 +137,16 @@ class FedPEFT(FedAvg):
             raise ConfigError(
                 f"the adapter is of round {made_by} and num_rounds is {self.total_rounds}: raise num_rounds"
             )
+        step, memory = self.fl_ctx.get_prop(REMEMBERED) or (None, Memory())
+        if step == self.aggregator.how.step:  # what one step remembers is of no use to another
+            self.aggregator.memory = memory
         return model
+
+    def save_model(self, model: FLModel) -> None:
+        """Saves the global adapter, and what the server's step remembers with it."""
+        remembered = self.aggregator.how.step, self.aggregator.memory
+        self.fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
+        super().save_model(model)
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
         """The connected sites of this round that are not at an earlier one, in the order of their names."""

@@ -67,7 +67,7 @@ def _tried(folder: Path, template: Template, adapter: Path | None) -> Job:
         if adapter:
             brought = beside / template.adapter_folder
             brought.mkdir()
-            for name in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
+            for name in export.files_of(adapter):
                 shutil.copyfile(adapter / name, brought / name)
         job = read_job(beside)
         beside.chmod(0o755)  # mkdtemp's 0700 would hide the job from the user's group

@@ -16,13 +16,16 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.model_desc import ModelDescriptor
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
-from safetensors.torch import load_file
 
+from ..aggregation.step import Memory
+from ..config import Rule
 from ..errors import ConfigError
-from ..export import WEIGHTS, Provenance, read_adapter, write_adapter
+from ..export import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
+from ..files import write_text
 from . import wire
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
+REMEMBERED = "nvflare_fm.step"  # in the FLContext: the server step, and what it remembers after the round
 
 
 class AdapterPersistor(ModelPersistor):
@@ -56,24 +59,27 @@ class AdapterPersistor(ModelPersistor):
         """The initial adapter, or nothing: round 0 needs none."""
         if not self.initial_adapter:
             return make_model_learnable({}, {})
-        saved = _read(self._brought(fl_ctx))
+        saved, remembered = _read(self._brought(fl_ctx))
         if self.resume and saved.round is None:
             raise ConfigError(f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume")
+        if self.resume:
+            fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
         self.logger.info(f"starting from {self.initial_adapter!r}, of round {saved.round}, resume={self.resume}")
         model = wire.write_saved(saved if self.resume else wire.Saved(saved.adapter, saved.manifest))
         return make_model_learnable(model.params, model.meta)
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
         """Saves `model` and has it read from its own file from then on: the next merge holds the new adapter alone."""
-        self._write(model, LAST, fl_ctx)
+        step, memory = fl_ctx.get_prop(REMEMBERED) or (None, Memory())
+        self._write(model, LAST, fl_ctx, step, memory)
         if self.keep_rounds:
-            self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx)
+            self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx, step, memory)
         if weights := model[ModelLearnableKey.WEIGHTS]:
-            weights.update(load_file(_adapters(fl_ctx) / LAST / WEIGHTS))  # mapped, not copied
+            weights.update(read_tensors(_adapters(fl_ctx) / LAST))  # mapped, not copied
 
     def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
         """The adapters saved in this job, and the one it brought."""
-        folders = sorted(f for f in _adapters(fl_ctx).glob("*") if (f / WEIGHTS).is_file())
+        folders = sorted(f for f in _adapters(fl_ctx).glob("[!.]*") if (f / WEIGHTS).is_file())
         if self.initial_adapter:
             folders = [self._brought(fl_ctx), *folders]
         return {f.name: ModelDescriptor(name=f.name, location=str(f), model_format="peft") for f in folders}
@@ -82,30 +88,40 @@ class AdapterPersistor(ModelPersistor):
         known = self.get_model_inventory(fl_ctx)
         if model_file not in known:
             raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}")
-        model = wire.write_saved(_read(Path(known[model_file].location)))
+        model = wire.write_saved(_read(Path(known[model_file].location))[0])
         return make_model_learnable(model.params, model.meta)
 
     def _brought(self, fl_ctx: FLContext) -> Path:
         workspace = fl_ctx.get_engine().get_workspace()
         return Path(workspace.get_app_config_dir(fl_ctx.get_job_id())) / self.initial_adapter
 
-    def _write(self, model: ModelLearnable, name: str, fl_ctx: FLContext) -> None:
+    def _write(
+        self,
+        model: ModelLearnable,
+        name: str,
+        fl_ctx: FLContext,
+        step: Rule | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         saved = wire.read_saved(model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META], "the server")
         if saved.manifest is None:
             return
         folder = _adapters(fl_ctx) / name
-        write_adapter(folder, saved.adapter, saved.manifest, Provenance(saved.round, saved.plan))
+        write_adapter(
+            folder, saved.adapter, saved.manifest, Provenance(saved.round, saved.plan, step, memory or Memory())
+        )
         self.logger.info(f"saved adapter {name} of round {saved.round}")
         best = folder.with_name(BEST)
         chosen = best if best.exists() else folder.with_name(LAST)
         listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{WEIGHTS}"}}
-        (folder.parent.parent / MANIFEST).write_text(json.dumps(listed, indent=2) + "\n")
+        write_text(folder.parent.parent / MANIFEST, json.dumps(listed, indent=2) + "\n")
 
 
 def _adapters(fl_ctx: FLContext) -> Path:
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / FOLDER
 
 
-def _read(folder: Path) -> wire.Saved:
+def _read(folder: Path) -> tuple[wire.Saved, tuple[Rule | None, Memory]]:
     adapter, manifest, provenance = read_adapter(folder)
-    return wire.Saved(adapter, manifest, provenance.round, provenance.plan)
+    saved = wire.Saved(adapter, manifest, provenance.round, provenance.plan)
+    return saved, (provenance.step, provenance.memory)

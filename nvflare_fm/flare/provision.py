@@ -11,7 +11,6 @@
 A participant's property `fm_site` is what its `local/fm_site.yaml` is to say.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,10 +84,10 @@ class FmBuilder(Builder):
             raise ConfigError(
                 "in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder"
             )
-        allow_list.write(file, allow_list.with_package(json.loads(file.read_text()) | dict(more or {})))
+        allow_list.write(file, allow_list.with_package(allow_list.load(file) | dict(more or {})))
         if self.forbid_byoc:
             rules = local / ProvFileName.AUTHORIZATION_JSON_DEFAULT
-            rules.write_text(json.dumps(without_byoc(json.loads(rules.read_text())), indent=2) + "\n")
+            allow_list.write(rules, without_byoc(allow_list.load(rules)))
 
 
 def without_byoc(authorization: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,9 +175,9 @@ def remove(kit: Path) -> list[Path]:
     """
     local = _local(kit)
     changed = allow_list.disallow(local)
-    came_with = _said(local / allow_list.DEFAULT).get(PropKey.ALLOW_LOG_STREAMING)
+    came_with = allow_list.load(local / allow_list.DEFAULT).get(PropKey.ALLOW_LOG_STREAMING)
     for file in (local / allow_list.OWN, local / allow_list.DEFAULT):
-        resources = _said(file)
+        resources = allow_list.load(file)
         if resources.pop(CAPABILITIES, None):
             if came_with is not None:
                 resources[PropKey.ALLOW_LOG_STREAMING] = came_with
@@ -189,10 +188,6 @@ def remove(kit: Path) -> list[Path]:
         (kit / README).unlink()
         changed.append(kit / README)
     return sorted(set(changed))
-
-
-def _said(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _local(kit: Path) -> Path:

@@ -198,5 +198,5 @@ class EvaluateAdapterRecipe(AdapterRecipe):
 
 def _bring(job: BaseFedJob, folder: Path) -> None:
     export.read_adapter(folder)  # a folder that cannot be read is found out here, not at the server
-    for file in (export.CONFIG, export.WEIGHTS, export.PROVENANCE):
+    for file in export.files_of(folder):
         job.add_file_to_server(str(folder / file), dest_dir=INITIAL, app_folder_type="config")

@@ -3,7 +3,6 @@
 After QLoRA (arXiv:2305.14314): NF4 with double quantization. Weights are safetensors only and no code comes with them.
 """
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, model_config
 from .site_config import ModelSource
 from .tasks import Task
 
@@ -141,7 +140,7 @@ def locate(source: ModelSource) -> Path:
         )
     if (folder / "adapter_config.json").exists():
         raise ModelError("the base model's folder holds an adapter; offer the model it was trained on", str(folder))
-    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+    if "quantization_config" in model_config(folder):
         raise ModelError("the base model is quantized already; offer its 16-bit or 32-bit weights", str(folder))
     return folder
 

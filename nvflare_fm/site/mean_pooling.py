@@ -5,7 +5,6 @@ banking77 on MiniLM in NF4 give 0.51 accuracy on the first token and 0.57 on the
 0.73. After Sentence-BERT (arXiv:1908.10084), whose layout of a model's folder (`modules.json`) is read here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrained
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import ModelError
+from ..files import read_json, read_object
 
 
 def means_tokens(folder: Path) -> bool:
@@ -25,18 +25,19 @@ def means_tokens(folder: Path) -> bool:
     if not (folder / "modules.json").is_file():
         return False
     try:
-        modules = json.loads((folder / "modules.json").read_text())
+        modules = read_json(folder / "modules.json")
         if not isinstance(modules, list):
             raise ValueError("modules.json is no list")
         pooling = [module["path"] for module in modules if module["type"].rpartition(".")[2] == "Pooling"]
-        if len(pooling) != 1 or json.loads((folder / "config.json").read_text()).get("is_encoder_decoder"):
+        if len(pooling) != 1 or read_object(folder / "config.json").get("is_encoder_decoder"):
             return False
-        said = json.loads((folder / pooling[0] / "config.json").read_text())
+        said = read_object(folder / pooling[0] / "config.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             "the base model's modules.json or its pooling's config.json cannot be read; fetch the model again, or "
             "remove modules.json for a classifier on the first token",
             f"{folder}: {error}",
+            code="pooling_unreadable",
         ) from None
     modes = {name.removeprefix("pooling_mode_") for name, value in said.items() if value is True}
     return said.get("pooling_mode", "mean_tokens") in ("mean", "mean_tokens") and modes <= {"mean_tokens"}

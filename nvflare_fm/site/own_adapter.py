@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..adapter import LORA_A, Adapter, LoraPair, Manifest, RoundTask
+from ..at_rest import standing
 from ..export import Provenance, read_adapter, write_adapter
 from .distributed import processes
 
@@ -26,7 +27,7 @@ class OwnAdapter:
         Raises:
             ModelError: the folder is damaged.
         """
-        if self._adapter is None and self.folder and self.folder.exists():
+        if self._adapter is None and self.folder and standing(self.folder).exists():
             self._adapter, *_ = read_adapter(self.folder)
         return self._adapter
 

@@ -96,20 +96,15 @@ def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path: Path) -> None
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
 
 
-@pytest.mark.parametrize("missing", [export.CONFIG, export.WEIGHTS, export.PROVENANCE])
+@pytest.mark.parametrize("missing", export.NEEDED)
 def test_a_folder_that_lacks_a_file_is_refused_without_telling_its_path(tmp_path: Path, missing: str) -> None:
     folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
     (folder / missing).unlink()
-    with pytest.raises(ModelError, match="adapter 'last' cannot be read") as caught:
+    with pytest.raises(ModelError) as caught:
         export.read_adapter(folder)
+    assert caught.value.code == "adapter_unreadable"
+    assert missing in caught.value.message
     assert str(tmp_path) not in caught.value.message
-
-
-def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
-    (folder / export.WEIGHTS).write_bytes(b"not safetensors")
-    with pytest.raises(ModelError, match="cannot be read"):
-        export.read_adapter(folder)
 
 
 def test_provenance_names_the_base_and_no_site(tmp_path: Path) -> None:

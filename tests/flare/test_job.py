@@ -9,6 +9,7 @@ from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.fuel.utils.component_builder import ComponentBuilder
 
 from nvflare_fm import export
+from nvflare_fm.at_rest import SUMS
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
@@ -97,7 +98,7 @@ def test_an_initial_adapter_travels_inside_the_job(tmp_path: Path) -> None:
     persistor = only(built(apps), AdapterPersistor)
     brought = next(tmp_path.rglob("config_fed_server.json")).parent / persistor.initial_adapter
     assert persistor.resume
-    assert sorted(f.name for f in brought.iterdir()) == sorted([export.CONFIG, export.WEIGHTS, export.PROVENANCE])
+    assert sorted(f.name for f in brought.iterdir()) == sorted([*export.NEEDED, SUMS])
     export.read_adapter(brought)
 
 

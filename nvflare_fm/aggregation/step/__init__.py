@@ -27,6 +27,9 @@ class Memory:
     change: Adapter = field(default_factory=Adapter)  # m
     square: Mapping[str, Tensor] = field(default_factory=dict)  # v, by layer or name of a dense tensor
 
+    def __bool__(self) -> bool:
+        return bool(self.change or self.square)
+
 
 @dataclass(frozen=True)
 class Step:
