@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_job
-from .cli_terminal import Commands, one_line
+from . import cli_explain, cli_job, cli_simulate
+from .cli_terminal import Commands
 from .errors import FmError
+from .text import one_line
 
 if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
     from .config import RoundPlan
@@ -29,6 +30,8 @@ app.add_typer(site, name="site")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
+app.command()(cli_simulate.simulate)
+app.command()(cli_explain.explain)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 

@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from . import templates as job_templates
-from .cli_terminal import add_row, console, plain, printable
+from .cli_terminal import add_row, console, plain
 from .errors import ConfigError
+from .text import printable
 
 if TYPE_CHECKING:
     from .flare.forecast import Forecast

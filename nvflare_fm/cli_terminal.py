@@ -15,6 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from .errors import FmError
+from .text import one_line, printable
 
 SITE_EXTRA = 'pip install "nvflare_fm[site]"'
 
@@ -29,21 +30,8 @@ def plain(text: object, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def printable(text: object) -> str:
-    r"""`text` with every character that is not printable, new lines and tabs aside, written as `\x1b`."""
-    return "".join(c if c.isprintable() or c in "\n\t" else _spelt(c) for c in str(text))
-
-
-def one_line(text: object) -> str:
-    return printable(" ".join(str(text).split()))
-
-
 def add_row(table: Table, cells: Iterable[object], style: str | None = None) -> None:
     table.add_row(*(plain(cell) for cell in cells), style=style)
-
-
-def _spelt(character: str) -> str:
-    return character.encode("unicode_escape", "backslashreplace").decode("ascii")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -13,6 +14,7 @@ from nvflare_fm.cli import app
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.export import Provenance, write_adapter
 from nvflare_fm.flare.job import read_job
+from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.site.fingerprint import fingerprint
 from nvflare_fm.site.site_file import render
 from tests.flare.messages import MANIFEST, adapter
@@ -267,7 +269,11 @@ def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "base").symlink_to(tiny.save(tmp_path / "bert", "bert"))
     commands = re.findall(r"^    nvflare-fm (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(commands) >= 7
+    assert len(commands) >= 10
+    Ledger(0, 1, ["north"], 0).write(tmp_path / "results")
+    stops = {"simulate": "there is no north.jsonl", "explain JOB": "is no startup kit of a person"}
     for command in commands:
-        done = typed(*command.split())
-        assert done.exit_code == 0, f"{command}: {done.exception}"
+        done = typed(*command.replace("results/JOB_ID", "results").replace("JOB_ID", str(UUID(int=0))).split())
+        said = next((reason for begins, reason in stops.items() if command.startswith(begins)), None)
+        assert (done.exit_code == 0) == (said is None), f"{command}: {done.exception}"
+        assert said is None or said in str(done.exception)

@@ -115,6 +115,8 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("templates",): [],
         ("new",): ["lora_text_classification", "-o", str(place / "made")],
         ("plan",): [str(place / "job")],
+        ("simulate",): [str(place / "job"), f"--data=n={place / 'file'}", "--model", str(place / "no model")],
+        ("explain",): [str(place / "empty")],
         ("site", "allow"): ["--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],
     }[words]

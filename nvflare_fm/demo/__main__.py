@@ -5,18 +5,21 @@ import multiprocessing
 import os
 import shutil
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cli_terminal import console as terminal
 from ..cli_terminal import errors_told, plain
+from ..rounds import Round
 from . import baselines, federation, report
 from .generator import FOLDER, generate
 from .picture import draw
 from .trial import METRIC, Trial, read_sites
+
+if TYPE_CHECKING:
+    from ..flare.simulation import Simulation
 
 console = terminal()
 
@@ -58,16 +61,16 @@ def _demo(trial: Trial) -> None:
     spawn = multiprocessing.get_context("spawn")
     workers = min(len(os.sched_getaffinity(0)), len(trial.sites) + 1)
     with spawn.Pool(workers, baselines.courteous) as pool:  # leaving it ends its processes, whatever happened
-        simulator = federation.start(trial)
         waiting = pool.apply_async(baselines.pooled, (trial,))
         waiting_alone = {site.name: pool.apply_async(baselines.alone, (trial, site)) for site in trial.sites}
-        lines = _watch(trial, simulator)
+        run = federation.simulation(trial)
+        lines = _watch(trial, run)
         with console.status(plain("the federation is done; what it is compared with is still training")):
             pooled = waiting.get()
             alone = {name: result.get() for name, result in waiting_alone.items()}
         pool.close()
         pool.join()  # they leave by themselves: told to end, they would complain on the terminal
-    _conclude(trial, lines, alone, pooled, seconds=time.monotonic() - started)
+    _conclude(trial, run, lines, alone, pooled, seconds=time.monotonic() - started)
 
 
 def _introduce(trial: Trial) -> None:
@@ -84,13 +87,13 @@ def _introduce(trial: Trial) -> None:
     )
 
 
-def _watch(trial: Trial, simulator: BaseProcess) -> list[federation.Round]:
-    lines: list[federation.Round] = []
+def _watch(trial: Trial, run: "Simulation") -> list[Round]:
+    lines: list[Round] = []
     console.print("Macro-F1 of the shared adapter after each round, on each site's own test notes", style="bold")
     console.print(report.header(trial), style="dim")
     begins = plain("starting a server and the sites, each in a process of its own: about half a minute")
     with console.status(begins) as status:
-        for line in federation.follow(trial, simulator):
+        for line in federation.follow(run):
             lines.append(line)
             console.print(report.round_line(line))
             status.update(plain(f"round {min(len(lines) + 1, trial.rounds)} of {trial.rounds}"))
@@ -99,7 +102,8 @@ def _watch(trial: Trial, simulator: BaseProcess) -> list[federation.Round]:
 
 def _conclude(
     trial: Trial,
-    lines: list[federation.Round],
+    run: "Simulation",
+    lines: list[Round],
     alone: dict[str, baselines.Scores],
     pooled: baselines.Scores,
     seconds: float,
@@ -116,10 +120,10 @@ def _conclude(
     results.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(f"sent     {sent['down'] / 1e6:.1f} MB to the sites, {sent['up'] / 1e6:.1f} MB back")
     for name, path in (
-        ("adapter", federation.adapter_folder(trial)),
+        ("adapter", federation.adapter_folder(run)),
         ("picture", picture),
         ("figures", results),
-        ("log", federation.log_file(trial)),
+        ("log", run.log),
     ):
         console.print(plain(f"{name:<8} {path}"), soft_wrap=True)
     console.print(f"took     {seconds:.0f} s")

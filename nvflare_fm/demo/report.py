@@ -6,8 +6,8 @@ from statistics import mean
 from rich.table import Table
 
 from ..cli_terminal import add_row
+from ..rounds import Round
 from .baselines import Scores
-from .federation import Round
 from .trial import METRIC, Trial
 
 MEAN, WORST = "mean", "worst site"
@@ -19,7 +19,7 @@ def with_summary(scores: Scores) -> Scores:
 
 def scores_of(line: Round) -> Scores:
     """Each site's macro-F1 of the adapter it was sent, measured by the site on its own test notes."""
-    return {site: said["before"][METRIC] for site, said in sorted(line["sites"].items())}
+    return {site: said["before"][METRIC] for site, said in sorted(line.sites.items())}
 
 
 def sites_table(trial: Trial) -> Table:
@@ -42,8 +42,7 @@ def header(trial: Trial) -> str:
 def round_line(line: Round) -> str:
     """The adapter after so many rounds, measured by each site, and the loss of the round that starts from it."""
     cells = [f"{value:>{max(5, len(name))}.2f}" for name, value in with_summary(scores_of(line)).items()]
-    losses = [said["loss"] for said in line["sites"].values() if "loss" in said]
-    return "  ".join([f"{line['round']:>5}", *cells, f"{mean(losses):>13.2f}" if losses else ""])
+    return "  ".join([f"{line.round:>5}", *cells, "" if line.loss is None else f"{line.loss:>13.2f}"])
 
 
 def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
@@ -68,6 +67,6 @@ def _cells(scores: Scores, columns: Sequence[str]) -> list[str]:
 def traffic(lines: Sequence[Round]) -> dict[str, int]:
     """Bytes of tensors over the whole federation: what the server sent to all sites, and what they sent back."""
     return {
-        "down": sum(line["bytes_down"] * len(line["asked"]) for line in lines),
-        "up": sum(said.get("bytes_up", 0) for line in lines for said in line["sites"].values()),
+        "down": sum(line.bytes_down * len(line.asked) for line in lines),
+        "up": sum(said.get("bytes_up", 0) for line in lines for said in line.sites.values()),
     }

@@ -38,6 +38,7 @@ class Job:
     rounds: range  # that it trains, counted on from those of the adapter where it resumes; empty: it only measures
     sites: Mapping[str, PeftExecutor]  # what runs where; `ALL` stands for every site
     adapter: Adapter | None  # that it starts from
+    min_sites: int  # without so many it does not start, or its first round stops it
 
 
 def read_job(folder: Path) -> Job:
@@ -54,7 +55,7 @@ def read_job(folder: Path) -> Job:
     adapter, manifest, made = saved or (None, None, export.Provenance())
     measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
     if measured:
-        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter)
+        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter, _min_sites(meta))
     controller = _only(FedPEFT, server)
     how, last = controller.aggregator.how, controller.total_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
@@ -63,7 +64,14 @@ def read_job(folder: Path) -> Job:
     first = made.round + 1 if persistor.resume and made.round is not None else 0
     if first >= last:
         raise ConfigError(f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds")
-    return Job(name, plan, how, range(first, last), sites, adapter)
+    return Job(name, plan, how, range(first, last), sites, adapter, max(_min_sites(meta), controller.min_responses))
+
+
+def _min_sites(meta: Mapping[str, Any]) -> int:
+    said = meta.get("min_clients", 1)
+    if not (isinstance(said, int) and said >= 1):
+        raise ConfigError(f"meta: min_clients must be a whole number of at least 1, got {said!r}", code="min_clients")
+    return said
 
 
 def _server(folder: Path, apps: Sequence[str]) -> tuple[list[Any], Path]:

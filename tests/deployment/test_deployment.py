@@ -232,6 +232,16 @@ def test_a_job_that_every_site_refuses_says_so(jobs: Jobs):
         assert "0 of 3 sites gave a usable update" in jobs.errors(name)
 
 
+def test_the_lead_is_told_why_no_site_counted_by_the_jobs_id(jobs: Jobs, system: System):
+    words = [BIN / "nvflare-fm", "explain", jobs.ids["names"], "--kit", system.kits / LEAD]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for site, (_, reason) in REFUSED["names"].items():
+        assert re.search(
+            f"^{site}: counted in 0 of 1 rounds\n  round 0: refused: .*{re.escape(reason)}", done.stdout, re.M
+        )
+
+
 def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system: System):
     lines = [line for line in system.audit("clinic-b", jobs.ids["weights"]).splitlines() if "nvflare_fm" in line]
     assert lines

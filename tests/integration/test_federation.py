@@ -11,8 +11,10 @@ import torch
 from nvflare.tool.job.job_cli import _discover_job_download_artifacts
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from nvflare_fm import export
+from nvflare_fm.cli import app
 from nvflare_fm.flare import allow_list
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from tests.site import tiny
@@ -111,6 +113,17 @@ def test_every_weight_loss_and_byte_is_on_record_at_the_server(federation: Feder
 def test_each_rounds_adapter_and_the_best_are_kept_with_their_round(federation: Federation) -> None:
     kept = {f.name: export.read_adapter(f)[2].round for f in (federation.server / "adapters").iterdir()}
     assert kept == {"round-000": 0, "round-001": 1, "last": 1, "best": 1}
+
+
+def test_why_two_sites_do_not_count_is_explained(federation: Federation) -> None:
+    said = CliRunner().invoke(app, ["explain", str(federation.root)]).stdout
+    assert "alder: counted in 3 of 3 rounds" in said
+    assert re.search(
+        r"^drift: counted in 0 of 3 rounds\n  round 0: .*trained base model.*\n  rounds? 1", said, re.MULTILINE
+    )
+    assert re.search(r"^hollow: counted in 0 of 3 rounds\n  rounds 0 to 2: refused: ", said, re.MULTILINE)
+    assert "alder: measured SRV_best: " in said
+    assert re.search("^hollow: did not measure SRV_last: ", said, re.MULTILINE)
 
 
 def test_cross_site_evaluation_measures_server_and_site_adapters_at_both_sites(federation: Federation) -> None:
