@@ -5,13 +5,16 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz lint format clean
+.PHONY: demo test test-all fuzz lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
 
 test: lint  ## everything that must hold
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-all: lint  ## and the slow proofs: minutes more
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
 
 fuzz: .venv/installed  ## the fuzz targets, each with FUZZ_EXAMPLES cases (100,000 unless set); hours
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -n 2 --timeout 0 tests/fuzz

@@ -127,15 +127,17 @@ class Manifest:
     peft: str  # registered name of the PEFT method
     adapter_config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, resolved at the site, without paths
     labels: tuple[str, ...] = ()
+    tokenizer: str = ""  # digest of the ids that the base model's tokenizer gives; empty: not known
+    chat_template: str = ""  # digest of its conversations, where the task has any
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a site tells about one round of training. Nothing else about its data leaves the site."""
+    """What a site tells about one round of training. Nothing else about its data leaves the site. None: not told."""
 
-    examples: int  # training examples at the site
-    tokens: int = 0  # tokens seen in this round, padding not counted
-    steps: int = 0  # optimizer steps taken
+    examples: int | None = None  # training examples at the site
+    tokens: int | None = None  # tokens seen in this round, padding not counted
+    steps: int | None = None  # optimizer steps taken
     loss: float = float("nan")  # mean training loss over the round
     seconds: float = 0.0  # training alone, without loading or evaluation
     peak_memory_mib: float = 0.0  # of the training process (GPU memory where there is one)
@@ -143,13 +145,17 @@ class Report:
     quantization: str = "fp32"
     before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
     after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
-    bad_rows: int = 0  # rows of the site's files that could not be used; the site's own log says which and why
+    bad_rows: int | None = (
+        None  # rows of the site's files that could not be used; the site's own log says which and why
+    )
     label_skew: float | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
     max_weight: float = 1.0  # the largest share of the merge this site wants
     lowered: tuple[str, ...] = ()  # settings of the plan the site gave less of, such as "rank 16 → 8"
 
     @property
-    def tokens_per_s(self) -> float:
+    def tokens_per_s(self) -> float | None:
+        if self.tokens is None:
+            return None
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 

@@ -36,6 +36,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "rest": rest,
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
+            "counts": _counts(plan, how),
         }
     )
     legality.check(legality.Job(plan, how, rule, method))
@@ -43,6 +44,15 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
     return plan
+
+
+def _counts(plan: RoundPlan, how: Aggregation) -> tuple[str, ...]:
+    """What the sites must tell of their rows and steps, so that they can be weighed."""
+    needed = {
+        "examples": bool({"examples", "skew"} & {*map(legality.named, how.weigh)}),
+        "steps": how.normalize_steps and not plan.training.local_steps,  # else the plan says how many
+    }
+    return tuple(name for name, needs in needed.items() if needs)
 
 
 def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
@@ -64,7 +74,7 @@ def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:
 
 def max_rank(plan: RoundPlan, how: Aggregation) -> int:
     """Of the global adapter of a settled plan."""
-    return how.max_rank or int(plan.peft.get("rank", 0))
+    return how.max_rank or plan.rank
 
 
 def _check_rank(site: str, rank: int | None, plan: RoundPlan, how: Aggregation) -> None:

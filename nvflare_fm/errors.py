@@ -23,7 +23,7 @@ class FmError(Exception):
     def __init__(self, message: str, local: str = "", *, code: str = "") -> None:
         message = f"{message} [{code}]" if code else message
         super().__init__(f"{message} [{local}]" if local else message)
-        self.message, self.code = message, code
+        self.message, self.local, self.code = message, local, code
 
 
 class ConfigError(FmError):

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import __version__, at_rest
 from .adapter import LORA_A, LORA_B, Adapter, Manifest, from_tensors
 from .aggregation.step import Memory
-from .config import RoundPlan, Rule, Settings
+from .config import MANY, Labels, Name, RoundPlan, Rule, Settings
 from .errors import ConfigError, FmError, ModelError, WireError
 from .files import read_object
 from .step_file import check_header, read_memory, write_memory
@@ -47,16 +47,18 @@ class Provenance:
     memory: Memory = field(default_factory=Memory)  # what that step remembers after the round
 
 
-class _Said(Settings):
+class ProvenanceFile(Settings):
     """What `provenance.json` says."""
 
-    nvflare_fm: str
-    base: str
-    task: str
-    peft: str
-    labels: tuple[str, ...] = ()
-    round: int | None = Field(None, ge=0)
-    plan: dict[str, Any] | None = None
+    nvflare_fm: Name
+    base: Name
+    task: Name
+    peft: Name
+    labels: Labels = ()
+    tokenizer: Name = ""
+    chat_template: Name = ""
+    round: int | None = Field(None, ge=0, le=MANY)
+    plan: RoundPlan | None = None
 
 
 def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance: Provenance = Provenance()) -> Path:
@@ -100,8 +102,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
             raise ValueError(f"{lacking[0]} is missing")
         _verify(folder, name)
         config = read_object(folder / CONFIG)
-        said = _Said.read(read_object(folder / PROVENANCE), PROVENANCE)
-        plan = RoundPlan.read(said.plan, PROVENANCE) if said.plan else None
+        said = ProvenanceFile.read(read_object(folder / PROVENANCE), PROVENANCE)
         adapter = _assembled(_tensors(folder / WEIGHTS), config)
         step, memory = read_memory(folder / STEP) if (folder / STEP).exists() else (None, Memory())
     except (OSError, ValueError, SafetensorError, ConfigError, WireError) as error:
@@ -111,8 +112,10 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
             f"{folder}: {error}",
             code="adapter_unreadable",
         ) from None
-    manifest = Manifest(said.base, said.task, said.peft, config, said.labels)
-    return adapter, manifest, Provenance(said.round, plan, step, memory)
+    manifest = Manifest(
+        said.base, said.task, said.peft, config, said.labels, tokenizer=said.tokenizer, chat_template=said.chat_template
+    )
+    return adapter, manifest, Provenance(said.round, said.plan, step, memory)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -233,6 +236,8 @@ def _provenance(manifest: Manifest, provenance: Provenance) -> dict[str, Any]:
         "task": manifest.task,
         "peft": manifest.peft,
         "labels": list(manifest.labels),
+        "tokenizer": manifest.tokenizer,
+        "chat_template": manifest.chat_template,
         "round": provenance.round,
         "plan": provenance.plan.model_dump(mode="json") if provenance.plan else None,
     }

@@ -25,6 +25,8 @@ class AdapterShape:
 
     layers: Mapping[str, tuple[int, int]]  # layer with factors → (fan_out, fan_in)
     dense: int = 0  # numbers without factors: heads, magnitudes, prompts
+    whole: tuple[str, ...] = ()  # modules of the base model that are trained whole
+    embeddings: tuple[str, ...] = ()  # modules it trains, whole or with factors, that embed words or answer with words
 
     def numbers(self, rank: int) -> int:
         return self.dense + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
@@ -135,7 +137,7 @@ def cost(
         memory_bytes: that the site has; None: not known.
         trains: otherwise the adapter comes once and metrics go back.
     """
-    training, rank = plan.training, int(plan.peft.get("rank", 0))
+    training, rank = plan.training, plan.rank
     steps = (training.local_steps or None) if trains else 0
     return Cost(
         site=site,
@@ -173,5 +175,5 @@ def _size(adapter: AdapterShape, rank: int, shares: str) -> int:
 def global_rank(plan: RoundPlan, how: Aggregation, ranks: Iterable[int]) -> int:
     """Of the merged adapter. Rules that keep canonical form fill it up; others keep the widest site's rank."""
     if merge.registry[how.merge].canonical:
-        return how.max_rank or int(plan.peft.get("rank", 0))
+        return how.max_rank or plan.rank
     return max(ranks)

@@ -53,7 +53,10 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         entries = self._fill()
         if name not in entries:
-            raise ConfigError(f"no {self.kind} {name!r}; {nearest(name, list(entries))}known: {sorted(entries)}")
+            hint = nearest(name, list(entries))
+            raise ConfigError(
+                f"no {self.kind} of that name; {hint}known: {sorted(entries)}", repr(name), code="unknown_name"
+            )
         return entries[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -48,7 +48,8 @@ def kit(tmp_path: Path, base: Path) -> Path:
 
 def offer(kit: Path, model: dict[str, str], rows: list[dict[str, Any]]) -> None:
     file = tiny.jsonl(kit / "notes.jsonl", rows)
-    said = {"models": {"base": model}, "data": {"notes": {"train": str(file)}}, "limits": {"threads": 1}}
+    data, welcome = {"notes": {"train": str(file)}}, {"orgs": ["company"]}
+    said = {"models": {"base": model}, "data": data, "limits": {"threads": 1}, "welcome": welcome}
     (kit / "local" / "fm_site.yaml").write_text(render(said))
 
 
@@ -61,7 +62,7 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["said"])
     assert found["device"]["said"]
     assert re.search(r"[\d.]+ GB free", found["disk"]["said"])
-    assert found["welcome"]["said"].startswith("accepts jobs of submitters: any; orgs: any")
+    assert "company" in found["welcome"]["said"]
 
 
 def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
@@ -71,7 +72,7 @@ def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
     assert status == 1
     assert found["allow list"]["said"] == "run nvflare-fm site allow"
     assert f"its fingerprint is {fingerprint(base)}" in found["model base"]["said"]
-    assert "pins" in found["data notes"]["said"]
+    assert "line 1: 'completion' is missing" in found["data notes"]["said"]
     assert [found[what]["good"] for what in ("allow list", "model base", "data notes")] == [False] * 3
 
 

@@ -82,6 +82,16 @@ def test_another_task_method_or_label_list_is_refused_by_name(field):
     assert str(next(iter(field.values()))) in refused["hospital-b"]
 
 
+@pytest.mark.parametrize("field", ["tokenizer", "chat_template"])
+def test_another_tokenizer_or_chat_template_is_refused_with_a_code(field):
+    ours, theirs = (replace(MANIFEST, **{field: digest}) for digest in ("a", "b"))
+    updates = [update(s, adapter(), manifest=m) for s, m in (("a", ours), ("b", theirs), ("c", ours))]
+    for reference in (ours, None, replace(MANIFEST, **{field: ""})):  # the federation's, none yet, an older one's
+        accepted, refused = admit(adapter(), reference, updates)
+        assert [u.site for u in accepted] == ["a", "c"]
+        assert f"[{field}_differs]" in refused["b"]
+
+
 @pytest.mark.parametrize(
     ("theirs", "said"),
     [

@@ -199,7 +199,7 @@ def test_steps_are_normalised_as_fednova_does_and_a_site_of_many_steps_does_not_
 
 def test_a_site_that_does_not_say_its_steps_cannot_be_normalised():
     sent = update("hospital-a", Adapter({"q": make_pair(9, 8, 4, seed=0).to(SINGLE)}))
-    with pytest.raises(WireError, match="hospital-a reports 0 steps"):
+    with pytest.raises(WireError, match="hospital-a reports no steps"):
         combine(Adapter(), None, [sent], Aggregation(normalize_steps=True), 8)
 
 

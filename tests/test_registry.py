@@ -50,8 +50,11 @@ def test_nothing_is_imported_before_somebody_asks(folder):
 
 def test_an_unknown_name_is_refused_with_the_kind_the_nearest_and_all_known(folder):
     name, _ = folder
-    with pytest.raises(ConfigError, match=r"no dish 'soap'; did you mean \"soup\"\? known: \['soup'\]"):
+    with pytest.raises(ConfigError, match=r"no dish of that name; did you mean \"soup\"\? known: \['soup'\]") as told:
         filled(name)["soap"]
+    assert told.value.code == "unknown_name"
+    assert "soap" in str(told.value)
+    assert "soap" not in told.value.message
 
 
 def test_two_entries_of_one_name_are_refused(folder):

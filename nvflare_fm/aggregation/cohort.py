@@ -142,6 +142,8 @@ def admit(
 
     keep(lambda u: u.manifest.base, manifest.base if manifest else None, _other_base)
     keep(lambda u: (u.manifest.task, u.manifest.peft, u.manifest.labels), _kind(manifest), _other_kind)
+    keep(lambda u: u.manifest.tokenizer, (manifest.tokenizer or None) if manifest else None, _other_tokenizer)
+    keep(lambda u: u.manifest.chat_template, (manifest.chat_template or None) if manifest else None, _other_template)
     keep(lambda u: shapes(u.adapter), shapes(state) if state else None, _other_layers)
     if not mixed_ranks:
         keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
@@ -174,6 +176,20 @@ def _other_base(theirs: str, ours: str) -> str:
 
 def _other_kind(theirs: object, ours: object) -> str:
     return f"trained (task, PEFT method, labels) {theirs}, the federation trains {ours}"
+
+
+def _other_tokenizer(theirs: str, ours: str) -> str:
+    return (
+        "its tokenizer gives other ids than the federation's; use the same tokenizer files and the same version of "
+        "transformers [tokenizer_differs]"
+    )
+
+
+def _other_template(theirs: str, ours: str) -> str:
+    return (
+        "its chat template words conversations otherwise than the federation's; use the same tokenizer files "
+        "(chat_template.jinja, tokenizer_config.json) [chat_template_differs]"
+    )
 
 
 def _other_layers(theirs: frozenset[object], ours: frozenset[object]) -> str:

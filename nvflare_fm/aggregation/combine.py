@@ -102,10 +102,10 @@ def per_step(shares: Sequence[float], updates: Sequence[AdapterUpdate]) -> list[
     Raises:
         WireError: a site does not say how many steps it took.
     """
-    steps = [u.report.steps for u in updates]
-    for update in updates:
-        if update.report.steps < 1:
-            raise WireError(f"{update.site} reports {update.report.steps} steps; leave normalize_steps off")
+    steps = [update.report.steps or 0 for update in updates]
+    for update, taken in zip(updates, steps, strict=True):
+        if taken < 1:
+            raise WireError(f"{update.site} reports no steps; leave normalize_steps off", code="no_count")
     usual = sum(share * taken for share, taken in zip(shares, steps, strict=True))
     return [share * usual / taken for share, taken in zip(shares, steps, strict=True)]
 

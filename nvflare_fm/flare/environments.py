@@ -13,7 +13,7 @@ from nvflare.recipe import sim_env
 
 from .. import rounds
 from ..errors import FmError
-from ..site.site_config import FILE_NAME, SiteConfig
+from ..site.site_config import ANYONE, FILE_NAME, SiteConfig
 from . import allow_list
 from .simulation import Simulation
 
@@ -23,7 +23,8 @@ class SimEnv(sim_env.SimEnv):
 
     Args:
         sites: name → what its `fm_site.yaml` says; relative paths are taken from the current folder. Sites that set no
-            `limits.threads` share the machine's cores evenly.
+            `limits.threads` share the machine's cores evenly, and nobody submits a job in the simulator, so sites that
+            name no one are open to anyone.
         workspace_root: results are written to `<workspace_root>/<job name>/`.
         gpu_config, log_config: as in NVFlare.
     """
@@ -76,8 +77,10 @@ def set_up(workspace: Path, sites: Mapping[str, SiteConfig]) -> None:
 
 
 def write_site(file: Path, site: SiteConfig, threads: int = 0) -> None:
-    """Writes a site file with absolute paths; `threads` is for a site that sets none."""
-    values = site.model_dump(mode="json")
+    """Writes the file of a simulated site, with absolute paths; `threads` is for one that sets none."""
+    values = site.model_dump(mode="json", exclude_none=True)
+    if not {"submitters", "orgs"} & {*values["welcome"]}:
+        values["welcome"]["submitters"] = [ANYONE]
     for source in values["models"].values():
         _resolve(source, "path")
     for source in values["data"].values():

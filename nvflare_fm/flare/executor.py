@@ -27,6 +27,7 @@ from nvflare.fuel.utils import fobs
 
 from ..config import SiteOverrides
 from ..errors import ConfigError, FmError
+from ..site import secret
 from ..site.site_config import FILE_NAME, load_site
 from . import wire
 from .gate import Gate
@@ -88,6 +89,8 @@ class PeftExecutor(ClientAPIExecutor):
             self._command = self._argv(str(site_file), job_folder)
             self._gate = Gate(site_file, self.overrides, self.processes)
             _limit_threads(site_file)
+            with contextlib.suppress(FmError):  # a site without a secret is the trainer's to report
+                secret.make(site_file)
             fl_ctx.get_engine().register_aux_message_handler(wire.ROUND_OVER, self._call_off)
         super().handle_event(event_type, fl_ctx)
 

@@ -72,7 +72,7 @@ def _cost(
 
         rate = seconds_per_step(model, plan)
     has = memory.get(site, memory.get(""))
-    ranks = [each.overrides.applied(job.plan).peft.get("rank", 0) for each in job.sites.values()]
+    ranks = [each.overrides.applied(job.plan).rank for each in job.sites.values()]
     return cost(
         EVERY if site == ALL else site,
         plan,

@@ -8,11 +8,12 @@ from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.apis.utils.fl_context_utils import add_job_audit_event
 from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from ..config import RoundPlan, SiteOverrides
 from ..errors import FmError
-from ..site.policy import Decision, Submitter, check_processes, decide
+from ..site.policy import Decision, Submitter, accept, decide
 from ..site.site_config import SiteConfig, load_site
 from . import wire
 
@@ -31,17 +32,17 @@ class Gate:
 
     def refusal(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> Shareable | None:
         """The reply where the site refuses; nothing where the trainer may have the task."""
-        who, about = submitter(fl_ctx), task_name
+        who, about, reply = submitter(fl_ctx), task_name, None
         try:
             if (asked := wire.read_plan(FLModelUtils.from_shareable(task))) is None:
                 return None
             plan = self.overrides.applied(asked)
             about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
-            said = str(self._decide(plan, who))
+            said = str(accept(self._decide(plan, who, trains=task_name == AppConstants.TASK_TRAIN)))
         except FmError as error:
-            said = f"refused: {error.message}"
+            said, reply = f"refused: {error}", _reply(error.message)
         self._audit(f"{said} [{about}, for {who.name or 'unknown'} of {who.org or 'unknown'}]", fl_ctx)
-        return _reply(said.removeprefix("refused: ")) if said.startswith("refused: ") else None
+        return reply
 
     def note(self, result: Shareable, fl_ctx: FLContext) -> None:
         """Puts on record what the trainer itself refused."""
@@ -49,14 +50,20 @@ class Gate:
         if kind and (reason := wire.refused(FLModelUtils.from_shareable(result))):
             self._audit(f"refused by the trainer: {reason}", fl_ctx)
 
-    def _decide(self, plan: RoundPlan, who: Submitter) -> Decision:
+    def _decide(self, plan: RoundPlan, who: Submitter, trains: bool) -> Decision:
         self._config = self._config or load_site(self.site_file)
-        check_processes(self.processes, self._config)
-        return decide(plan, self._config, who)
+        return decide(plan, self._config, who, self.processes, trains)
 
     @staticmethod
     def _audit(what: str, fl_ctx: FLContext) -> None:
-        add_job_audit_event(fl_ctx, msg=f"nvflare_fm {what}")
+        """One line, whatever a job's values hold: line breaks and terminal codes are written out, and it is cut."""
+        add_job_audit_event(fl_ctx, msg=f"nvflare_fm {written_out(what)}")
+
+
+def written_out(text: str, most: int = 2000) -> str:
+    """`text` without anything that is no printable character, and no longer than `most`."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def submitter(fl_ctx: FLContext) -> Submitter:

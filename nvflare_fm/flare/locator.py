@@ -10,7 +10,18 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.abstract.model_locator import ModelLocator
 from pydantic import Field
 
-from ..config import EvaluationSettings, Quantization, RoundPlan, Settings, TrainingSettings
+from ..config import (
+    LENGTH,
+    MANY,
+    ROWS,
+    EvaluationSettings,
+    Name,
+    Quantization,
+    RoundPlan,
+    Settings,
+    Text,
+    TrainingSettings,
+)
 from ..errors import ConfigError
 from . import wire
 from .persistor import BEST, LAST, AdapterPersistor
@@ -19,13 +30,13 @@ from .persistor import BEST, LAST, AdapterPersistor
 class Measurement(Settings):
     """On what a finished adapter is measured. None: as it was trained, by its provenance."""
 
-    model: str | None = Field(None, description="alias in the site's models")
-    data: str | None = Field(None, description="alias in the site's data")
+    model: Text | None = Field(None, description="alias in the site's models")
+    data: Text | None = Field(None, description="alias in the site's data")
     quantization: Quantization | None = None
-    max_length: int | None = Field(None, ge=8, description="tokens; longer texts are cut")
-    batch_size: int = Field(16, ge=1, description="examples per batch when measuring")
-    max_examples: int = Field(0, ge=0, description="0: all of them")
-    template: str = Field("", description="the job template this comes from; sites may welcome some and not others")
+    max_length: int | None = Field(None, ge=8, le=LENGTH, description="tokens; longer texts are cut")
+    batch_size: int = Field(16, ge=1, le=ROWS, description="examples per batch when measuring")
+    max_examples: int = Field(0, ge=0, le=MANY, description="0: all of them")
+    template: Name = Field("", description="the job template this comes from; sites may welcome some and not others")
 
     def applied(self, plan: RoundPlan | None) -> RoundPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:

@@ -21,7 +21,8 @@ from nvflare.lighter.entity import Participant, Project
 from nvflare.lighter.spec import Builder
 
 from ..errors import ConfigError
-from ..site import site_file
+from ..site import secret, site_file
+from ..site.policy import BOUNDS
 from ..site.site_config import FILE_NAME, SiteConfig, load_site
 from . import allow_list
 
@@ -115,13 +116,8 @@ def prepare_site(local: Path, values: Mapping[str, Any], name: str) -> None:
 def capabilities(config: SiteConfig) -> dict[str, Any]:
     """What NVFlare tells the server as the site's `site_config`: limits, and no alias, path or name."""
     limits = config.limits
-    return {
-        "max_rank": limits.max_rank,
-        "max_batch_size": limits.max_batch_size,
-        "max_steps_per_round": limits.max_steps_per_round,
-        "memory_gib": limits.memory_gib,
-        "quantizations": list(limits.quantizations),
-    }
+    told = {bound.limit: getattr(limits, bound.limit) for bound in BOUNDS}
+    return told | {"memory_gib": limits.memory_gib, "quantizations": list(limits.quantizations)}
 
 
 def streams_logs(resources: Mapping[str, Any]) -> bool:
@@ -162,7 +158,8 @@ def allow(kit: Path) -> list[Path]:
         resources[PropKey.ALLOW_LOG_STREAMING] = False
         allow_list.write(written, resources)
     write_readme(kit / README, kit.name, streams_logs(resources))
-    return [written, local / FILE_NAME, kit / README]
+    secret.make(local / FILE_NAME)  # here and not by the builder: whoever makes the kits would know it
+    return [written, local / FILE_NAME, local / secret.NAME, kit / README]
 
 
 def remove(kit: Path) -> list[Path]:
@@ -184,9 +181,10 @@ def remove(kit: Path) -> list[Path]:
             changed.append(allow_list.write(file, resources))
     if (local / FILE_NAME).exists():
         changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
-    if (kit / README).exists():
-        (kit / README).unlink()
-        changed.append(kit / README)
+    for ours in (kit / README, local / secret.NAME):
+        if ours.exists():
+            ours.unlink()
+            changed.append(ours)
     return sorted(set(changed))
 
 

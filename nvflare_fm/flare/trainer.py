@@ -127,14 +127,15 @@ class Post:
     def _hire(self) -> "Worker":
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
+            from ..site import secret
             from ..site.confine import confine
             from ..site.own_adapter import OwnAdapter
             from ..site.worker import Worker
 
             config, overrides = load_site(self.site_file), SiteOverrides.read(self.overrides, "overrides")
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
-            own = OwnAdapter(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report, own)
+            own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
+            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report, own, kept)
         return self._worker
 
 

@@ -116,7 +116,7 @@ def read_update(model: FLModel, site: str, labels: tuple[str, ...] = ()) -> Adap
     """
     content = _content(model.meta, site)
     report = _typed(_REPORT, content, "report", site)
-    if report.examples < 1:
+    if report.examples is not None and report.examples < 1:
         raise WireError(f"{site} reports {report.examples} training examples; an update needs at least one")
     if not model.params:
         raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?")

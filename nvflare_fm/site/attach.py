@@ -4,17 +4,19 @@ PEFT's own functions do the naming, so that what is read here is what `PeftModel
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from ..config import Factors
 from ..errors import ConfigError, WireError
+from ..registry import nearest
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from .base_model import BaseModel
 
 LOCAL, REST = "local", "rest"  # the trained adapter, and the frozen directions beside it
+PREFIX = "base_model.model."  # that PEFT puts before the name of each of a model's modules
 
 
 def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
@@ -30,10 +33,15 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
     Raises:
         ConfigError: the settings do not fit this model, for example no module is called as `target_modules` says.
     """
+    _keep_known(base.model, config)
     try:
         model = get_peft_model(base.model, config, adapter_name=LOCAL)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"PEFT cannot put this adapter on base model: {error}") from None
+        raise ConfigError(
+            "peft: PEFT cannot put this adapter on the base model; choose other target_modules or another method",
+            str(error),
+            code="adapter_does_not_fit",
+        ) from None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -42,15 +50,70 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
     return model
 
 
+def _keep_known(model: nn.Module, config: "PeftConfig") -> None:
+    """Takes names that are no module's out of the settings, so that an adapter's own configuration holds none: of
+    target_modules, which may name those of several architectures, as long as any is left.
+
+    Raises:
+        ConfigError: none is left, or a module that is to be trained whole is not there.
+    """
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for setting in ("target_modules", "feedforward_modules", "modules_to_save"):
+        asked = getattr(config, setting, None) or ()
+        if isinstance(asked, str):  # all-linear
+            continue
+        known = [end for end in asked if any(name.endswith(f".{end}") for name in names)]
+        if len(known) < len(asked) and (setting == "modules_to_save" or not known):
+            unknown = next(end for end in asked if end not in known)
+            hint = nearest(unknown, sorted({name.rpartition(".")[2] for name in names}))
+            raise ConfigError(
+                f"peft.{setting} names what is no module of the base model; {hint}give ends of its modules' names",
+                repr(unknown),
+                code="no_such_module",
+            )
+        if known:
+            setattr(config, setting, known)
+
+
+def trained_modules(model: "PeftModel", heads: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules of the base model that are trained whole beside the new `heads`, and those that are trained, whole or
+    with factors, though they turn words into vectors or vectors into words.
+
+    Such a module is known by what it is: it holds the numbers of an embedding, or is what the model answers with.
+    """
+    base = model.get_base_model()
+    embeddings = {id(p) for m in base.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    try:
+        answers = base.get_output_embeddings()
+    except NotImplementedError:  # of a model that answers with no words
+        answers = None
+    whole, telling = [], []
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            whole += [] if any(f"{name}.".startswith(f"{head}.") for head in heads) else [name]
+            original = module.original_module
+        elif isinstance(module, BaseTunerLayer):
+            original = module.get_base_layer()
+        else:
+            continue
+        if (answers is not None and answers in (module, original)) or any(
+            id(p) in embeddings for p in original.parameters()
+        ):
+            telling.append(name)
+    return tuple(whole), tuple(telling)
+
+
 def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for head in base.heads:
         if not any(f".{head}." in name for name in trained):
-            raise ConfigError(f"PEFT does not train the new layer {head!r} with this method; use lora or ia3")
+            raise ConfigError(
+                f"PEFT does not train the new layer {head!r} with this method; use lora or ia3", code="head_not_trained"
+            )
 
 
 def _fill_fresh(name: str, parameter: Tensor, base: "BaseModel", seed: int) -> None:
-    plain = name.removeprefix("base_model.model.").removeprefix("base_model.").replace(f"modules_to_save.{LOCAL}.", "")
+    plain = name.removeprefix(PREFIX).removeprefix("base_model.").replace(f"modules_to_save.{LOCAL}.", "")
     if plain not in base.fresh:
         return
     with torch.no_grad():

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint, model_config
 from .site_config import ModelSource
 from .tasks import Task
+from .tokenization import chat_template_digest, tokenizer_digest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: weights, tokenizer, no code
@@ -37,6 +39,12 @@ class BaseModel:
     heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
     fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @cached_property
+    def tokenization(self) -> dict[str, str]:
+        """Digests of what its tokenizer does, by name in a manifest; conversations where the task has any."""
+        ids = {"tokenizer": tokenizer_digest(self.tokenizer)}
+        return ids if self.task.needs_labels else ids | {"chat_template": chat_template_digest(self.tokenizer)}
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
@@ -111,15 +119,23 @@ def load(source: ModelSource, plan: RoundPlan, task: Task, kept: tuple[str, ...]
     key = (source, plan.quantization, plan.double_quant, plan.compute_dtype, plan.task, plan.labels, kept)
     with _loading:
         if key not in _loaded:
-            _loaded[key] = _load(locate(source), plan, task, kept)
+            folder = locate(source)
+            identity = fingerprint(folder)
+            _check_pins(identity, source, plan)  # before memory is taken
+            _loaded[key] = _load(folder, identity, plan, task, kept)
         base = _loaded[key]
-    for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
-        if pin and pin != base.fingerprint:
-            raise ModelError(
-                f"base model {plan.model!r} is {base.fingerprint}, the {whose} pins {pin}; "
-                "point the alias at the pinned weights"
-            )
+    _check_pins(base.fingerprint, source, plan)
     return base
+
+
+def _check_pins(identity: str, source: ModelSource, plan: RoundPlan) -> None:
+    for pin, whose in ((source.fingerprint, "site"), (plan.fingerprint, "plan")):
+        if pin and pin != identity:
+            raise ModelError(
+                f"the base model's weights are {identity}, the {whose} pins others; point the alias at the pinned ones",
+                f"{whose}: {pin}",
+                code="not_the_pinned_weights",
+            )
 
 
 def locate(source: ModelSource) -> Path:
@@ -156,8 +172,7 @@ def _fetch(source: ModelSource) -> Path:
         raise ModelError("the base model cannot be fetched from the hub; fetch it beforehand", str(error)) from None
 
 
-def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
-    identity = fingerprint(folder)
+def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         dtype = compute_dtype(plan.compute_dtype, plan.quantization, getattr(config, "hidden_size", 0))
@@ -172,7 +187,7 @@ def _load(folder: Path, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> B
             f"{folder}: {error}",
         ) from error
     model.requires_grad_(False).eval()
-    _keep_packing(model)
+    keep_packing(model)
     return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
 
 
@@ -231,7 +246,7 @@ def _quantization(plan: RoundPlan, dtype: torch.dtype, skipped: list[str]) -> Bi
     )
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
+def keep_packing(model: PreTrainedModel) -> None:
     """On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit layer in place when it is first used for inference:
     that fails where the layer's width is no multiple of 32, and would change the weights that others share.
     """
@@ -244,9 +259,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a base model, with a token to pad with.
 
     Raises:
-        ModelError: it is not a fast one, so which characters a token stands for is not known.
+        ModelError: it cannot be read, or is not a fast one, so which characters a token stands for is not known.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            "the base model's tokenizer cannot be loaded; is the folder a whole model?",
+            f"{folder}: {error}",
+            code="no_tokenizer",
+        ) from None
     if not tokenizer.is_fast:
         raise ModelError("the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder))
     if tokenizer.pad_token_id is None:

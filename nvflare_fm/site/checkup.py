@@ -13,7 +13,7 @@ from ..adapter import RoundTask
 from ..config import RoundPlan
 from ..errors import FmError
 from .finding import Finding
-from .site_config import FILE_NAME, SiteConfig, Welcome, load_site
+from .site_config import FILE_NAME, SiteConfig, load_site
 
 STEPS = 3
 
@@ -31,7 +31,8 @@ def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
         yield Finding(FILE_NAME, False, str(error))
         return
     yield Finding(FILE_NAME, True, f"{len(site.models)} models, {len(site.data)} data sets")
-    yield Finding("welcome", True, welcomed(site.welcome))
+    remedy = f"; name submitters, orgs or both under welcome in {FILE_NAME}" if site.welcome.nobody else ""
+    yield Finding("welcome", not site.welcome.nobody, f"{site.welcome}{remedy}")
     if find_spec("kernels"):
         said = "with it, bitsandbytes fetches code from the hub on some CPUs; pip uninstall kernels"
         yield Finding("package kernels", False, said)
@@ -42,16 +43,6 @@ def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
         yield Finding("data", False, f"no data set is offered; add one under data in {FILE_NAME}")
     for alias in site.data:
         yield _tried(f"data {alias}", partial(_trained, site, plan.model_copy(update={"data": alias})))
-
-
-def welcomed(welcome: Welcome) -> str:
-    """Whose jobs are accepted, and which, in words."""
-    said = [f"{name}: {_among(getattr(welcome, name))}" for name in type(welcome).model_fields]
-    return f"accepts jobs of {'; '.join(said)}"
-
-
-def _among(names: tuple[str, ...] | None) -> str:
-    return "any" if names is None else ", ".join(names) or "none"
 
 
 def _tried(what: str, trial: Callable[[], Finding | str]) -> Finding:
@@ -84,11 +75,16 @@ def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     from .worker import Worker
 
     training = plan.training.model_copy(update={"local_steps": STEPS})
-    evaluation = plan.evaluation.model_copy(update={"before": False, "max_examples": plan.evaluation.batch_size})
-    trial = plan.model_copy(update={"training": training, "evaluation": evaluation})
+    evaluation = {"before": False, "max_examples": max(plan.evaluation.batch_size, site.privacy.min_metric_rows)}
+    trial = plan.model_copy(
+        update={"training": training, "evaluation": plan.evaluation.model_copy(update=evaluation)},
+    )
+    here = {"min_update_rows": 1, "counts": ("examples", "bad_rows")}  # what is told here stays here
+    site = site.model_copy(update={"privacy": site.privacy.model_copy(update=here)})
     report = Worker("this site", site).train(RoundTask(trial)).report
     bad = f", {report.bad_rows} rows that cannot be used" if report.bad_rows else ""
+    few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
     return (
-        f"{report.examples} rows to train on{bad}; {report.seconds / report.steps:.2f} s a step of "
-        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}"
+        f"{report.examples} rows to train on{bad}; {report.seconds / STEPS:.2f} s a step of "
+        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}"
     )

@@ -8,13 +8,11 @@ GIB = 2**30
 
 
 def confine(memory_gib: float, processes: int = 1) -> None:
-    """Limits this process, one of `processes` that share `memory_gib`, for the rest of its life; 0: no limit.
+    """Limits this process, one of `processes` that share `memory_gib`, for the rest of its life.
 
     On a GPU its memory is limited, otherwise what the process may write to (code and read-only files do not count).
     """
     share = int(memory_gib * GIB / processes)
-    if not share:
-        return
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share / total))

@@ -17,14 +17,14 @@ from .tasks import collate
 def evaluate(
     model: Any, base: BaseModel, rows: Dataset, plan: RoundPlan, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
-    """The task's metrics of `model` over `rows`. Every process of a distributed trainer measures its share.
+    """The task's metrics of `model` over all `rows`. Every process of a distributed trainer measures its share.
 
     Raises:
         TrainingError: it was told to stop.
     """
     model.eval()
     settings = plan.evaluation
-    count = min(len(rows), settings.max_examples or len(rows))
+    count = len(rows)
     rank, world = processes()
     # By length, so that batches hold little padding; ties by place, so that every run makes the same batches.
     order = sorted(range(count), key=lambda i: (len(rows[i]["input_ids"]), i))[rank::world]

@@ -6,10 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import RoundTask
-from ..config import EvaluationSettings, RoundPlan
+from ..config import LABELS, LENGTH, MANY, ROWS, WIDEST, EvaluationSettings, RoundPlan
 from .site_config import SiteConfig
 
 STEPS = 3
+_LIMITS = {  # as much as any plan may ask
+    "max_rank": WIDEST,
+    "max_batch_size": ROWS,
+    "max_rows_per_step": MANY,
+    "max_length": LENGTH,
+    "max_labels": LABELS,
+    "max_virtual_tokens": WIDEST,
+    "max_adapter_mib": 1e6,
+    "memory_gib": 1e6,
+    "train_embeddings": True,
+}
+_PRIVACY = {"min_examples": 1, "min_update_rows": 1, "min_metric_rows": 1}  # the rows are all the same
 
 
 def seconds_per_step(model: Path, plan: RoundPlan) -> float:
@@ -31,9 +43,10 @@ def seconds_per_step(model: Path, plan: RoundPlan) -> float:
         file = Path(folder) / "rows.jsonl"
         file.write_text((json.dumps(made_up(plan)) + "\n") * (2 * plan.training.batch_size))
         source = {plan.data: {"train": str(file), "validation": str(file)}}
-        site = SiteConfig.read({"models": {plan.model: {"path": str(model)}}, "data": source}, "this machine")
+        offer = {"models": {plan.model: {"path": str(model)}}, "data": source, "limits": _LIMITS, "privacy": _PRIVACY}
+        site = SiteConfig.read(offer, "this machine")
         report = Worker("this machine", site).train(RoundTask(trial)).report
-    return report.seconds / report.steps
+    return report.seconds / STEPS
 
 
 def made_up(plan: RoundPlan) -> dict[str, Any]:

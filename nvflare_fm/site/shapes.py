@@ -4,6 +4,8 @@ The model is built on torch's meta device and PEFT puts its adapter there, so no
 """
 
 import warnings
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from ..config import RoundPlan
 from ..errors import ModelError
 from ..plan import AdapterShape, BaseShape
 from . import peft_methods
-from .attach import LOCAL, wrap
+from .attach import LOCAL, trained_modules, wrap
 from .base_model import BaseModel, compute_dtype, parts_on_top
 from .tasks import registry as tasks
 
 
 def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
-    """
+    """What the plan makes of the base model, and what of it is trained.
+
     Args:
         folder: with the base model's config.json. A layer that its weights lack, which is rare, is not noticed here.
 
@@ -31,6 +34,13 @@ def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
         ModelError: transformers cannot build a model from it.
         ConfigError: PEFT cannot put the plan's adapter on it.
     """
+    decisive = {"task", "labels", "peft", "quantization", "double_quant", "compute_dtype"}
+    return _shapes(folder, plan.model_dump_json(include=decisive))
+
+
+@lru_cache(maxsize=32)
+def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
+    plan = RoundPlan.model_validate_json(asked)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's to each other
     task, method = tasks[plan.task], peft_methods.read(plan.peft)
     config, model = _built(folder, plan)
@@ -58,9 +68,12 @@ def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
     lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset())
     with torch.device("meta"):
         wrapped = wrap(lent, method.config(lent), plan.seed)
+    whole, embeddings = trained_modules(wrapped, heads)
     own = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    if method.is_prompt:  # PEFT copies the values of a prompt, and there are none here
+        return base, AdapterShape({}, sum(parameter.numel() for parameter in own.values()), whole, embeddings)
     state = get_peft_model_state_dict(wrapped, state_dict=own, adapter_name=LOCAL, save_embedding_layers=False)
-    return base, adapter_shape(state)
+    return base, replace(adapter_shape(state), whole=whole, embeddings=embeddings)
 
 
 def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:

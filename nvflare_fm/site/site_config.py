@@ -1,94 +1,172 @@
-"""`fm_site.yaml`: the models and data a site offers under aliases, its limits, whom it works for.
+"""What `fm_site.yaml` says: the models and data a site offers under aliases, its limits, whom it works for.
 
-Read by the site alone; what it says to a job is `policy`.
+Every limit has a value, and a site works for nobody it does not name. Read by the site alone; what it says to a job is
+`policy`.
 """
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BeforeValidator, Field, StringConstraints
 
-from ..config import LabelStatistics, Names, Quantization, Settings
+from ..config import (
+    LABELS,
+    LENGTH,
+    MANY,
+    ROWS,
+    STEPS,
+    WIDEST,
+    Counts,
+    Fingerprint,
+    LabelStatistics,
+    Modules,
+    Quantizations,
+    Settings,
+    Text,
+    one,
+)
 from ..errors import ConfigError, PolicyError
 from ..registry import nearest
+from .site_yaml import read_yaml
 
 T = TypeVar("T")
 Alias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
-_one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
-Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], _one]
-FILE_NAME = "fm_site.yaml"
+Place = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
+Identity = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_nobody = BeforeValidator(lambda v: () if v is None else v)
+Listed = Annotated[Annotated[tuple[Identity, ...], Field(max_length=1000)] | None, one, _nobody]
+Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], Field(max_length=3), one]
+FILE_NAME, ANYONE = "fm_site.yaml", "*"
 
 
 class ModelSource(Settings):
     """A base model the site offers. Exactly one of `path` and `hub_id`."""
 
-    path: str = Field("", description="a local folder with config.json and *.safetensors")
-    hub_id: str = Field("", description="owner/name on the Hugging Face hub")
-    revision: str = Field("", description="commit of the hub repository; needed with hub_id")
-    fingerprint: str = Field("", description="pins the weights; empty: not pinned")
-    quantizations: tuple[Quantization, ...] | None = Field(None, description="of this model; unset: as in limits")
+    path: Place = Field("", description="a local folder with config.json and *.safetensors")
+    hub_id: Text = Field("", description="owner/name on the Hugging Face hub")
+    revision: Text = Field("", description="commit of the hub repository; needed with hub_id")
+    fingerprint: Fingerprint = Field("", description="pins the weights; empty: not pinned")
+    quantizations: Quantizations | None = Field(None, description="of this model; unset: as in limits")
 
 
 class DataSource(Settings):
     """A data set the site offers. Paths are relative to its folder, or to that of this file, unless absolute."""
 
-    train: str
-    validation: str = Field("", description="empty: a tenth of the training rows is held out")
-    folder: str = Field("", description="nothing outside it is read, links included; empty: the folder each file is in")
+    train: Place
+    validation: Place = Field("", description="empty: a tenth of the training rows is held out")
+    folder: Place = Field(
+        "", description="nothing outside it is read, links included; empty: the folder each file is in"
+    )
     format: Literal["auto", "jsonl", "csv", "parquet", "datasets"] = Field(
         "auto", description="auto: by the file's ending; a folder is a saved `datasets` folder"
     )
-    columns: Mapping[str, str] = Field(default_factory=dict, description="the name we use → the name in the file")
+    columns: Mapping[Text, Text] = Field(
+        default_factory=dict, max_length=100, description="the name we use → the name in the file"
+    )
     max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
 
 
 class Limits(Settings):
     """The most a job may ask of this site."""
 
-    max_rank: int = Field(64, ge=1)
-    max_batch_size: int = Field(1024, ge=1, description="examples in memory at once")
-    max_steps_per_round: int = Field(10_000, ge=1)
-    max_seconds_per_round: float = Field(0, ge=0, description="training only, without loading; 0: no limit")
-    max_processes: int = Field(8, ge=1, description="trainer processes, one GPU each")
-    memory_gib: float = Field(0, ge=0, description="of the trainer: GPU memory where there is one; 0: no limit")
-    quantizations: tuple[Quantization, ...] = ("nf4", "fp4", "int8", "bf16", "fp16", "fp32")
-    threads: int = Field(0, ge=0, description="CPU threads of the trainer; 0: torch decides")
+    max_rank: int = Field(64, ge=1, le=WIDEST)
+    max_batch_size: int = Field(1024, ge=1, le=ROWS, description="examples in memory at once, in training or measuring")
+    max_rows_per_step: int = Field(
+        4096, ge=1, le=MANY, description="batch_size × gradient_accumulation_steps × processes"
+    )
+    max_steps_per_round: int = Field(10_000, ge=1, le=STEPS)
+    max_seconds_per_round: float = Field(
+        3600, gt=0, le=31_536_000, description="training and measuring, without loading"
+    )
+    max_length: int = Field(4096, ge=8, le=LENGTH, description="tokens of a text")
+    max_labels: int = Field(1000, ge=2, le=LABELS)
+    max_virtual_tokens: int = Field(256, ge=1, le=WIDEST, description="of prompt and prefix tuning")
+    max_adapter_mib: float = Field(
+        1024, gt=0, le=1e6, description="of all that is trained, 4 bytes a number; training takes up to four times that"
+    )
+    max_processes: int = Field(8, ge=1, le=1024, description="trainer processes, one GPU each")
+    memory_gib: float = Field(16, gt=0, le=1e6, description="of the trainer: GPU memory where there is one")
+    quantizations: Quantizations = ("nf4", "fp4", "int8", "bf16", "fp16", "fp32")
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads of the trainer; 0: torch decides")
     max_weight: float = Field(1.0, gt=0, le=1, description="the largest share of the global adapter this site wants")
     pinned_only: bool = Field(False, description="a model without a fingerprint in this file is not used")
+    train_embeddings: bool = Field(
+        False, description="an adapter on the word embeddings tells which words the site's texts hold"
+    )
+    trainable_modules: Modules = Field(
+        (), description="ends of names of modules that a job may train whole, beside a new head of its own"
+    )
 
 
 class Privacy(Settings):
-    """What must hold before anything learned from the data may leave."""
+    """What must hold before anything learned from the data may leave.
 
-    min_examples: int = Field(1, ge=1, description="no job trains on fewer rows than this")
-    required_protection: Protections = Field(
-        (), description="of every update: clip, noise, encryption. No job can give any yet: naming one refuses all"
+    Rows are told apart by what of them is trained on: a row that is there twice counts once.
+    """
+
+    min_examples: int = Field(10, ge=1, le=MANY, description="no job trains on fewer different rows than this")
+    min_update_rows: int = Field(10, ge=1, le=MANY, description="different rows behind each round's update, at least")
+    min_metric_rows: int = Field(
+        10, ge=1, le=MANY, description="different rows behind each metric, at least; of fewer no metric leaves"
+    )
+    counts: Counts = Field(
+        (),
+        description="what may leave of how much there is: examples, tokens, bad_rows, and steps where they follow from "
+        "the number of rows; empty: nothing",
     )
     label_statistics: LabelStatistics = Field(
         (), description="what may leave of how often each label occurs: skew, its distance to even; empty: nothing"
     )
+    required_protection: Protections = Field(
+        (), description="of every update: clip, noise, encryption. No job can give any yet: naming one refuses all"
+    )
 
 
 class Welcome(Settings):
-    """Whom the site works for, and on what. Unset: anyone, anything; an empty list: nobody, nothing.
+    """Whom the site works for, and on what. It works for nobody unless submitters, orgs or both are named; "*": anyone.
 
-    NVFlare authenticates the submitter. A job's template is what the job says of itself: `tasks` is the lock.
+    What is there and left empty lets nobody in, or nothing. NVFlare authenticates the submitter. A job's template is
+    what the job says of itself: `tasks` is the lock.
     """
 
-    submitters: Names | None = Field(None, description="user names as in their certificates")
-    orgs: Names | None = Field(None, description="organisations of submitters")
-    templates: Names | None = Field(None, description="job templates, by name")
-    tasks: Names | None = Field(None, description="causal_lm, sequence_classification, token_classification")
+    submitters: Listed = Field(
+        None, description="user names as in their certificates; unset: all of orgs", examples=[["lead@company.example"]]
+    )
+    orgs: Listed = Field(
+        None, description="organisations of submitters; unset: that of any of submitters", examples=[["company"]]
+    )
+    templates: Listed = Field(
+        None, description="job templates, by name; unset: any", examples=[["lora_text_classification"]]
+    )
+    tasks: Listed = Field(
+        None,
+        description="causal_lm, sequence_classification, token_classification; unset: any",
+        examples=[["sequence_classification"]],
+    )
+
+    @property
+    def nobody(self) -> bool:
+        """Whether no job at all is welcome."""
+        named = [listed for listed in (self.submitters, self.orgs, self.templates, self.tasks) if listed is not None]
+        return (self.submitters is None and self.orgs is None) or () in named
+
+    def __str__(self) -> str:
+        """In words, for the site's admin."""
+        if self.nobody:
+            return "nobody is welcome"
+        parts = {"submitters": self.submitters, "of": self.orgs, "with templates": self.templates, "for": self.tasks}
+        told = {word: listed for word, listed in parts.items() if listed is not None and ANYONE not in listed}
+        who = " ".join(f"{word} {', '.join(listed)}" for word, listed in told.items())
+        return who if "submitters" in told else f"anyone {who}".strip()
 
 
 class SiteConfig(Settings):
     """The whole of `fm_site.yaml`."""
 
-    models: Mapping[Alias, ModelSource] = Field(default_factory=dict)
-    data: Mapping[Alias, DataSource] = Field(default_factory=dict)
+    models: Mapping[Alias, ModelSource] = Field(default_factory=dict, max_length=1000)
+    data: Mapping[Alias, DataSource] = Field(default_factory=dict, max_length=1000)
     limits: Limits = Limits()
     privacy: Privacy = Privacy()
     welcome: Welcome = Welcome()
@@ -97,19 +175,31 @@ class SiteConfig(Settings):
         return _offered(self.models, alias, "model")
 
     def data_set(self, alias: str) -> DataSource:
-        return _offered(self.data, alias, "data set")
+        return _offered(self.data, alias, "data")
 
 
-def _offered(offers: Mapping[str, T], alias: str, kind: str) -> T:
+_KINDS = {"model": "model", "data": "data set"}  # a plan's setting, and what it names
+
+
+def _offered(offers: Mapping[str, T], alias: str, setting: str) -> T:
     if alias not in offers:
         if said := _not_an_alias(alias):
-            raise PolicyError(f"{kind} {alias[:80]!r} is {said}; a job names aliases, and the site what they stand for")
+            raise PolicyError(
+                f"{setting} is {said}; a job names aliases, and the site what they stand for",
+                repr(alias),
+                code="not_an_alias",
+            )
         hint = nearest(alias, list(offers))
-        raise PolicyError(f"this site offers no {kind} {alias!r}; {hint}ask its admin to add it to {FILE_NAME}")
+        raise PolicyError(
+            f"{setting}: this site offers no {_KINDS[setting]} of that name; {hint}ask its admin to add it to "
+            f"{FILE_NAME}",
+            repr(alias),
+            code="not_offered",
+        )
     return offers[alias]
 
 
-_KINDS = [  # the first that matches says what a name is that is no alias
+_LOOKS = [  # the first that matches says what a name is that is no alias
     (r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", ""),
     (r"(.*[/\\])?\.\.([/\\].*)?", "a way out of a folder"),
     (r"[A-Za-z]:\\.*|\\.*", "a path"),
@@ -123,25 +213,31 @@ _KINDS = [  # the first that matches says what a name is that is no alias
 
 def _not_an_alias(name: str) -> str:
     """What `name` looks like, if it is no alias."""
-    return next((kind for pattern, kind in _KINDS if re.fullmatch(pattern, name, re.DOTALL)), "code or not a name")
+    return next((kind for pattern, kind in _LOOKS if re.fullmatch(pattern, name, re.DOTALL)), "code or not a name")
 
 
 def load_site(file: Path) -> SiteConfig:
     """Reads `fm_site.yaml`; relative paths in it are taken from its own folder.
 
+    A group that is there without settings says no more than one that is not there: each setting has its default.
+
     Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown setting.
+        ConfigError: the file is missing, is not YAML as `read_yaml` reads it, or has an unknown or wrong setting.
     """
+    values: Any = read_yaml(file, FILE_NAME)
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{FILE_NAME} must hold settings by name, it holds a {type(values).__name__}",
+            str(file),
+            code="site_file_malformed",
+        )
     try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{FILE_NAME} cannot be read; write one or mend it", f"{file}: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"{FILE_NAME} must hold settings by name, it holds a {type(values).__name__}", str(file))
-    try:
-        config = SiteConfig.read({k: v for k, v in (values or {}).items() if v is not None}, FILE_NAME)
-    except ConfigError as error:  # it repeats what it found, which may be a path
-        raise ConfigError(f"{FILE_NAME} has a setting that is wrong; the site's log names it", error.message) from None
+        config = SiteConfig.read({k: {} if v is None else v for k, v in values.items()}, FILE_NAME)
+    except ConfigError as error:  # it names aliases, and how the file is made is nobody else's business
+        raise ConfigError(
+            f"{FILE_NAME} has a setting that is wrong; the site's log names it", str(error), code="site_file_wrong"
+        ) from None
     root = file.parent
     models = {k: m.model_copy(update={"path": str(root / m.path)}) if m.path else m for k, m in config.models.items()}
     return config.model_copy(update={"models": models, "data": {k: _placed(d, root) for k, d in config.data.items()}})
@@ -159,12 +255,21 @@ def held_in(file: Path, folder: str) -> Path:
     Raises:
         PolicyError: it does.
     """
-    root = Path(folder).resolve() if folder else file.parent.resolve()
-    for place in (file, *file.rglob("*")) if file.is_dir() else (file,):
-        if not place.resolve().is_relative_to(root):
+    try:
+        root = Path(folder).resolve() if folder else file.parent.resolve()
+        places = {place: place.resolve() for place in ((file, *file.rglob("*")) if file.is_dir() else (file,))}
+    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        raise PolicyError(
+            "a data file is a link that leads nowhere; the site's admin must put the file itself there",
+            f"{file}: {error}",
+            code="data_link_broken",
+        ) from None
+    for place, target in places.items():
+        if not target.is_relative_to(root):
             raise PolicyError(
                 "a data file is a link that leads out of its data folder; the site's admin must put the file itself "
                 "there, or name the folder it is in",
-                f"{place} → {place.resolve()}, outside {root}",
+                f"{place} → {target}, outside {root}",
+                code="outside_data_folder",
             )
     return file

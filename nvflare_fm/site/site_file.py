@@ -54,6 +54,7 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], indent: str) -> 
     lines = []
     for name, field in group.model_fields.items():
         value = given.get(name, field.get_default(call_default_factory=True))
+        value = field.examples[0] if value is None and field.examples else value
         mark = "" if name in given else "# "
         meaning = f"  # {field.description}" if field.description else ""
         lines.append(f"{indent}{mark}{name}: {json.dumps(value, ensure_ascii=False)}{meaning}")

@@ -10,7 +10,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,21 @@ def steps_per_round(plan: RoundPlan, examples: int, world: int = 1) -> int:
     return settings.local_steps or max(1, math.ceil(settings.local_epochs * examples / per_step))
 
 
-def order(examples: int, start: int, count: int, seed: str) -> list[int]:
+def rows_of_round(task: RoundTask, examples: int, site: str, secret: bytes = b"", world: int = 1) -> list[int]:
+    """The numbers of the rows that a round trains on, in their order.
+
+    With a secret nobody else can tell or choose which row is in which step: any other plan has the rows in an order of
+    its own, so that two plans cannot be laid out to differ by one row. Without one, the plan's seed is all.
+    """
+    plan = task.plan
+    settings = plan.training
+    per_step = settings.batch_size * settings.gradient_accumulation_steps * world
+    count = steps_per_round(plan, examples, world) * per_step
+    seed = f"{plan.model_dump_json(exclude={'factors'})}/{site}" if secret else f"{plan.seed}/{site}"
+    return order(examples, task.round * count, count, seed, secret)
+
+
+def order(examples: int, start: int, count: int, seed: str, secret: bytes = b"") -> list[int]:
     """`count` row numbers from place `start` of an endless sequence of passes, each pass in its own seeded order.
 
     A round takes up where the round before stopped, so short rounds still see all of a site's rows equally often.
@@ -64,13 +78,42 @@ def order(examples: int, start: int, count: int, seed: str) -> list[int]:
     chosen: list[int] = []
     while len(chosen) < count:
         this_pass, place = divmod(start + len(chosen), examples)
-        generator = torch.Generator().manual_seed(_number(f"{seed}/{this_pass}"))
-        chosen += torch.randperm(examples, generator=generator)[place : place + count - len(chosen)].tolist()
+        chosen += _shuffled(examples, f"{seed}/{this_pass}", secret)[place : place + count - len(chosen)]
     return chosen
 
 
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+def _shuffled(examples: int, seed: str, secret: bytes) -> list[int]:
+    if secret:  # a torch generator takes 32 bits of a seed, which can all be tried out
+        pass_key = _digest(seed, secret)
+        return sorted(range(examples), key=lambda row: hashlib.blake2b(b"%d" % row, key=pass_key).digest())
+    order: list[int] = torch.randperm(examples, generator=torch.Generator().manual_seed(_number(seed))).tolist()
+    return order
+
+
+def _digest(text: str, secret: bytes = b"") -> bytes:
+    return hashlib.blake2b(text.encode(), key=secret).digest() if secret else hashlib.sha256(text.encode()).digest()
+
+
+def _number(text: str, secret: bytes = b"") -> int:
+    return int.from_bytes(_digest(text, secret)[:4], "big")
+
+
+def steps_between_logs(chosen: list[int], contents: Sequence[str], steps: int, least: int) -> int:
+    """Steps whose mean loss may leave the site: a tenth of the round, or as many as hold `least` different rows each
+    time; 0: not even the whole round does.
+
+    Args:
+        chosen: the rows of the round, in their order.
+        contents: what tells rows apart.
+    """
+    per_step, steps_each = len(chosen) // steps, max(1, steps // 10)
+    while steps_each <= steps:
+        size = steps_each * per_step
+        windows = [chosen[start : start + size] for start in range(0, steps // steps_each * size, size)]
+        if all(len({contents[row] for row in window}) >= least for window in windows):
+            return steps_each
+        steps_each = steps_each * 2 if steps_each * 2 <= steps or steps_each == steps else steps
+    return 0
 
 
 def train(
@@ -78,30 +121,33 @@ def train(
     base: BaseModel,
     rows: Dataset,
     task: RoundTask,
-    site: str,
+    chosen: list[int],
+    seed: int,
     should_stop: Callable[[], bool],
     log: Log | None = None,
+    logged: int = 0,
     scale: float = 1.0,
 ) -> Trained:
     """Trains what of `model` is trainable, in place, for one round.
 
     Args:
+        chosen: the numbers of the rows, in their order.
+        seed: of dropout.
+        logged: steps between two losses that go to `log`; 0: none does.
         scale: of the trained LoRA pairs.
 
     Raises:
         TrainingError: the loss is not a number any more, or it was told to stop.
     """
-    plan, world = task.plan, processes()[1]
-    steps = steps_per_round(plan, len(rows), world)
-    per_round = steps * plan.training.batch_size * plan.training.gradient_accumulation_steps * world
-    chosen = order(len(rows), task.round * per_round, per_round, f"{plan.seed}/{site}")
+    plan = task.plan
+    steps = steps_per_round(plan, len(rows), processes()[1])
     trainer = LocalTrainer(
         chosen,
         task,
         base,
         class_shift(base, rows, plan),
         model=model,
-        args=_arguments(plan, base, steps, _number(f"{plan.seed}/{task.round}/{site}"), log is not None),
+        args=_arguments(plan, base, steps, seed, logged if log else 0),
         data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
         train_dataset=rows.select_columns(["input_ids", "labels"]),
         callbacks=[Watch(should_stop, log, task.round * steps)],
@@ -119,7 +165,11 @@ def train(
     return Trained(loss, sum(len(rows[i]["input_ids"]) for i in chosen), steps, seconds, peak_memory_mib())
 
 
-def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: bool) -> TrainingArguments:
+def dropout_seed(task: RoundTask, site: str, secret: bytes = b"") -> int:
+    return _number(f"{task.plan.seed}/{task.round}/{site}", secret)
+
+
+def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: int) -> TrainingArguments:
     settings, on_cpu = plan.training, base.model.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is written there
@@ -141,7 +191,7 @@ def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: 
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         logging_strategy="steps" if logged else "no",
-        logging_steps=max(1, steps // 10),
+        logging_steps=max(1, logged),
         logging_nan_inf_filter=False,  # it would hide a loss that is not a number behind the mean of the others
         save_strategy="no",
         report_to="none",
@@ -238,7 +288,8 @@ def _check_finite(loss: float) -> None:
     if not math.isfinite(loss):
         raise TrainingError(
             "the training loss is not a number any more; lower learning_rate or max_grad_norm, add warmup_ratio, "
-            "or compute in bf16 or fp32 where it is fp16"
+            "or compute in bf16 or fp32 where it is fp16",
+            code="diverged",
         )
 
 
@@ -262,7 +313,8 @@ def memory_explained(plan: RoundPlan) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise TrainingError(
-            f"out of memory at batch_size {plan.training.batch_size} and max_length {plan.max_length}; lower either "
-            "(and raise gradient_accumulation_steps), set gradient_checkpointing, or quantize to nf4",
-            str(error),
+            "out of memory; lower training.batch_size (and raise gradient_accumulation_steps), evaluation.batch_size "
+            "or max_length, set gradient_checkpointing, or quantize to nf4; the site's admin can raise memory_gib",
+            f"batch_size {plan.training.batch_size}, max_length {plan.max_length}: {error}",
+            code="out_of_memory",
         ) from None

@@ -1,26 +1,31 @@
 """What a site does with a round's task: check it, train or measure, and answer. The only entry to this room."""
 
 import logging
+import math
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from . import base_model, data, distributed, evaluation, peft_methods, training
-from .attach import resolved
+from .attach import resolved, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
 from .own_adapter import OwnAdapter, shared_half
 from .peft_methods import PeftMethod
-from .policy import accept, check_examples, check_label_statistics, fit
-from .site_config import SiteConfig
-from .tasks import label_skew
+from .policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
+from .shapes import shapes
+from .site_config import ModelSource, SiteConfig
+from .tasks import Task, label_skew
 from .tasks import registry as tasks
 
 
@@ -32,11 +37,18 @@ class Job:
     method: PeftMethod
     base: BaseModel
     data: SiteData
+    chosen: list[int]  # the rows to train on, in their order; of a task that only measures, none
+    measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
 
 
 class Worker:
-    """One site. Holds its base model and tokenized data from round to round; its answers depend on the task alone."""
+    """One site. Holds its base model and tokenized data from round to round; its answers depend on the task alone.
+
+    Args:
+        secret: which nobody but the site knows; the order of its rows follows from it. Empty: from the plan's seed
+            alone, in simulations.
+    """
 
     def __init__(
         self,
@@ -46,9 +58,10 @@ class Worker:
         should_stop: Callable[[], bool] = lambda: False,
         log: training.Log | None = None,
         own: OwnAdapter | None = None,
+        secret: bytes = b"",
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
-        self.should_stop, self.log, self.own = should_stop, log, own or OwnAdapter()
+        self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         quiet()
@@ -62,36 +75,46 @@ class Worker:
         Raises:
             FmError: the site may not, cannot or was told not to.
         """
-        job = self._job(task)
-        plan, method, base, rows = job.plan, job.method, job.base, job.data.train
-        task = RoundTask(plan, task.adapter, task.manifest, task.round, task.total_rounds)
-        before = self._measured("before", task, self.validate(task)) if plan.evaluation.before else {}
-        with training.memory_explained(plan), base.lent():
-            model = method.attach(base, task.adapter, plan, task.round, self.own.read())
-            done = self._within_time(
-                lambda stop: training.train(model, base, rows, task, self.site, stop, self.log, method.scale)
+        job = self._job(task, trains=True)
+        plan, method, base, told = job.plan, job.method, job.base, self._told(job.plan)
+        task = replace(task, plan=plan)
+        with training.memory_explained(plan), base.lent(), self._within_time() as stop:
+            before = self._measured("before", task, self._measure(job, task, stop)) if plan.evaluation.before else {}
+            model = self._checked(method.attach(base, task.adapter, plan, task.round, self.own.read()), base)
+            done = training.train(
+                model,
+                base,
+                job.data.train,
+                task,
+                job.chosen,
+                training.dropout_seed(task, self.site, self.secret),
+                stop,
+                self.log if "steps" in told else None,
+                self._steps_between_logs(job),
+                method.scale,
             )
-            after = self._evaluate(model, job) if plan.evaluation.after else {}
+            after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
-            manifest = Manifest(base.fingerprint, plan.task, plan.peft["method"], resolved(model), plan.labels)
+            manifest = Manifest(
+                base.fingerprint, plan.task, str(plan.peft["method"]), resolved(model), plan.labels, **base.tokenization
+            )
         self._measured("after", task, after)
         if plan.shares != "AB":
             self.own.keep(adapter, manifest, task)
             adapter = whole = shared_half(adapter)
         self._last = whole, manifest
+        counts = {"examples": len(job.data.train), "tokens": done.tokens, "steps": done.steps}
+        counts |= {"bad_rows": job.data.bad_rows}
         report = Report(
-            examples=len(rows),
-            tokens=done.tokens,
-            steps=done.steps,
-            loss=done.loss,
+            **{name: count for name, count in counts.items() if name in told},
+            loss=done.loss if self._different(job) >= self.config.privacy.min_metric_rows else math.nan,
             seconds=done.seconds,
             peak_memory_mib=done.peak_memory_mib,
-            rank=plan.peft.get("rank", 0),
+            rank=plan.rank,
             quantization=plan.quantization,
             before=before,
             after=after,
-            bad_rows=job.data.bad_rows,
-            label_skew=label_skew(base.task.class_counts(rows, plan)) if "skew" in plan.label_statistics else None,
+            label_skew=self._label_skew(job) if "skew" in plan.label_statistics else None,
             max_weight=self.config.limits.max_weight,
             lowered=job.lowered,
         )
@@ -103,11 +126,11 @@ class Worker:
         Raises:
             FmError: the site may not, cannot or was told not to.
         """
-        job = self._job(task)
-        with training.memory_explained(job.plan), job.base.lent():
-            plan = job.plan.model_copy(update={"rest": "tail"})
-            model = job.method.attach(job.base, task.adapter, plan, own=self.own.read())
-            return self._evaluate(model, job)
+        job = self._job(task, trains=False)
+        if job.measured is None:
+            raise few_metric_rows(self.config.privacy)
+        with training.memory_explained(job.plan), job.base.lent(), self._within_time() as stop:
+            return self._measure(job, task, stop)
 
     def submit(self) -> tuple[Adapter, Manifest]:
         """The adapter this site trained last, whole: frozen directions included.
@@ -119,23 +142,38 @@ class Worker:
             raise WireError(f"{self.site} has trained no adapter in this job yet; ask again after a round")
         return self._last
 
-    def _within_time(self, train: Callable[[Callable[[], bool]], training.Trained]) -> training.Trained:
+    @contextmanager
+    def _within_time(self) -> Iterator[Callable[[], bool]]:
+        """Hands out what tells that it is time to stop.
+
+        Raises:
+            PolicyError: instead of the error of what was stopped because the site's time was up.
+        """
         limit_s, started = self.config.limits.max_seconds_per_round, time.monotonic()
 
         def late() -> bool:
-            return 0 < limit_s < time.monotonic() - started
+            return time.monotonic() - started > limit_s
 
         try:
-            return train(lambda: late() or self.should_stop())
+            yield lambda: late() or self.should_stop()
         except TrainingError:
             if not late():
                 raise
             raise PolicyError(
-                f"training took longer than the {limit_s:g} s a round this site gives; ask for fewer local_steps"
+                f"the round took longer than the {limit_s:g} s this site gives (max_seconds_per_round); ask for fewer "
+                "local_steps or evaluation.max_examples",
+                code="too_slow",
             ) from None
 
-    def _evaluate(self, model: Any, job: Job) -> dict[str, float]:
-        return evaluation.evaluate(model, job.base, job.data.validation, job.plan, self.should_stop)
+    def _measure(self, job: Job, task: RoundTask, stop: Callable[[], bool]) -> dict[str, float]:
+        """The metrics of the task's adapter, whatever of it is to be trained."""
+        plan = job.plan.model_copy(update={"rest": "tail"})
+        with job.base.lent():
+            model = job.method.attach(job.base, task.adapter, plan, own=self.own.read())
+            return self._evaluate(model, job, stop)
+
+    def _evaluate(self, model: Any, job: Job, stop: Callable[[], bool]) -> dict[str, float]:
+        return {} if job.measured is None else evaluation.evaluate(model, job.base, job.measured, job.plan, stop)
 
     def _measured(self, when: str, task: RoundTask, metrics: dict[str, float]) -> dict[str, float]:
         for name, value in metrics.items():
@@ -143,37 +181,97 @@ class Worker:
                 self.log(f"{when}/{name}", value, task.round)
         return metrics
 
-    def _job(self, task: RoundTask) -> Job:
-        decision = accept(fit(self.overrides.applied(task.plan), self.config))
-        plan = decision.plan
+    def _job(self, task: RoundTask, trains: bool) -> Job:
+        """What a task names. The base model's weights come last: all else that can refuse the job is looked at before.
+
+        Raises:
+            FmError: the site does not offer it, does not allow it, or cannot find it.
+        """
+        world = distributed.processes()[1]
+        decision = accept(fit(self.overrides.applied(task.plan), self.config, world, trains))
+        plan, privacy = decision.plan, self.config.privacy
         kind, method = tasks[plan.task], peft_methods.read(plan.peft)
         peft_methods.check_training(method, plan.training)
         if kind.needs_labels and len(plan.labels) < 2:
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least two")
-        base = base_model.load(self.config.model(plan.model), plan, kind, method.trained_whole)
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least two", code="no_labels")
+        source = self.config.model(plan.model)
+        folder = base_model.locate(source)
+        check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
+        found = self._tokenized(plan, kind, source, folder)
+        to_train, to_measure = found.contents
+        if len(set(to_train)) < privacy.min_examples:
+            raise few_examples(privacy)
+        chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
+        count = data.measured(len(found.validation), plan.evaluation.max_examples, privacy.min_metric_rows)
+        enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
+        measures = not trains or plan.evaluation.before or plan.evaluation.after
+        withheld = ("metrics to none: too few rows to measure on",) if measures and not enough else ()
+        base = base_model.load(source, plan, kind, method.trained_whole)
         self._check_base(base, task)
-        job = Job(plan, method, base, self._tokenized(plan, base), decision.lowered)
-        check_examples(len(job.data.train), self.config)
-        check_label_statistics(plan.label_statistics, self.config)
-        steps = training.steps_per_round(plan, len(job.data.train), distributed.processes()[1])
-        if steps > self.config.limits.max_steps_per_round:
+        measured = found.validation.select(range(count)) if enough else None
+        return Job(plan, method, base, found, chosen, measured, (*decision.lowered, *withheld))
+
+    def _chosen(self, task: RoundTask, found: SiteData, world: int) -> list[int]:
+        """The rows to train on in this round.
+
+        Raises:
+            PolicyError: too many steps, or too few different rows.
+        """
+        limits, privacy, examples = self.config.limits, self.config.privacy, len(found.train)
+        if training.steps_per_round(task.plan, examples, world) > limits.max_steps_per_round:
             raise PolicyError(
-                f"{plan.training.local_epochs:g} epochs are {steps} steps, more than the "
-                f"{self.config.limits.max_steps_per_round} this site allows; ask for local_steps"
+                f"training.local_epochs are more steps of this site's rows than the {limits.max_steps_per_round} it "
+                "allows (max_steps_per_round); ask for local_steps",
+                code="above_limit",
             )
-        return job
+        chosen = training.rows_of_round(task, examples, self.site, self.secret, world)
+        if len({found.contents[0][row] for row in chosen}) < privacy.min_update_rows:
+            raise few_update_rows(privacy)
+        return chosen
+
+    def _checked(self, model: Any, base: BaseModel) -> Any:
+        """`model`, once it is sure that nothing is trained that may not be: the weights may lack what then is new."""
+        check_trained(*trained_modules(model, base.heads), self.config.limits)
+        return model
+
+    def _told(self, plan: RoundPlan) -> set[str]:
+        """The counts that may leave. Steps are no count of the site's where the plan itself says how many."""
+        return {*self.config.privacy.counts, *(["steps"] if plan.training.local_steps else [])}
+
+    def _different(self, job: Job) -> int:
+        """Rows behind an update."""
+        return len({job.data.contents[0][row] for row in job.chosen})
+
+    def _steps_between_logs(self, job: Job) -> int:
+        steps = training.steps_per_round(job.plan, len(job.data.train), distributed.processes()[1])
+        least = self.config.privacy.min_metric_rows
+        return training.steps_between_logs(job.chosen, job.data.contents[0], steps, least)
+
+    def _label_skew(self, job: Job) -> float:
+        return label_skew(job.base.task.class_counts(job.data.train, job.plan))
 
     def _check_base(self, base: BaseModel, task: RoundTask) -> None:
         if task.manifest and task.manifest.base != base.fingerprint:
             raise ModelError(
-                f"{self.site}: the federation trains base model {task.manifest.base}, the alias "
-                f"{task.plan.model!r} is {base.fingerprint} here; point it at the same weights"
+                f"{self.site}: the federation trains another base model than the one under that alias here, "
+                f"{base.fingerprint}; point it at the same weights",
+                f"the federation's: {task.manifest.base!r:.100}",
+                code="other_base_model",
             )
+        for what, ours in base.tokenization.items():
+            theirs = getattr(task.manifest, what, "")
+            if theirs and theirs != ours:
+                raise ModelError(
+                    f"{self.site}: the base model's {what.replace('_', ' ')} is not the federation's; use "
+                    "the same tokenizer files and the same version of transformers",
+                    code=f"{what}_differs",
+                )
 
-    def _tokenized(self, plan: RoundPlan, base: BaseModel) -> SiteData:
-        key = (plan.data, plan.task, plan.labels, plan.max_length, base.fingerprint)
+    def _tokenized(self, plan: RoundPlan, kind: Task, source: ModelSource, folder: Path) -> SiteData:
+        key = (plan.data, plan.task, plan.labels, plan.max_length, source)
         if key not in self._data:
-            self._data[key] = data.load(self.config.data_set(plan.data), plan, base.task, base.tokenizer)
+            tokenizer = base_model.load_tokenizer(folder)
+            self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer)
         return self._data[key]
 
 

@@ -112,4 +112,6 @@ def test_provenance_names_the_base_and_no_site(tmp_path: Path) -> None:
     told = json.loads((folder / export.PROVENANCE).read_text())
     assert told["base"] == "base-1"
     assert told["round"] == 3
-    assert told.keys() == {"nvflare_fm", "base", "task", "peft", "labels", "round", "plan"}
+    assert told.keys() == {
+        "nvflare_fm", "base", "task", "peft", "labels", "tokenizer", "chat_template", "round", "plan",
+    }  # fmt: skip

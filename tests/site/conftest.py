@@ -1,5 +1,6 @@
 """Tiny models, made once a session."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from tests.site import tiny
 
+gc.freeze()  # a Trainer collects garbage whenever it runs: over all that transformers holds, half a second each time
 torch.set_num_threads(1)  # tiny products; threads that wait for each other take five times as long
 
 

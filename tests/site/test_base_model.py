@@ -18,6 +18,7 @@ from nvflare_fm.site.base_model import BaseModel
 from nvflare_fm.site.fingerprint import fingerprint
 from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
+from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
 
@@ -102,15 +103,19 @@ def refused(folder: Path, reason: str) -> None:
 @pytest.mark.parametrize("whose", ["site", "plan"])
 def test_a_pin_that_does_not_match_is_refused_by_name(llama: Path, whose: str) -> None:
     pins = {"pin": "0" * 64} if whose == "site" else {"fingerprint": "0" * 64}
-    with pytest.raises(ModelError, match=f"'base' is {fingerprint(llama)}, the {whose} pins 0000"):
+    with pytest.raises(ModelError, match=f"are {fingerprint(llama)}, the {whose} pins others") as refused:
         load(llama, **pins)
+    assert refused.value.code == "not_the_pinned_weights"
+    assert "0000" not in refused.value.message
     load(llama, pin=fingerprint(llama), fingerprint=fingerprint(llama))
 
 
 def test_a_federation_on_another_base_is_refused_by_name(llama: Path, tmp_path: Path) -> None:
     task = RoundTask(tiny.plan(), Adapter(), Manifest("1" * 64, "causal_lm", "lora"))
-    with pytest.raises(ModelError, match=r"site-1: the federation trains base model 1111.*'base' is"):
+    with pytest.raises(ModelError, match=r"site-1: the federation trains another base model.*1111") as refused:
         tiny.worker(tmp_path, llama, "causal_lm").train(task)
+    assert refused.value.code == "other_base_model"
+    assert "1111" not in refused.value.message
 
 
 def test_sites_in_one_process_share_one_copy(llama: Path) -> None:
@@ -172,9 +177,16 @@ def test_a_layer_the_checkpoint_lacks_is_trained_like_the_head(tmp_path: Path) -
     assert "base_model.model.bert.pooler.dense.weight" in start(tmp_path, quantization="nf4").dense
 
 
-def test_an_embedding_can_be_trained_whole(llama: Path, tmp_path: Path) -> None:
+def allowing(folder: Path, model: Path, task: str, **limits: Any) -> Worker:
+    """A site that lets jobs train more than others do."""
+    rows = tiny.jsonl(folder / f"{task}.jsonl", tiny.rows(task))
+    return Worker("site-1", tiny.site(model, rows, limits=limits))
+
+
+def test_an_embedding_can_be_trained_whole_where_the_site_says_so_twice(llama: Path, tmp_path: Path) -> None:
     plan = tiny.plan(peft={"method": "lora", "rank": 2, "modules_to_save": ["embed_tokens"]}, quantization="nf4")
-    update = tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))
+    worker = allowing(tmp_path, llama, "causal_lm", trainable_modules=["embed_tokens"], train_embeddings=True)
+    update = worker.train(RoundTask(plan))
     assert "base_model.model.model.embed_tokens.weight" in update.adapter.dense
 
 
@@ -184,7 +196,7 @@ def test_what_lies_inside_a_module_that_is_trained_whole_is_not_quantized(
 ) -> None:
     peft = {"method": "lora", "rank": 2, "modules_to_save": ["pooler"]}
     plan = tiny.plan("sequence_classification", peft=peft, quantization=quantization)
-    update = tiny.worker(tmp_path, bert, "sequence_classification").train(RoundTask(plan))
+    update = allowing(tmp_path, bert, "sequence_classification", trainable_modules="pooler").train(RoundTask(plan))
     assert "base_model.model.bert.pooler.dense.weight" in update.adapter.dense
     assert not [layer for layer in update.adapter.lora if "pooler" in layer]
 

@@ -3,17 +3,23 @@
 import csv
 import gzip
 import logging
+import os
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nvflare_fm.errors import DataError
+from nvflare_fm.errors import DataError, PolicyError
 from nvflare_fm.site import data
 from nvflare_fm.site.data import SiteData
+from nvflare_fm.site.rows import ROW_LIMIT
 from nvflare_fm.site.site_config import DataSource
-from nvflare_fm.site.tasks import registry
+from nvflare_fm.site.tasks import BadRow, registry
 from tests.site import tiny
 
 WORDS = tiny.tokenizer()
@@ -86,14 +92,33 @@ def test_a_line_of_csv_is_counted_where_it_starts(tmp_path: Path, caplog: pytest
     assert "line 4: the line has more or fewer fields than the header" in caplog.text
 
 
-def test_too_many_bad_rows_stop_the_site_with_the_first_of_them(tmp_path: Path) -> None:
+def test_too_many_bad_rows_stop_the_site_and_only_its_own_log_counts_them(tmp_path: Path) -> None:
     file = tiny.jsonl(tmp_path / "a.jsonl", ROWS[:10] + [{"text": "SECRET", "label": "no"}] * 7)
     with pytest.raises(
         DataError, match=r"'notes' \(train\): 7 of 17 rows cannot be used: line 11: 'label'.*…"
     ) as caught:
         load(file)
-    assert "SECRET" not in caught.value.message
+    assert caught.value.code == "bad_rows"
+    assert "SECRET" not in str(caught.value)
     assert str(tmp_path) not in caught.value.message
+    assert not re.search(r"\d", caught.value.message)
+
+
+@given(count=st.integers(1, 300), asked=st.integers(0, 400), least=st.integers(1, 40))
+def test_rows_are_measured_so_that_no_two_answers_differ_by_a_few(count: int, asked: int, least: int) -> None:
+    """A floor for the rows of each answer, for those left out of it, and for those between it and any other."""
+    taken = data.measured(count, asked, least)
+    assert taken == count or (taken <= asked and taken % least == 0 and count - taken >= least)
+    assert data.measured(count, 0, least) == data.measured(count, count, least) == count
+    assert least > 1 or taken == min(count, asked or count)
+    answers = {data.measured(count, each, least) for each in range(count + 1)}
+    assert all(abs(one - other) >= least for one in answers for other in answers - {one})
+
+
+def test_rows_are_told_apart_by_what_is_learned_of_them(tmp_path: Path) -> None:
+    rows = [ROWS[0], ROWS[1], ROWS[0], ROWS[0] | {"label": "well"}, ROWS[0] | {"ward": "7"}, ROWS[3]]
+    train, _ = load(tiny.jsonl(tmp_path / "a.jsonl", rows), validation=str(tmp_path / "a.jsonl")).contents
+    assert [train.index(row) for row in train] == [0, 1, 0, 3, 0, 5]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +128,7 @@ def test_too_many_bad_rows_stop_the_site_with_the_first_of_them(tmp_path: Path) 
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.jsonl", b"[]\n", "1 of 1 rows cannot be used"),
         ("a.csv", b"text,label\n", "is empty"),
-        ("a.jsonl", b"\xff\xfe\x00", "cannot be read as jsonl"),
+        ("a.jsonl", b"\xff\xfe\x00", "1 of 1 rows cannot be used: line 1: the line is not UTF-8"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
         ("a.docx", b"", "set its format"),
@@ -116,6 +141,131 @@ def test_a_file_without_a_usable_row_stops_the_site(tmp_path: Path, name: str, c
     assert str(tmp_path) not in caught.value.message
 
 
+def code_of(file: Path, **more: Any) -> str:
+    """The code under which `file` is refused."""
+    with pytest.raises((DataError, PolicyError)) as caught:
+        load(file, **more)
+    assert str(file.parent) not in caught.value.message
+    return caught.value.code
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_of_rows_is_an_error_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for format in ("jsonl", "csv", "parquet"):
+        os.mkfifo(tmp_path / f"pipe.{format}")
+        (tmp_path / f"device.{format}").symlink_to("/dev/zero")
+        (tmp_path / f"circle.{format}").symlink_to(f"circle.{format}")
+        (tmp_path / f"other.{format}").write_bytes(b"\x1f\x8b\x08\x00PAR1" * 9)
+        assert code_of(tmp_path / f"pipe.{format}") == "data_unreadable"
+        assert code_of(tmp_path / f"circle.{format}") == "data_link_broken"
+        assert code_of(tmp_path / f"other.{format}") in ("data_unreadable", "bad_rows", "no_rows")
+        assert code_of(tmp_path / "empty", format=format) == "data_unreadable"
+        assert code_of(tmp_path / f"device.{format}", folder="/") == "data_unreadable"
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
+    os.mkfifo(tmp_path / "folder" / "pipe")
+    assert code_of(tmp_path / "folder") == "data_unreadable"
+
+
+BAD = {
+    "10,000 brackets": b"[" * 10_000,
+    "10,000 objects": b'{"text":' * 10_000,
+    "a byte that is not UTF-8": b'{"text": "a\xffb", "label": "calm"}',
+    "NUL": b'{"text": "a\x00b", "label": "calm"}',
+    "a longer line than a row may be": b'{"text": "' + b"x" * ROW_LIMIT + b'"}',
+    "half a surrogate": b'{"text": "a\\ud800b", "label": "calm"}',
+    "a number of 5,000 digits": b'{"text": "a", "label": ' + b"9" * 5_000 + b"}",
+    "no number": b'{"text": NaN, "label": Infinity}',
+    "a nested text": b'{"text": [[["a"]]], "label": {"calm": 1}}',
+}
+
+
+@pytest.mark.parametrize("line", BAD.values(), ids=BAD)
+def test_one_bad_line_costs_that_line_alone(tmp_path: Path, line: bytes) -> None:
+    file = tiny.jsonl(tmp_path / "a.jsonl", ROWS)
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([*lines[:7], line, *lines[7:]]))
+    found = load(file)
+    assert found.bad_rows == 1
+    assert len(found.train) + len(found.validation) == len(ROWS)
+
+
+def test_a_bad_record_of_csv_costs_that_record_alone(tmp_path: Path) -> None:
+    lines = [b"text,label", *(f"{row['text']},{row['label']}".encode() for row in ROWS)]
+    for bad in (b"caf\xe9,calm", b"a\x00b,none", b"a,b,c", b"a"):
+        (tmp_path / "a.csv").write_bytes(b"\n".join([*lines[:9], bad, *lines[9:]]))
+        assert load(tmp_path / "a.csv").bad_rows == 1
+
+
+def test_a_long_field_of_csv_is_read(tmp_path: Path) -> None:
+    rows = [*ROWS, {"text": "word " * 50_000, "label": "calm"}]  # Python's own limit is 131,072 characters
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert load(tmp_path / "a.csv").bad_rows == 0
+
+
+@pytest.mark.parametrize("content", [b'text,label\n"' + b"x\n" * ROW_LIMIT, b"text,label\n" + b"x" * 2 * ROW_LIMIT])
+def test_a_quote_that_nobody_closes_and_a_line_without_end_end_the_reading(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    assert code_of(tmp_path / "a.csv") == "data_unreadable"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize("unit", [b"x", b" " * 1023 + b"\n"], ids=["one line", "many"])
+def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
+    tmp_path: Path, name: str, unit: bytes
+) -> None:
+    block = unit * (2**20 // len(unit))
+    with gzip.open(tmp_path / name, "wb", compresslevel=9) as file:
+        for _ in range(100):
+            file.write(block)
+    tracemalloc.start()
+    try:
+        assert code_of(tmp_path / name, max_bad_rows=0.99) == "data_unreadable"
+        assert tracemalloc.get_traced_memory()[1] < 30 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzip_that_ends_too_early_or_is_damaged_is_an_error(tmp_path: Path) -> None:
+    whole = gzip.compress(tiny.jsonl(tmp_path / "a.jsonl", ROWS).read_bytes())
+    for content in (whole[:-12], whole[:30] + b"\xff" * 9 + whole[39:]):
+        (tmp_path / "b.jsonl.gz").write_bytes(content)
+        assert code_of(tmp_path / "b.jsonl.gz") == "data_unreadable"
+
+
+def test_more_rows_than_a_site_can_hold_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvflare_fm.site.rows.ROWS_LIMIT", 20)
+    assert len(load(tiny.jsonl(tmp_path / "a.jsonl", ROWS)).train) == 18
+    assert code_of(tiny.jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[0]])) == "data_unreadable"
+
+
+def test_a_long_row_of_a_format_without_lines_costs_that_row_alone(tmp_path: Path) -> None:
+    Dataset.from_list([*ROWS, {"text": "x" * (ROW_LIMIT + 1), "label": "calm"}]).to_parquet(tmp_path / "a.parquet")
+    assert load(tmp_path / "a.parquet").bad_rows == 1
+
+
+def test_a_saved_folder_with_offsets_that_point_elsewhere_is_an_error(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "folder")
+    (arrow,) = (tmp_path / "folder").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    offsets = content.index(b"\x00\x00\x00\x00" + len(ROWS[0]["text"].encode()).to_bytes(4, "little"))
+    content[offsets + 4 : offsets + 8] = (2**30).to_bytes(4, "little")
+    arrow.write_bytes(content)
+    assert code_of(tmp_path / "folder") == "data_unreadable"
+
+
+def test_a_conversation_of_more_turns_than_can_be_told_apart_in_time_is_a_bad_row() -> None:
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    task = registry["causal_lm"]
+    task.encode({"messages": turn * 100}, WORDS, tiny.plan("causal_lm", max_length=4096))
+    with pytest.raises(BadRow):
+        task.encode({"messages": turn * 101}, WORDS, tiny.plan("causal_lm", max_length=4096))
+
+
 def test_a_missing_file_and_a_missing_split_stop_the_site(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the train file cannot be read as jsonl"):
         load(tmp_path / "none.jsonl")
@@ -125,8 +275,9 @@ def test_a_missing_file_and_a_missing_split_stop_the_site(tmp_path: Path) -> Non
 
 
 def test_one_row_cannot_be_both_trained_on_and_held_out(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one row"):
+    with pytest.raises(DataError) as refused:
         load(tiny.jsonl(tmp_path / "a.jsonl", ROWS[:1]))
+    assert refused.value.code == "no_rows"
 
 
 def test_a_pickle_among_the_data_is_not_opened(tmp_path: Path) -> None:

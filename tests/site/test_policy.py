@@ -1,7 +1,8 @@
 """A site's word on a job: accepted, lowered where the plan says so, refused otherwise, always with the reason."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -9,14 +10,19 @@ from hypothesis import strategies as st
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site.policy import Submitter, accept, check_examples, check_label_statistics, decide, fit
+from nvflare_fm.site import peft_methods
+from nvflare_fm.site.policy import BOUNDS, Submitter, accept, decide, fit
 from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
-OFFER = {"models": {"base": {"path": "m"}}, "data": {"notes": {"train": "notes.jsonl"}}}
+OFFER = {
+    "models": {"base": {"path": "m"}},
+    "data": {"notes": {"train": "notes.jsonl"}},
+    "welcome": {"submitters": "*"},
+}
 WHO = Submitter("lead@clinic.org", "clinic")
 
 
@@ -28,10 +34,14 @@ def plan(**more: Any) -> RoundPlan:
     return RoundPlan.read(more, "plan")
 
 
-def refusal(asked: RoundPlan, config: SiteConfig, who: Submitter = WHO) -> str:
+def refusal(asked: RoundPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> str:
     with pytest.raises(PolicyError) as refused:
-        accept(decide(asked, config, who))
+        accept(decide(asked, config, who, **more))
     return refused.value.message
+
+
+def codes(asked: RoundPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> list[str]:
+    return [reason.code for reason in decide(asked, config, who, **more).refused]
 
 
 def hired(folder: Path, **more: Any) -> Worker:
@@ -69,7 +79,10 @@ def test_a_job_within_the_limits_is_accepted_as_it_is():
     ],
 )
 def test_what_is_no_alias_is_refused_by_what_it_is(kind: str, name: str, said: str):
-    assert f"is {said}" in refusal(plan(**{kind: name}), site())
+    message = refusal(plan(**{kind: name}), site())
+    assert message.startswith(f"{kind} is {said}")
+    assert codes(plan(**{kind: name}), site()) == ["not_an_alias"]
+    assert len(name) < 3 or name not in message
 
 
 @given(name=st.text(max_size=80))
@@ -79,23 +92,21 @@ def test_no_name_but_an_offered_alias_is_ever_accepted(name: str):
 
 
 def test_an_unknown_alias_is_answered_with_the_nearest():
-    assert refusal(plan(data="note"), site()) == (
-        "this site offers no data set 'note'; did you mean \"notes\"? ask its admin to add it to fm_site.yaml"
-    )
+    assert 'no data set of that name; did you mean "notes"?' in refusal(plan(data="note"), site())
 
 
 @pytest.mark.parametrize(
     ("asked", "limits", "lowered"),
     [
-        ({"peft": {"method": "lora", "rank": 16}}, {"max_rank": 8}, "rank 16 → 8"),
-        ({"training": {"local_steps": 50}}, {"max_steps_per_round": 20}, "local_steps 50 → 20"),
-        ({"training": {"batch_size": 12}}, {"max_batch_size": 5}, "batch_size 12 → 4"),
+        ({"peft": {"method": "lora", "rank": 16}}, {"max_rank": 8}, "rank to 8"),
+        ({"training": {"local_steps": 50}}, {"max_steps_per_round": 20}, "local_steps to 20"),
+        ({"training": {"batch_size": 12}}, {"max_batch_size": 5}, "batch_size to 4"),
     ],
 )
 def test_a_site_lowers_what_is_negotiable_and_refuses_it_otherwise(asked: Any, limits: Any, lowered: str):
     config, setting = site(limits=limits), lowered.split()[0]
-    assert f"{setting} " in refusal(plan(**asked), config)
-    assert "ask for less, or list" in refusal(plan(**asked), config)
+    assert f"ask for less, or list {setting} as negotiable" in refusal(plan(**asked), config)
+    assert codes(plan(**asked), config) == ["above_limit"]
     decision = decide(plan(**asked, negotiable=[setting]), config, WHO)
     assert str(decision) == f"lowered: {lowered}"
     assert decide(decision.plan, config, WHO).lowered == ()
@@ -111,24 +122,26 @@ def test_a_lower_batch_still_sees_as_many_examples_a_step(asked: int, most: int,
 
 
 def test_the_default_rank_of_a_method_counts_too():
-    assert "rank 8 is more than the 2" in refusal(plan(peft={"method": "lora"}), site(limits={"max_rank": 2}))
+    assert "peft.rank is more than the 2" in refusal(plan(peft={"method": "lora"}), site(limits={"max_rank": 2}))
 
 
 def test_every_reason_is_named_at_once():
     asked = plan(model="other", quantization="fp16", peft={"method": "lora", "rank": 99})
-    message = refusal(asked, site(limits={"quantizations": ["nf4"], "max_rank": 8}))
-    assert all(part in message for part in ("'other'", "'fp16' is not among ['nf4']", "rank 99"))
+    config = site(limits={"quantizations": ["nf4"], "max_rank": 8})
+    assert codes(asked, config) == ["above_limit", "not_offered", "not_offered"]
+    message = refusal(asked, config)
+    assert all(part in message for part in ("no model of that name", "is not among ['nf4']", "peft.rank is more than"))
 
 
 def test_a_models_own_quantizations_win_over_the_limits():
     models = {"base": {"path": "m", "quantizations": ["nf4", "int8"]}}
-    assert "'bf16' is not among ['nf4', 'int8']" in refusal(plan(quantization="bf16"), site(models=models))
+    assert "quantization is not among ['nf4', 'int8']" in refusal(plan(quantization="bf16"), site(models=models))
     config = site(models=models, limits={"quantizations": ["bf16"]})
     assert str(decide(plan(quantization="int8"), config, WHO)) == "accepted"
 
 
 def test_where_only_pinned_models_are_used_an_unpinned_one_is_refused():
-    assert "model 'base' is not pinned" in refusal(plan(), site(limits={"pinned_only": True}))
+    assert codes(plan(), site(limits={"pinned_only": True})) == ["not_pinned"]
     pinned = site(limits={"pinned_only": True}, models={"base": {"path": "m", "fingerprint": "abc"}})
     assert str(decide(plan(), pinned, WHO)) == "accepted"
 
@@ -136,35 +149,156 @@ def test_where_only_pinned_models_are_used_an_unpinned_one_is_refused():
 @pytest.mark.parametrize(
     ("welcome", "said"),
     [
-        ({"submitters": ["head@clinic.org"]}, "submitter 'lead@clinic.org'"),
-        ({"orgs": "company"}, "organisation 'clinic'"),
-        ({"templates": ["lora_text_classification"]}, "job template 'lora_instruction_tuning'"),
-        ({"tasks": []}, "task 'causal_lm'"),
+        ({"submitters": ["head@clinic.org"]}, "the job's submitter"),
+        ({"orgs": "company"}, "the submitter's organisation"),
+        ({"orgs": "*", "templates": ["lora_text_classification"]}, "the job's template"),
+        ({"submitters": "*", "tasks": []}, "the job's task"),
+        ({"submitters": [], "orgs": "*"}, "the job's submitter"),
+        ({"submitters": "*", "orgs": None}, "the submitter's organisation"),
+        ({}, "works for nobody yet"),
+        ({"tasks": ["causal_lm"]}, "works for nobody yet"),
     ],
 )
 def test_only_whom_and_what_the_site_welcomes_is_accepted(welcome: Any, said: str):
     asked = plan(template="lora_instruction_tuning")
-    assert f"{said} is not welcome at this site" in refusal(asked, site(welcome=welcome))
+    assert said in refusal(asked, site(welcome=welcome))
+    assert set(codes(asked, site(welcome=welcome))) == {"not_welcome"}
     everyone = {"submitters": WHO.name, "orgs": WHO.org, "templates": asked.template, "tasks": asked.task}
     assert str(decide(asked, site(welcome=everyone), WHO)) == "accepted"
 
 
+@pytest.mark.parametrize("who", [WHO, Submitter(), Submitter("stranger@elsewhere", "elsewhere")])
+def test_anyone_is_welcome_only_where_the_site_says_so(who: Submitter):
+    for anyone in ({"submitters": "*"}, {"orgs": ["*"]}, {"submitters": "*", "orgs": "*", "tasks": "*"}):
+        assert str(decide(plan(), site(welcome=anyone), who)) == "accepted"
+    assert codes(plan(), site(welcome={}), who) == ["not_welcome"]
+
+
+listed = st.sampled_from([None, [], ["*"], [WHO.name], [WHO.org], ["other"]])
+
+
+@given(welcome=st.dictionaries(st.sampled_from(["submitters", "orgs", "templates", "tasks"]), listed))
+def test_who_is_welcome_in_words_is_who_is_let_in(welcome: dict[str, Any]):
+    config = site(welcome=welcome)
+    accepted = [
+        not decide(plan(template=template), config, Submitter(name, org)).refused
+        for name in (WHO.name, "x")
+        for org in (WHO.org, "x")
+        for template in ("other", "x")
+    ]
+    assert config.welcome.nobody <= (not any(accepted))
+    assert ("nobody" in str(config.welcome)) == config.welcome.nobody
+    if all(accepted):
+        assert str(config.welcome) == "anyone"
+
+
 def test_a_submitter_nobody_vouches_for_is_refused_where_the_site_names_its_own():
-    assert "submitter 'unknown'" in refusal(plan(), site(welcome={"submitters": ["lead@clinic.org"]}), Submitter())
+    assert codes(plan(), site(welcome={"submitters": ["lead@clinic.org"]}), Submitter()) == ["not_welcome"]
 
 
-def test_the_floor_of_examples_is_told_and_the_count_is_not():
-    config = site(privacy={"min_examples": 100})
-    check_examples(100, config)
-    with pytest.raises(PolicyError, match="no fewer than 100 examples") as refused:
-        check_examples(37, config)
-    assert "37" not in str(refused.value)
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        ({"peft": {"method": "lora", "rank": 9}}, {"max_rank": 8}),
+        ({"peft": {"method": "prefix_tuning", "num_virtual_tokens": 9}}, {"max_virtual_tokens": 8}),
+        ({"peft": {"method": "prompt_tuning", "num_virtual_tokens": 9}}, {"max_virtual_tokens": 8}),
+        ({"labels": ["a", "b", "c"]}, {"max_labels": 2}),
+        ({"max_length": 9}, {"max_length": 8}),
+        ({"training": {"batch_size": 9}}, {"max_batch_size": 8, "max_rows_per_step": 100}),
+        ({"training": {"batch_size": 3, "gradient_accumulation_steps": 3}}, {"max_rows_per_step": 8}),
+        ({"training": {"local_steps": 9}}, {"max_steps_per_round": 8}),
+    ],
+)
+def test_each_limit_refuses_what_is_above_it_and_takes_what_is_not(asked: Any, limits: Any):
+    most = {name: value + 1 for name, value in limits.items()}
+    assert codes(plan(**asked), site(limits=limits)) == ["above_limit"]
+    assert codes(plan(**asked), site(limits=most)) == []
+
+
+def test_measuring_in_smaller_batches_gives_the_same_so_a_site_may_always_do_so():
+    decision = fit(plan(evaluation={"batch_size": 60}), site(limits={"max_batch_size": 9}))
+    assert (str(decision), decision.plan.evaluation.batch_size) == ("accepted", 9)
+
+
+def test_every_number_that_a_plan_asks_for_has_a_limit_or_costs_nothing():
+    groups = {"": RoundPlan, "training.": TrainingSettings, "evaluation.": EvaluationSettings}
+    groups |= {f"peft.{name}": peft_methods.registry[name] for name in peft_methods.registry}
+    numbers = {
+        f"{where.split('.')[0]}.{name}".lstrip(".")
+        for where, group in groups.items()
+        for name, field in group.model_fields.items()
+        if int in (field.annotation, *get_args(field.annotation))
+    }
+    limited = {part for bound in BOUNDS for part in re.findall(r"[a-z._]+", bound.setting)}
+    limited |= {"training.gradient_accumulation_steps"}  # its bound is on a product
+    assert numbers - limited == {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
+
+
+def test_processes_count_for_the_rows_of_a_step_and_have_a_limit_of_their_own():
+    asked, config = plan(training={"batch_size": 4}), site(limits={"max_rows_per_step": 8, "max_processes": 2})
+    assert codes(asked, config, processes=2) == []
+    assert codes(asked, config, processes=3) == ["above_limit", "above_limit"]
+
+
+@given(
+    rank=st.integers(1, 64),
+    batch=st.integers(1, 64),
+    accumulation=st.integers(1, 8),
+    steps=st.integers(0, 64),
+    limits=st.fixed_dictionaries(
+        {
+            name: st.integers(1, 64)
+            for name in ("max_rank", "max_batch_size", "max_steps_per_round", "max_rows_per_step")
+        }
+    ),
+    negotiable=st.lists(st.sampled_from(["rank", "batch_size", "local_steps"]), unique=True),
+)
+def test_what_fits_once_fits_as_it_is(
+    rank: int, batch: int, accumulation: int, steps: int, limits: dict[str, int], negotiable: list[str]
+):
+    training = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "local_steps": steps}
+    asked = plan(peft={"method": "lora", "rank": rank}, training=training, negotiable=negotiable)
+    once = fit(asked, site(limits=limits))
+    again = fit(once.plan, site(limits=limits))
+    assert again.plan == once.plan
+    assert again.lowered == ()
+    assert [reason.message for reason in again.refused] == [reason.message for reason in once.refused]
+
+
+def test_a_task_that_only_measures_is_held_to_what_measuring_takes():
+    idle = plan(training={"batch_size": 1, "local_steps": 1, "gradient_accumulation_steps": 8})
+    tight = site(limits={"max_rows_per_step": 2, "max_batch_size": 16})
+    assert codes(idle, tight) == ["above_limit", "few_rows"]
+    assert codes(idle, tight, trains=False) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "privacy", "refused"),
+    [
+        ({"training": {"batch_size": 1, "local_steps": 9}}, {}, ["few_rows"]),
+        ({"training": {"batch_size": 1, "local_steps": 10}}, {}, []),
+        ({"training": {"batch_size": 1, "local_steps": 1, "gradient_accumulation_steps": 9}}, {}, ["few_rows"]),
+        ({"training": {"batch_size": 1, "local_steps": 1}}, {"min_update_rows": 1}, []),
+        ({"training": {"batch_size": 1, "local_steps": 0}}, {}, []),  # of epochs, the worker tells
+        ({"evaluation": {"max_examples": 9}}, {}, ["few_rows"]),
+        ({"evaluation": {"max_examples": 10}}, {}, []),
+        ({"evaluation": {"max_examples": 0}}, {"min_metric_rows": 99}, []),
+        ({"counts": ["examples"]}, {}, ["kept_here"]),
+        ({"counts": ["examples"]}, {"counts": "examples"}, []),
+        ({"counts": ["examples", "steps"]}, {"counts": "examples"}, ["kept_here"]),
+        ({"label_statistics": "skew"}, {}, ["kept_here"]),
+        ({"label_statistics": "skew"}, {"label_statistics": "skew"}, []),
+    ],
+)
+def test_few_rows_and_what_is_kept_at_home_are_refused_by_the_plan_alone(asked: Any, privacy: Any, refused: list[str]):
+    assert codes(plan(**asked), site(privacy=privacy)) == refused
 
 
 @pytest.mark.parametrize("protection", ["clip", "noise", "encryption"])
 def test_a_site_that_requires_a_protection_refuses_while_no_job_can_give_it(protection: str):
-    message = refusal(plan(), site(privacy={"required_protection": protection}))
-    assert f"this site lets no update leave without {protection}" in message
+    config = site(privacy={"required_protection": protection})
+    assert f"this site lets no update leave without {protection}" in refusal(plan(), config)
+    assert codes(plan(), config) == ["unprotected"]
     with pytest.raises(ConfigError, match="required_protection"):
         site(privacy={"required_protection": "good will"})
 
@@ -174,16 +308,6 @@ def test_a_worker_asks_for_the_required_protection_too(tmp_path: Path):
     for work in (worker.train, worker.validate):
         with pytest.raises(PolicyError, match="no update leave without noise"):
             work(RoundTask(tiny.plan()))
-
-
-def test_no_label_statistics_leave_unless_the_site_names_them():
-    check_label_statistics([], site())
-    with pytest.raises(PolicyError, match="tells no histogram and no skew of its labels"):
-        check_label_statistics(["skew", "histogram"], site())
-    some = site(privacy={"label_statistics": "skew"})
-    check_label_statistics(["skew"], some)
-    with pytest.raises(PolicyError, match="tells no histogram of its labels"):
-        check_label_statistics(["skew", "histogram"], some)
 
 
 def test_a_link_out_of_the_data_folder_is_refused_and_its_target_stays_local(tmp_path: Path):
@@ -224,24 +348,8 @@ def test_paths_are_taken_from_the_data_folder_or_from_the_site_file(tmp_path: Pa
     assert config.data["elsewhere"].train == "/data/a.jsonl"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("data: {a/b: {train: x}}", "data.a/b"),
-        ("limits: {max_rnak: 4}", 'did you mean "max_rank"'),
-        ("models: {base: {trust_remote_code: true}}", "unknown setting 'models.base.trust_remote_code'"),
-        ("[1, 2]", "holds a list"),
-        ("models: [", "cannot be read"),
-    ],
-)
-def test_a_site_file_nobody_can_read_is_refused(tmp_path: Path, text: str, said: str):
-    (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(ConfigError, match=said.replace("(", r"\(").replace("[", r"\[")):
-        load_site(tmp_path / FILE_NAME)
-
-
 def test_remote_code_cannot_even_be_asked_for():
-    with pytest.raises(ConfigError, match="unknown setting 'trust_remote_code'"):
+    with pytest.raises(ConfigError, match=r"unknown setting; .*trust_remote_code"):
         plan(trust_remote_code=True)
 
 
@@ -262,30 +370,20 @@ def test_a_worker_trains_with_what_its_site_gives_and_says_so(tmp_path: Path):
     worker = hired(tmp_path, limits=limits)
     asked = tiny.plan(negotiable=["rank", "batch_size", "local_steps"])
     update = worker.train(RoundTask(asked))
-    assert update.report.lowered == ("rank 4 → 2", "batch_size 4 → 2", "local_steps 3 → 2")
+    assert update.report.lowered == ("rank to 2", "batch_size to 2", "local_steps to 2")
     assert (update.report.rank, update.report.steps) == (2, 2)
-    with pytest.raises(PolicyError, match="rank 4 is more than the 2"):
+    with pytest.raises(PolicyError, match="rank is more than the 2"):
         worker.train(RoundTask(tiny.plan()))
 
 
 def test_a_worker_stops_when_its_time_is_up_or_its_data_are_too_few(tmp_path: Path):
     slow = hired(tmp_path, limits={"max_seconds_per_round": 1e-9})
-    with pytest.raises(PolicyError, match="longer than the 1e-09 s a round this site gives"):
-        slow.train(RoundTask(tiny.plan()))
+    for work in (slow.train, slow.validate):
+        with pytest.raises(PolicyError, match="longer than the 1e-09 s this site gives") as refused:
+            work(RoundTask(tiny.plan()))
+        assert refused.value.code == "too_slow"
     small = hired(tmp_path, privacy={"min_examples": 1000})
     for work in (small.train, small.validate):
-        with pytest.raises(PolicyError, match="no fewer than 1000 examples"):
+        with pytest.raises(PolicyError, match="no fewer than 1000 different examples") as refused:
             work(RoundTask(tiny.plan()))
-
-
-def test_a_wrong_value_in_the_site_file_is_named_in_the_site_s_log_only(tmp_path: Path):
-    (tmp_path / FILE_NAME).write_text("models: {base: {pth: /srv/secret/model}}\n")
-    with pytest.raises(ConfigError) as wrong:
-        load_site(tmp_path / FILE_NAME)
-    assert "models.base.pth" in str(wrong.value)
-    assert "pth" not in wrong.value.message
-    (tmp_path / FILE_NAME).write_text("limits: {max_rank: /srv/secret/model}\n")
-    with pytest.raises(ConfigError) as wrong:
-        load_site(tmp_path / FILE_NAME)
-    assert "secret" in str(wrong.value)
-    assert "secret" not in wrong.value.message
+        assert refused.value.code == "few_rows"

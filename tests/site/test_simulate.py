@@ -291,7 +291,7 @@ def test_a_class_a_site_never_saw_drifts_less_under_a_restricted_softmax(bert: P
 def test_calibration_is_a_margin_by_how_rare_a_class_is(bert: Path, tmp_path: Path) -> None:
     worker = one_sided(tmp_path, bert)
     plan = quick(task="sequence_classification", training={"logit_calibration": 2.0})
-    job = worker._job(RoundTask(plan))
+    job = worker._job(RoundTask(plan), trains=True)
     shift = class_shift(job.base, job.data.train, plan)
     assert shift is not None
     expected = torch.tensor([2.0 * 20**-0.25, 2.0 * 10**-0.25, 2.0])
@@ -302,7 +302,7 @@ def test_calibration_is_a_margin_by_how_rare_a_class_is(bert: Path, tmp_path: Pa
 def test_adjusted_logits_leave_out_what_a_sites_own_frequencies_explain(bert: Path, tmp_path: Path) -> None:
     worker = one_sided(tmp_path, bert)
     plan = quick(task="sequence_classification", training={"logit_adjustment": 2.0})
-    job = worker._job(RoundTask(plan))
+    job = worker._job(RoundTask(plan), trains=True)
     shift = class_shift(job.base, job.data.train, plan)
     assert shift is not None
     frequencies = torch.tensor([20.5, 10.5, 0.5]) / 31.5
@@ -316,8 +316,9 @@ def test_how_labels_are_spread_leaves_a_site_only_where_both_sides_say_so(bert: 
     expected = float((torch.tensor([20, 10, 0]) / 30 - 1 / 3).norm())
     assert willing.train(RoundTask(asks)).report.label_skew == pytest.approx(expected)
     assert willing.train(RoundTask(settle(plan, Aggregation()))).report.label_skew is None
-    with pytest.raises(PolicyError, match="tells no skew of its labels"):
+    with pytest.raises(PolicyError, match="does not tell skew") as refused:
         one_sided(tmp_path, bert).train(RoundTask(asks))
+    assert refused.value.code == "kept_here"
 
 
 def test_one_federation_of_three_precisions_and_ranks_gives_one_adapter(llama: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_the_report_counts_what_was_trained_on(llama: Path, tmp_path: Path) -> N
     worker = tiny.worker(tmp_path, llama, "causal_lm")
     plan = tiny.plan(training={"local_steps": 0, "local_epochs": 1, "batch_size": 4})
     report = worker.train(RoundTask(plan)).report
-    rows = worker._job(RoundTask(plan)).data.train
+    rows = worker._job(RoundTask(plan), trains=True).data.train
     assert report.examples == len(rows) == 24
     assert report.steps == 6
     assert report.tokens == sum(len(row["input_ids"]) for row in rows)
@@ -194,8 +194,11 @@ def test_the_pull_is_mu_times_the_distance_from_the_start(llama: Path, tmp_path:
 
 
 def test_training_that_diverges_names_the_remedy(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="lower learning_rate"):
-        train(tmp_path, llama, local_steps=30, learning_rate=1e30, optim="sgd", max_grad_norm=1e30)
+    training = {"local_steps": 30, "batch_size": 4, "learning_rate": 10, "optim": "sgd", "max_grad_norm": 1e9}
+    plan = tiny.plan(peft={"method": "lora", "rank": 4, "lora_alpha": 1e6}, training=training)
+    with pytest.raises(TrainingError, match="lower learning_rate") as told:
+        tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))
+    assert told.value.code == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -203,10 +206,13 @@ def test_training_that_diverges_names_the_remedy(llama: Path, tmp_path: Path) ->
 )
 def test_running_out_of_memory_names_the_remedies(error: Exception) -> None:
     with (
-        pytest.raises(TrainingError, match=r"batch_size 4 and max_length 48.*gradient_checkpointing"),
+        pytest.raises(TrainingError, match=r"gradient_checkpointing.*memory_gib") as told,
         memory_explained(tiny.plan()),
     ):
         raise error
+    assert told.value.code == "out_of_memory"
+    assert "batch_size 4, max_length 48" in told.value.local
+    assert "48" not in told.value.message
     with pytest.raises(RuntimeError, match="another"), memory_explained(tiny.plan()):
         raise RuntimeError("another")
 
@@ -215,8 +221,10 @@ def test_epochs_beyond_the_sites_limit_are_refused(llama: Path, tmp_path: Path) 
     file = tiny.jsonl(tmp_path / "a.jsonl", tiny.rows("causal_lm"))
     worker = Worker("site-1", tiny.site(llama, file, limits={"max_steps_per_round": 5}))
     plan = tiny.plan(training={"local_steps": 0, "local_epochs": 3, "batch_size": 4})
-    with pytest.raises(PolicyError, match="3 epochs are 17 steps, more than the 5"):
+    with pytest.raises(PolicyError, match="local_epochs are more steps of this site's rows than the 5") as refused:
         worker.train(RoundTask(plan))
+    assert refused.value.code == "above_limit"
+    assert "17" not in str(refused.value)
 
 
 def test_sites_in_threads_take_turns_on_one_base(llama: Path, tmp_path: Path) -> None:

@@ -20,6 +20,12 @@ from nvflare_fm.site.site_config import SiteConfig
 from nvflare_fm.site.worker import Worker
 
 LABELS = ("calm", "ill", "well")
+OPEN = {
+    "min_examples": 1,
+    "min_update_rows": 1,
+    "min_metric_rows": 1,
+    "counts": ["examples", "tokens", "steps", "bad_rows"],
+}
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -74,8 +80,9 @@ def jsonl(file: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def site(model: Path, train: Path, **more: Any) -> SiteConfig:
+    """A site with few rows that tells all it counts, unless `privacy` says otherwise."""
     values = {"models": {"base": {"path": str(model)}}, "data": {"notes": {"train": str(train)}}} | more
-    return SiteConfig.read(values, "test")
+    return SiteConfig.read(values | {"privacy": OPEN | more.get("privacy", {})}, "test")
 
 
 def worker(folder: Path, model: Path, task: str, name: str = "site-1", shift: int = 0, **more: Any) -> Worker:

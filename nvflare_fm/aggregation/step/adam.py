@@ -15,10 +15,10 @@ def adam(
     cohort: Cohort,
     weights: Sequence[float],
     *,
-    learning_rate: Annotated[float, Field(gt=0, description="η")] = 1e-2,
+    learning_rate: Annotated[float, Field(gt=0, le=100, description="η")] = 1e-2,
     beta1: Annotated[float, Field(ge=0, lt=1, description="what is kept of past changes")] = 0.9,
     beta2: Annotated[float, Field(ge=0, lt=1, description="what is kept of their squares")] = 0.99,
-    tau: Annotated[float, Field(gt=0, description="below it a change counts as small")] = 1e-3,
+    tau: Annotated[float, Field(gt=0, le=1e6, description="below it a change counts as small")] = 1e-3,
 ) -> Step:
     """m ← β₁m + (1−β₁)d;  v ← β₂v + (1−β₂)d²;  x + η·m/(√v + τ), with v = τ² before the first round."""
     return adaptive(lambda v, squared: beta2 * v + (1 - beta2) * squared, learning_rate, beta1, tau)

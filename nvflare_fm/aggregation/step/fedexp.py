@@ -15,8 +15,10 @@ def fedexp(
     cohort: Cohort,
     weights: Sequence[float],
     *,
-    epsilon: Annotated[float, Field(ge=0, description="keeps the step short where the mean change is tiny")] = 1e-3,
-    most: Annotated[float, Field(ge=1, description="no longer than this")] = 1.5,
+    epsilon: Annotated[
+        float, Field(ge=0, le=1e6, description="keeps the step short where the mean change is tiny")
+    ] = 1e-3,
+    most: Annotated[float, Field(ge=1, le=100, description="no longer than this")] = 1.5,
 ) -> Step:
     """x + η·d with η = max(1, Σ wₖ‖Dₖ‖² / (2(‖Σ wₖDₖ‖² + ε))), at most `most`; ε relative to Σ wₖ‖Dₖ‖²."""
     share = torch.tensor(list(weights), dtype=torch.float64)

@@ -14,7 +14,7 @@ def momentum(
     cohort: Cohort,
     weights: Sequence[float],
     *,
-    learning_rate: Annotated[float, Field(gt=0, description="η")] = 1.0,
+    learning_rate: Annotated[float, Field(gt=0, le=100, description="η")] = 1.0,
     beta: Annotated[float, Field(ge=0, lt=1, description="what is kept of the past")] = 0.5,
 ) -> Step:
     """m ← β·m + d;  x + η·m."""

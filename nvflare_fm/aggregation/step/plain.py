@@ -11,7 +11,10 @@ from . import Step, registry
 
 @registry.register("plain")
 def plain(
-    cohort: Cohort, weights: Sequence[float], *, learning_rate: Annotated[float, Field(gt=0, description="η")] = 1.0
+    cohort: Cohort,
+    weights: Sequence[float],
+    *,
+    learning_rate: Annotated[float, Field(gt=0, le=100, description="η")] = 1.0,
 ) -> Step:
     """x + η·d."""
     return Step(gain=lambda _: learning_rate)

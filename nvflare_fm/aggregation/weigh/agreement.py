@@ -13,7 +13,7 @@ from . import registry
 def agreement(
     cohort: Cohort,
     *,
-    power: Annotated[float, Field(ge=0, description="0: every site the same; larger: stricter")] = 1.0,
+    power: Annotated[float, Field(ge=0, le=100, description="0: every site the same; larger: stricter")] = 1.0,
 ) -> list[float]:
     """((1 + cosₖ) / 2)^power, with cosₖ the cosine of site k's change of ΔW to the sum of the others' unit changes:
     its own share in a consensus says nothing about agreement. 1 for a site that is alone or changed nothing.

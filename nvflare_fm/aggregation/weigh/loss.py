@@ -14,7 +14,7 @@ from . import registry
 def loss(
     cohort: Cohort,
     *,
-    q: Annotated[float, Field(ge=0, description="0: every site the same; larger: fairer")] = 1.0,
+    q: Annotated[float, Field(ge=0, le=100, description="0: every site the same; larger: fairer")] = 1.0,
 ) -> list[float]:
     """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data.
 
@@ -25,6 +25,10 @@ def loss(
     for update in cohort.updates:
         value = update.report.before.get("loss", math.nan)
         if not math.isfinite(value):
-            raise ConfigError(f"{update.site} reports no loss of the adapter it received; set evaluation.before")
+            raise ConfigError(
+                f"{update.site} reports no loss of the adapter it received; set evaluation.before, or weigh without: "
+                "a site with few validation rows tells none",
+                code="no_loss",
+            )
         factors.append(max(value, 0.0) ** q)
     return factors

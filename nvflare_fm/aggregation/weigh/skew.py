@@ -7,26 +7,27 @@ from pydantic import Field
 from ...errors import ConfigError
 from ..cohort import Cohort
 from . import registry
+from .examples import counted
 
 
 @registry.register("skew")
 def skew(
     cohort: Cohort,
     *,
-    a: Annotated[float, Field(ge=0, description="how much the distance counts")] = 0.5,
-    b: Annotated[float, Field(ge=0, description="what every site is given back")] = 0.1,
+    a: Annotated[float, Field(ge=0, le=1000, description="how much the distance counts")] = 0.5,
+    b: Annotated[float, Field(ge=0, le=1000, description="what every site is given back")] = 0.1,
 ) -> list[float]:
     """ReLU(pₖ − a·dₖ + b) / pₖ, with pₖ site k's share of all examples and dₖ the ℓ₂ distance of its label
     distribution to the uniform one: the only thing about its labels that leaves the site.
 
     Raises:
-        ConfigError: a site did not say its distance.
+        ConfigError: a site did not say its distance, or how many examples it has.
     """
-    total = sum(u.report.examples for u in cohort.updates)
+    counts = counted(cohort)
     factors = []
-    for update in cohort.updates:
+    for update, count in zip(cohort.updates, counts, strict=True):
         if update.report.label_skew is None:
             raise ConfigError(f"{update.site} did not say how its labels are spread; weigh by examples alone")
-        share = update.report.examples / total
+        share = count / sum(counts)
         factors.append(max(share - a * update.report.label_skew + b, 0.0) / share if share else 0.0)
     return factors

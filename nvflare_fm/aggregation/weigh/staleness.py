@@ -12,7 +12,7 @@ from . import registry
 def staleness(
     cohort: Cohort,
     *,
-    a: Annotated[float, Field(ge=0, description="0: late changes count in full")] = 0.5,
+    a: Annotated[float, Field(ge=0, le=100, description="0: late changes count in full")] = 0.5,
 ) -> list[float]:
     """(1 + τₖ)^−a, with τₖ the rounds since the adapter that site k trained from was sent."""
     return [float((1 + u.staleness) ** -a) for u in cohort.updates]

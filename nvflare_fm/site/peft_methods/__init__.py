@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 class PeftMethod(Settings):
     """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
 
-    Subclasses set `factored` where the method sends B @ A pairs.
+    Subclasses set `factored` where the method sends B @ A pairs, `is_prompt` where it learns what stands before a text.
     """
 
     factored: ClassVar[bool] = False
+    is_prompt: ClassVar[bool] = False
     checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
 
     @property

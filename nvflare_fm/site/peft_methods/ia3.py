@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ...config import Names
+from ...config import Modules
 from . import PeftMethod, registry
 
 if TYPE_CHECKING:
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 class IA3(PeftMethod):
     """All factors start at one, so every site starts at the base model."""
 
-    target_modules: Names = Field((), description="ends of module names; empty: PEFT's choice for the architecture")
-    feedforward_modules: Names = Field((), description="those of target_modules whose input is scaled")
-    modules_to_save: Names = ()
+    target_modules: Modules = Field((), description="ends of module names; empty: PEFT's choice for the architecture")
+    feedforward_modules: Modules = Field((), description="those of target_modules whose input is scaled")
+    modules_to_save: Modules = Field(
+        (), description="modules trained whole, of those a site lists as limits.trainable_modules"
+    )
 
     @property
     def trained_whole(self) -> tuple[str, ...]:

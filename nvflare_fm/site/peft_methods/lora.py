@@ -5,6 +5,7 @@ adapter, so that every site starts a round at exactly the global adapter, whatev
 """
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from ...adapter import Adapter, LoraPair, from_tensors
 from ...aggregation.merge.zero_pad import pad
-from ...config import Names, RoundPlan
+from ...config import WIDEST, Modules, RoundPlan
 from ...errors import ConfigError, WireError
 from ...lora import fresh_rows, head, refill, stack, tail, zero
 from ..own_adapter import joined
@@ -30,13 +31,17 @@ class Lora(PeftMethod):
 
     factored = True
 
-    rank: int = Field(8, ge=1)
-    lora_alpha: float = Field(16.0, gt=0, description="the scale is lora_alpha / rank, or / √rank with use_rslora")
+    rank: int = Field(8, ge=1, le=WIDEST)
+    lora_alpha: float = Field(
+        16.0, gt=0, le=1e6, description="the scale is lora_alpha / rank, or / √rank with use_rslora"
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
-    target_modules: Literal["all-linear"] | Names = Field("all-linear", description="ends of module names")
-    modules_to_save: Names = Field((), description="modules trained whole, such as an embedding")
+    target_modules: Literal["all-linear"] | Modules = Field("all-linear", description="ends of module names")
+    modules_to_save: Modules = Field(
+        (), description="modules trained whole, of those a site lists as limits.trainable_modules"
+    )
 
     @property
     def scale(self) -> float:
@@ -99,10 +104,11 @@ class Lora(PeftMethod):
     def _add_rest(self, model: "PeftModel", pairs: Mapping[str, LoraPair], rank: int) -> None:
         from peft import LoraConfig, PeftModel
 
-        from ..attach import LOCAL, REST, put
+        from ..attach import LOCAL, PREFIX, REST, put
 
-        targets = model.peft_config[LOCAL].target_modules
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1, heads stay with "local"
+        # The very layers of the pairs: what PEFT resolved for "local" may name heads, which are trained whole there.
+        targets = "|".join(re.escape(layer.removeprefix(PREFIX)) for layer in pairs)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)  # scale 1
         PeftModel.add_adapter(model, REST, config)
         frozen = {n: pad(p, rank).rescaled(1.0) for n, p in pairs.items()}
         put(model, Adapter(frozen).tensors(), REST)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...config import WIDEST
 from . import PeftMethod, registry
 
 if TYPE_CHECKING:
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 class PrefixTuning(PeftMethod):
     """The prefix itself is trained, not a projection that makes it: what PEFT saves of a projection cannot go on."""
 
+    is_prompt = True
     checkpointing = False  # a second pass would find the keys of the first beside the prefix
 
-    num_virtual_tokens: int = Field(20, ge=1)
+    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
 
     def config(self, base: "BaseModel") -> "PeftConfig":
         from peft import PrefixTuningConfig

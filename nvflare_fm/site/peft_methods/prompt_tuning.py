@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ...config import WIDEST
 from . import PeftMethod, registry
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 @registry.register("prompt_tuning")
 class PromptTuning(PeftMethod):
-    num_virtual_tokens: int = Field(20, ge=1)
+    is_prompt = True
+
+    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
 
     def config(self, base: "BaseModel") -> "PeftConfig":
         from peft import PromptTuningConfig

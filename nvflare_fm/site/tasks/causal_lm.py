@@ -1,7 +1,8 @@
 """Next-token prediction: chat `messages`, `prompt` and `completion`, or plain `text`; only the answer is learned.
 
 Which tokens are learned is decided by characters: a token counts if it covers any character of an answer. Tokenizing
-the whole text at once gives the ids that inference will see, also where a token straddles the start of the answer.
+the whole text at once gives the ids that inference will see, also where a token straddles the start of the answer. An
+answer that ends the text is followed by the tokenizer's end token, which is learned, so that generation stops there.
 """
 
 import math
@@ -17,6 +18,7 @@ from ...config import RoundPlan
 from . import IGNORED, BadRow, Columns, Task, registry, text_of
 
 Span = tuple[int, int]  # characters, end excluded
+_TURNS = 200  # the template is rendered once and again for each, so time grows with their square
 
 
 class CausalLM(Task):
@@ -30,14 +32,12 @@ class CausalLM(Task):
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
         text, answers, templated = _text_and_answers(row, tokenizer)
-        # A chat template writes its own special tokens; elsewhere the tokenizer adds its own and we end the text.
+        # A chat template writes its own special tokens; elsewhere the tokenizer adds its own.
         encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
-        ids, spans = list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
-        if not templated and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-            ids, spans = [*ids, tokenizer.eos_token_id], [*spans, (len(text), len(text))]
+        ids, spans = _ended(encoded["input_ids"], encoded["offset_mapping"], text, tokenizer.eos_token_id)
         ids, spans = ids[: plan.max_length], spans[: plan.max_length]
-        learned = [i > 0 and _answers(spans[i], answers, len(text)) for i in range(len(ids))]
-        if not any(learned):
+        learned = [i > 0 and _answers(span, answers) for i, span in enumerate(spans)]
+        if not any(is_learned and start < stop for is_learned, (start, stop) in zip(learned, spans, strict=True)):
             raise BadRow(f"no part of an answer lies within max_length = {plan.max_length} tokens")
         labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
         covered = [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
@@ -64,11 +64,25 @@ class CausalLM(Task):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **per_byte}
 
 
-def _answers(span: Span, answers: Sequence[Span], end: int) -> bool:
-    """Whether a token covers part of an answer. An empty span is a special token: learned only at the very end."""
+def _ended(ids: Sequence[int], spans: Sequence[Span], text: str, end_token: int | None) -> tuple[list[int], list[Span]]:
+    """The tokens of `text` with an end token behind it, where the text, its template or the tokenizer put none there.
+
+    What the tokenizer adds has no characters; what it adds behind the text stands at the text's end.
+    """
+    ids, spans, end = list(ids), [(start, stop) for start, stop in spans], (len(text), len(text))
+    behind = next((i for i in range(len(spans), 0, -1) if spans[i - 1][0] < spans[i - 1][1]), 0)
+    spans[behind:] = [end] * (len(spans) - behind)
+    ends = any(token == end_token and not text[stop:].strip() for token, (_, stop) in zip(ids, spans, strict=True))
+    return (ids, spans) if ends or end_token is None else ([*ids, end_token], [*spans, end])
+
+
+def _answers(span: Span, answers: Sequence[Span]) -> bool:
+    """Whether a token covers part of an answer. One without characters stands for what lies before it: a blank that the
+    tokenizer trims off, or the end of the text.
+    """
     start, stop = span
     if start == stop:
-        return start == end and stop > 0 and any(answer_end == end for _, answer_end in answers)
+        return any(answer_start < stop <= answer_end for answer_start, answer_end in answers)
     return any(start < answer_end and stop > answer_start for answer_start, answer_end in answers)
 
 
@@ -117,6 +131,8 @@ def _turn(messages: Sequence[Any], i: int, whole: str, tokenizer: PreTrainedToke
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise BadRow("'messages' is not a list of {role, content}")
+    if len(messages) > _TURNS:
+        raise BadRow(f"the conversation has more than {_TURNS} messages")
     if not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
         raise BadRow("a message lacks a 'role' or a 'content' text")
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):

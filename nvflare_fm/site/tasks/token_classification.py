@@ -1,9 +1,13 @@
 """One label for each word: columns `tokens` (words) and `labels` (as many; the plan's labels, or their places there).
 
-A word's label stands at its first sub-token; the others are not learned, so a word counts once however it is split.
+The words are joined by blanks and tokenized as the running text they are then, so a model learns the tokens that it
+will meet. A word's label stands at its first token; the others are not learned, so a word counts once however it is
+split. Named entities are scored as CoNLL does, by seqeval: one counts if its kind and both its ends are right.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,8 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Task, classification_metrics, registry
+from . import IGNORED, BadRow, Columns, Task, registry
 from .sequence_classification import label_index
+
+Span = tuple[int, int]  # characters, end excluded
+OUTSIDE = "O"
+_PLACES = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}  # BIO, BIOES, BILOU, BMEW
+_IN_SCHEME = re.compile(r"([BIMELSUW])(?:[-_](.+))?")
 
 
 class TokenClassification(Task):
@@ -27,10 +36,9 @@ class TokenClassification(Task):
         if not isinstance(labels, list) or len(labels) != len(words):
             raise BadRow("'labels' is not a list with one label for each of 'tokens'")
         places = [label_index(label, plan.labels) for label in labels]
-        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=plan.max_length)
-        of_word = encoded.word_ids()
-        first = [w is not None and (i == 0 or of_word[i - 1] != w) for i, w in enumerate(of_word)]
-        learned = [places[w] if is_first else IGNORED for w, is_first in zip(of_word, first, strict=True)]
+        encoded = tokenizer(" ".join(words), truncation=True, max_length=plan.max_length, return_offsets_mapping=True)
+        began = first_tokens(words, encoded["offset_mapping"])
+        learned = [IGNORED if word is None else places[word] for word in began]
         if all(label == IGNORED for label in learned):
             raise BadRow("no word is left after tokenizing")
         return {"input_ids": encoded["input_ids"], "labels": learned}
@@ -39,10 +47,61 @@ class TokenClassification(Task):
         labels = [label for row in rows["labels"][:] for label in row if label != IGNORED]
         return torch.bincount(torch.tensor(labels), minlength=len(plan.labels)).double()
 
+    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
+        words = (self.targets(batch["labels"]) != IGNORED).sum(-1)
+        return {**super().score(logits, batch), "words": words}
+
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
-        """Over words. Macro-F1 leaves out the label "O", which most words bear: a model that says only O scores 0."""
-        named = [i for i, label in enumerate(plan.labels) if label != "O"]
-        return classification_metrics(columns, named)
+        """Loss and accuracy over words; precision, recall and F1 over entities, where there are any to be found."""
+        truth, answer = (_texts(columns[name], columns["words"], plan.labels) for name in ("label", "answer"))
+        return {
+            "loss": float(columns["nats"].double().mean()),
+            "accuracy": float((columns["label"] == columns["answer"]).double().mean()),
+            **_entity_metrics(truth, answer),
+        }
+
+
+def first_tokens(words: Sequence[str], spans: Sequence[Span]) -> list[int | None]:
+    """The word that begins with each token of `" ".join(words)`, if one does. Tokens are told by their characters.
+
+    A token that covers several words is the first one's; a word without a token of its own is not there.
+    """
+    stops = list(accumulate(words, lambda stop, word: stop + 1 + len(word), initial=-1))[1:]
+    starts = [stop - len(word) for stop, word in zip(stops, words, strict=True)]
+    began: list[int | None] = []
+    word = 0
+    for start, stop in spans:
+        while word < len(words) and (stops[word] <= start or not words[word].strip()):
+            word += 1
+        is_first = word < len(words) and start < stop and starts[word] < min(stop, stops[word])
+        began.append(word if is_first else None)
+        word += is_first
+    return began
+
+
+def entity_tags(labels: Sequence[str]) -> list[str]:
+    """A plan's labels as seqeval reads them. Where they follow no scheme of places, a run of one label is an entity."""
+    kinds = [_IN_SCHEME.fullmatch(label) for label in labels if label != OUTSIDE]
+    if all(kinds) and any(kind and kind[1] in "BI" for kind in kinds):
+        found = [_IN_SCHEME.fullmatch(label) for label in labels]
+        return [f"{_PLACES[kind[1]]}-{kind[2] or 'entity'}" if kind else OUTSIDE for kind in found]
+    return [OUTSIDE if label == OUTSIDE else f"I-{label}" for label in labels]
+
+
+def _texts(places: Tensor, words: Tensor, labels: Sequence[str]) -> list[list[str]]:
+    """The tags of each text, of the labels of all texts' words in one row."""
+    tags = entity_tags(labels)
+    return [[tags[place] for place in text] for text in map(Tensor.tolist, places.split(words.tolist()))]
+
+
+def _entity_metrics(truth: list[list[str]], answer: list[list[str]]) -> dict[str, float]:
+    """Micro-averages; nothing where no text has an entity: there is nothing to be found."""
+    from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
+
+    if all(tag == OUTSIDE for text in truth for tag in text):
+        return {}
+    precision, recall, f1, _ = precision_recall_fscore_support(truth, answer, average="micro", zero_division=0)
+    return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
 
 
 registry.register("token_classification")(TokenClassification())
