@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_explain, cli_job, cli_simulate
+from . import cli_explain, cli_export, cli_job, cli_simulate
 from .cli_terminal import Commands
 from .errors import FmError
 from .text import one_line
@@ -32,6 +32,7 @@ app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
 app.command()(cli_simulate.simulate)
 app.command()(cli_explain.explain)
+app.command()(cli_export.export)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 

@@ -34,12 +34,14 @@ class Round(BaseModel):
     sites: Mapping[str, Mapping[str, Any]] = {}
     metrics: Mapping[str, float] = {}
     energy_lost: Mapping[str, float] = {}
+    how: Mapping[str, Any] = {}  # the job's merge rule, weights and server step
     seconds: float = 0.0
+    ended: str = ""  # date and time, UTC
 
     @property
     def trained(self) -> bool:
         """Whether sites trained in it; otherwise it only measures, or nobody gave a usable answer."""
-        return any("loss" in said for said in self.sites.values())
+        return any("weight" in said for said in self.sites.values())
 
     @property
     def loss(self) -> float | None:

@@ -297,6 +297,7 @@ class FedPEFT(FedAvg):
         result = super()._get_aggregated_result()
         combined = self.aggregator.combined
         self.ledger.close(combined, self.aggregator.updates)
+        self.ledger.how = self.aggregator.how.model_dump(mode="json")
         self._close()
         self._need(len(combined.weights))
         if self.aggregator.task.adapter:
