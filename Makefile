@@ -5,7 +5,7 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all fuzz lint format clean
+.PHONY: demo test test-all faults fuzz lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
@@ -15,6 +15,9 @@ test: lint  ## everything that must hold
 
 test-all: lint  ## and the slow proofs: minutes more
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+
+faults: .venv/installed  ## processes of a running system killed at random moments, FAULTS_SEEDS of each; 15 minutes
+	$(BIN)/python -m pytest -q -m slow tests/deployment/test_kill_matrix.py
 
 fuzz: .venv/installed  ## the fuzz targets, each with FUZZ_EXAMPLES cases (100,000 unless set); hours
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -n 2 --timeout 0 tests/fuzz

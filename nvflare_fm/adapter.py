@@ -5,14 +5,24 @@ Tensor names are PEFT's own saved names, so what travels is what `PeftModel.from
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from math import prod
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
-from .config import RoundPlan
+from .config import Quantization, RoundPlan
 from .errors import WireError
+from .untrusted import Amount, Count, Digest, Metrics, Number, Share, Text, Word
+
+BaseClass = Literal["", "nvflare_fm.site.mean_pooling.MeanPooledForSequenceClassification"]
+
+
+def own_class(library: object, name: object) -> BaseClass:
+    """The class of ours that a module and a name mean; empty for any other, which is never looked for."""
+    return next((ours for ours in get_args(BaseClass) if ours == f"{library}.{name}"), "")
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,26 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
+class Description:
+    """What is known of a tensor without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Described:
+    """What came with the tensors of an adapter: nothing of it needs one of them to be read."""
+
+    tensors: Mapping[str, Description]  # by PEFT name
+    scales: Mapping[str, float]  # by layer
+
+
+@dataclass(frozen=True)
 class Adapter:
     """All that PEFT trains: `{layer: LoraPair}`, and `{name: tensor}` for everything without factors
     (classifier head, IA³ vectors, prompt embeddings, DoRA magnitudes).
@@ -57,6 +87,7 @@ class Adapter:
 
     lora: Mapping[str, LoraPair] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    described: Described | None = field(default=None, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.lora or self.dense)
@@ -70,13 +101,31 @@ class Adapter:
         return flat
 
     def scales(self) -> dict[str, float]:
+        """The scale of each pair, by layer."""
+        if self.described is not None:
+            return {layer: float(self.described.scales[layer]) for layer in self.lora}
         return {layer: self.lora[layer].scale for layer in self.lora}
+
+    def descriptions(self) -> Mapping[str, Description]:
+        """Of each tensor by its PEFT name; where none came with the adapter, from the tensors themselves."""
+        if self.described is not None:
+            return self.described.tensors
+        return {name: Description(tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
+
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.bytes for tensor in self.descriptions().values())
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 
-def from_tensors(tensors: Mapping[str, Tensor], scales: Mapping[str, float], sender: str) -> Adapter:
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    sender: str,
+    described: Mapping[str, Description] | None = None,
+) -> Adapter:
     """The inverse of `Adapter.tensors` and `.scales`; tensors are fetched when the adapter is read.
 
     Raises:
@@ -90,10 +139,13 @@ def from_tensors(tensors: Mapping[str, Tensor], scales: Mapping[str, float], sen
     layers -= alone
     for layer in sorted(layers - set(scales)):
         raise WireError(f"{sender} sent no scale for {layer!r}; update nvflare_fm at that site")
+    for layer in sorted(set(scales) - layers):
+        raise WireError(f"{sender} sent a scale for {layer!r} and no pair", code="scale_without_pair")
     dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
     return Adapter(
         Lazy(layers, lambda n: LoraPair(tensors[n + LORA_A], tensors[n + LORA_B], float(scales[n]))),
         Lazy(dense, tensors.__getitem__),
+        None if described is None else Described(described, scales),
     )
 
 
@@ -101,7 +153,7 @@ class Lazy(Mapping[str, Any]):
     """A mapping in name order whose values are made anew at each access, and not kept."""
 
     def __init__(self, names: Any, load: Any) -> None:
-        self._names, self._load = sorted(names), load
+        self._names, self._load = dict.fromkeys(sorted(names)), load
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
@@ -109,7 +161,7 @@ class Lazy(Mapping[str, Any]):
         return self._load(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in set(self._names)
+        return name in self._names
 
     def __iter__(self) -> Any:
         return iter(self._names)
@@ -120,37 +172,38 @@ class Lazy(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an adapter belongs to. Travels with every adapter, in both directions."""
+    """What an adapter belongs to. Travels with every adapter, in both directions.
 
-    base: str  # fingerprint of the base model's configuration and weights
-    task: str  # registered name of the task
-    peft: str  # registered name of the PEFT method
-    adapter_config: Mapping[str, Any] = field(default_factory=dict)  # PEFT's, resolved at the site, without paths
-    labels: tuple[str, ...] = ()
-    tokenizer: str = ""  # digest of the ids that the base model's tokenizer gives; empty: not known
-    chat_template: str = ""  # digest of its conversations, where the task has any
+    What else PEFT must know of it follows from the plan and the names of the tensors (`peft_config`).
+    """
+
+    base: Word  # fingerprint of the base model's configuration and weights
+    task: Word  # registered name of the task
+    peft: Word  # registered name of the PEFT method
+    base_class: BaseClass = ""  # of the base model, where it is one of ours; empty: transformers' own
+    labels: Annotated[tuple[Annotated[str, Field(strict=True, max_length=1000)], ...], Field(max_length=100_000)] = ()
+    tokenizer: Digest = ""  # of the ids that the base model's tokenizer gives; empty: not known
+    chat_template: Digest = ""  # of its conversations, where the task has any
 
 
 @dataclass(frozen=True)
 class Report:
     """What a site tells about one round of training. Nothing else about its data leaves the site. None: not told."""
 
-    examples: int | None = None  # training examples at the site
-    tokens: int | None = None  # tokens seen in this round, padding not counted
-    steps: int | None = None  # optimizer steps taken
-    loss: float = float("nan")  # mean training loss over the round
-    seconds: float = 0.0  # training alone, without loading or evaluation
-    peak_memory_mib: float = 0.0  # of the training process (GPU memory where there is one)
-    rank: int = 0
-    quantization: str = "fp32"
-    before: Mapping[str, float] = field(default_factory=dict)  # metrics of the adapter received
-    after: Mapping[str, float] = field(default_factory=dict)  # metrics after local training
-    bad_rows: int | None = (
-        None  # rows of the site's files that could not be used; the site's own log says which and why
-    )
-    label_skew: float | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
-    max_weight: float = 1.0  # the largest share of the merge this site wants
-    lowered: tuple[str, ...] = ()  # settings of the plan the site gave less of, such as "rank 16 → 8"
+    examples: Annotated[int, Field(strict=True, ge=1, le=10**9)] | None = None  # training examples at the site
+    tokens: Count | None = None  # tokens seen in this round, padding not counted
+    steps: Count | None = None  # optimizer steps taken
+    loss: Number = float("nan")  # mean training loss over the round
+    seconds: Amount = 0.0  # training alone, without loading or evaluation
+    peak_memory_mib: Amount = 0.0  # of the training process (GPU memory where there is one)
+    rank: Count = 0
+    quantization: Quantization = "fp32"
+    before: Metrics = field(default_factory=dict)  # metrics of the adapter received
+    after: Metrics = field(default_factory=dict)  # metrics after local training
+    bad_rows: Count | None = None  # rows of the site's files that could not be used; its own log says which and why
+    label_skew: Share | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
+    max_weight: Annotated[Share, Field(gt=0)] = 1.0  # the largest share of the merge this site wants
+    lowered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()  # what the site gave less of: "rank 16 → 8"
 
     @property
     def tokens_per_s(self) -> float | None:

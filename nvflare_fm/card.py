@@ -12,7 +12,7 @@ from typing import Any
 from .adapter import Manifest
 from .export import Provenance
 from .rounds import Round
-from .text import one_line
+from .untrusted import one_line
 
 FILE_NAME = "README.md"
 _PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
@@ -78,16 +78,11 @@ class Card:
     @property
     def model_class(self) -> str:
         """The class that loads the base model, with the task's head."""
-        return str(self._own_class.get("base_model_class") or _CLASSES.get(self.manifest.task, "AutoModel"))
+        return self.manifest.base_class.rpartition(".")[2] or _CLASSES.get(self.manifest.task, "AutoModel")
 
     @property
     def library(self) -> str:
-        return str(self._own_class.get("parent_library") or "transformers")
-
-    @property
-    def _own_class(self) -> Mapping[str, Any]:
-        found = self.manifest.adapter_config.get("auto_mapping")
-        return found if isinstance(found, dict) else {}
+        return self.manifest.base_class.rpartition(".")[0] or "transformers"
 
 
 def render(card: Card) -> str:

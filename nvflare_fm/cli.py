@@ -11,7 +11,7 @@ import typer
 from . import cli_explain, cli_export, cli_job, cli_simulate
 from .cli_terminal import Commands
 from .errors import FmError
-from .text import one_line
+from .untrusted import one_line
 
 if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
     from .config import RoundPlan
@@ -31,6 +31,7 @@ app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
 app.command()(cli_simulate.simulate)
+app.command()(cli_job.resume)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 
@@ -46,11 +47,14 @@ def main() -> None:
 def allow(
     kit: Kit = Path("."),
     remove: Annotated[bool, typer.Option("--remove", help="take everything out again")] = False,
+    only_ours: Annotated[
+        bool, typer.Option("--only-ours", help="let jobs build nothing of NVFlare's but what ours need")
+    ] = False,
 ) -> None:
     """Lets jobs use this package with a startup kit that exists already, and gives the site a file to fill in."""
     from .flare import provision
 
-    files = provision.remove(kit) if remove else provision.allow(kit)
+    files = provision.remove(kit) if remove else provision.allow(kit, only_ours)
     for file in files:
         typer.echo(("changed " if remove else "wrote ") + str(file))
     typer.echo("Restart the site for it to take effect." if files else "There was nothing to take out.")
@@ -117,17 +121,23 @@ def _no_kit(kit: Path) -> str:
 
 
 def _kit(kit: Path) -> "list[Finding]":
-    from .flare import allow_list, provision
+    from .flare import allow_list, components, job_check, provision
     from .site.finding import Finding
 
     try:
         _, resources = allow_list.read(kit / "local")
     except FmError as error:
         return [Finding("allow list", False, str(error))]
-    good = allow_list.with_package(resources) == resources
-    streams = provision.streams_logs(resources)
+    faults = allow_list.faults(resources, components.SITE)
+    others = allow_list.others(resources, components.NVFLARE_SITE)
+    listed = ", ".join(name.rpartition(".")[2] for name in components.SITE)
+    besides = f"{len(others)} other classes; site allow --only-ours takes out NVFlare's" if others else "no class"
+    checked, streams = job_check.installed(kit / "local", is_site=True), provision.streams_logs(resources)
+    remedy = "run nvflare-fm site allow"
     return [
-        Finding("allow list", good, "jobs may use nvflare_fm" if good else "run nvflare-fm site allow"),
+        Finding("allow list", not faults, "; ".join([*faults, remedy]) if faults else f"jobs may build {listed}"),
+        Finding("allowed besides", True, besides),
+        Finding("job files", checked, "are checked before they are parsed" if checked else remedy),
         Finding("error logs", True, "go to the server: allow_log_streaming is on" if streams else "stay here"),
     ]
 

@@ -9,7 +9,7 @@ import typer
 
 from . import result
 from .errors import ConfigError
-from .text import one_line
+from .untrusted import one_line
 
 
 def explain(
@@ -31,7 +31,7 @@ def explain(
     if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", job):
         raise ConfigError(f"{job!r} is neither a folder nor the id of a job", code="no_result")
     if kit is None:
-        raise ConfigError("to ask the server about a job, say where your startup kit is: --kit", code="no_lead_kit")
+        raise ConfigError("to ask the server about a job, say where your startup kit is: --kit", code="no_kit")
     from .flare.lead import fetch
 
     with tempfile.TemporaryDirectory() as folder:

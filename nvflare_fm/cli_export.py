@@ -12,7 +12,7 @@ import typer
 
 from . import __version__
 from .errors import ConfigError
-from .text import printable
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -35,6 +35,7 @@ def export(
     from . import card
     from .at_rest import replacing
     from .export import CONFIG, PROVENANCE, WEIGHTS, read_adapter
+    from .peft_config import adapter_config
     from .rounds import FILE_NAME, read_rounds
 
     if output.exists():
@@ -43,7 +44,7 @@ def export(
     if merge and not here:
         raise ConfigError("--merge needs the base model's folder: --base FOLDER", code="no_base")
     values, manifest, provenance = read_adapter(adapter)
-    config, rounds = manifest.adapter_config, adapter.absolute().parent.parent / FILE_NAME
+    config, rounds = adapter_config(values, manifest, provenance.plan), adapter.absolute().parent.parent / FILE_NAME
     told = card.Card(
         name=output.name,
         manifest=manifest,
@@ -71,9 +72,9 @@ def export(
             (folder / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(adapter / PROVENANCE, folder / PROVENANCE)
     (output / card.FILE_NAME).write_text(card.render(told), encoding="utf-8")
-    typer.echo(printable(f"wrote {output}; its {card.FILE_NAME} says how to load it and where it comes from"))
+    typer.echo(one_line(f"wrote {output}; its {card.FILE_NAME} says how to load it and where it comes from"))
     if base and not here:
-        typer.echo(printable(f"there is no folder {base}: its weights were not compared with the adapter's base model"))
+        typer.echo(one_line(f"there is no folder {base}: its weights were not compared with the adapter's base model"))
 
 
 def _layers(adapter: "Adapter") -> dict[str, list[str]]:

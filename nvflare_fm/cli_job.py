@@ -1,6 +1,7 @@
-"""`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted."""
+"""`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted; `resume` after."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from . import templates as job_templates
 from .cli_terminal import add_row, console, plain
 from .errors import ConfigError
-from .text import printable
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .flare.forecast import Forecast
@@ -46,7 +47,7 @@ def new(
     from .flare.new_job import write_job
 
     write_job(output, job_templates.load(template), dict(map(_setting, settings)))
-    typer.echo(printable(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}"))
+    typer.echo(one_line(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}"))
 
 
 def _setting(text: str) -> tuple[str, str]:
@@ -95,6 +96,37 @@ def plan(
         typer.echo(json.dumps(told.plain(), indent=2))
     else:
         _show(told)
+
+
+def resume(
+    ended: Annotated[
+        str, typer.Argument(metavar="JOB", help="its id (with --kit), or what nvflare job download wrote")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the new job's folder; unset: <name>_resumed, here")
+    ] = None,
+    kit: Annotated[
+        Path | None, typer.Option("--kit", help="your startup kit: JOB is downloaded and the new job submitted with it")
+    ] = None,
+) -> None:
+    """Makes a job that goes on after the last round of one that ended early, and with --kit submits it."""
+    from .flare import resume as flare
+
+    with tempfile.TemporaryDirectory() as downloads:
+        result = Path(ended)
+        if not result.is_dir():
+            if kit is None:
+                raise ConfigError(f"{ended!r} is no folder; to download a job by its id, add --kit", code="no_kit")
+            result = flare.download(ended, kit, Path(downloads))
+        name = next((file.parent.name for file in result.glob("job/*/meta.*")), "job")
+        folder = output or Path(f"{name}_resumed")
+        job = flare.write_resumed(result, folder)
+    typer.echo(one_line(f"wrote {folder}: goes on with round {job.rounds.start} of rounds 0 to {job.rounds.stop - 1}"))
+    if kit is None:
+        typer.echo(one_line(f"next: nvflare job submit -j {folder}"))
+        return
+    submitted = flare.submit(folder, kit)
+    typer.echo(one_line(f"submitted as {submitted}; next: nvflare job monitor {submitted}"))
 
 
 def _by_site(option: str, text: str) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .errors import ConfigError
-from .text import printable
+from .untrusted import one_line
 
 
 def simulate(
@@ -32,14 +32,14 @@ def simulate(
     rows, held_out = _by_site("--data", data), _by_site("--validation", validation)
     asked, run = prepare(job, model, rows, held_out, output / job.resolve().name)
     started = time.monotonic()
-    typer.echo(printable(f"{asked.name}: {len(rows)} sites ({', '.join(rows)}); they start within a minute"))
+    typer.echo(one_line(f"{asked.name}: {len(rows)} sites ({', '.join(rows)}); they start within a minute"))
     for line in run.run():
         typer.echo("\n".join(rounds.told(line)))
     found = read_result(run.results)
     typer.echo("".join(f"{line}\n" for line in measured(found)), nl=False)
     adapters = [("adapter", place) for place in found.adapters.values()]
     for name, place in (*adapters, ("results", run.results), ("log", run.log)):
-        typer.echo(printable(f"{name:<8} {place}"))
+        typer.echo(one_line(f"{name:<8} {place}"))
     typer.echo(f"took     {time.monotonic() - started:.0f} s")
 
 

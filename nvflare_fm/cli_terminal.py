@@ -15,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from .errors import FmError
-from .text import one_line, printable
+from .untrusted import one_line
 
 SITE_EXTRA = 'pip install "nvflare_fm[site]"'
 
@@ -26,8 +26,8 @@ def console(**options: Any) -> Console:
 
 
 def plain(text: object, style: str = "") -> Text:
-    """`text` for a console: as it stands, with what is not printable, such as an escape sequence, spelt out."""
-    return Text(printable(text), style=style)
+    """`text` for a console, on one line: as it stands, with what is not printable spelt out."""
+    return Text(one_line(text), style=style)
 
 
 def add_row(table: Table, cells: Iterable[object], style: str | None = None) -> None:

@@ -6,11 +6,14 @@ Knows neither transformers nor peft: the server asks here before any site is bot
 from collections.abc import Mapping
 
 from . import legality
-from .aggregation import merge, step, weigh
-from .aggregation.asked import asked
-from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
+from .aggregation import guard, merge, step, weigh
+from .aggregation.admit import Terms
+from .aggregation.asked import asked, named
+from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
 from .errors import ConfigError
 from .site.peft_methods import PeftMethod, check_training, complete, read
+
+CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
 
 
 def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> RoundPlan:
@@ -26,6 +29,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     check_training(method, plan.training)
     for entry in how.weigh:
         asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
+    for entry in how.guard:
+        asked(guard.registry, entry)
     if how.step is not None:
         asked(step.registry, how.step)
     rest = rule.rest if method.side_adapter else "none"
@@ -35,7 +40,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "training": _with_head(plan, method),
             "rest": rest,
             "shares": rule.shares,
-            "label_statistics": ("skew",) if "skew" in map(legality.named, how.weigh) else (),
+            "label_statistics": ("skew",) if "skew" in map(named, how.weigh) else (),
             "counts": _counts(plan, how),
         }
     )
@@ -49,7 +54,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
 def _counts(plan: RoundPlan, how: Aggregation) -> tuple[str, ...]:
     """What the sites must tell of their rows and steps, so that they can be weighed."""
     needed = {
-        "examples": bool({"examples", "skew"} & {*map(legality.named, how.weigh)}),
+        "examples": bool({"examples", "skew"} & {*map(named, how.weigh)}),
         "steps": how.normalize_steps and not plan.training.local_steps,  # else the plan says how many
     }
     return tuple(name for name, needs in needed.items() if needs)
@@ -75,6 +80,38 @@ def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:
 def max_rank(plan: RoundPlan, how: Aggregation) -> int:
     """Of the global adapter of a settled plan."""
     return how.max_rank or plan.rank
+
+
+def terms(plan: RoundPlan, how: Aggregation, site: str, sites: Mapping[str, SiteOverrides]) -> Terms:
+    """What `site` may send in answer to a settled plan: what it was asked for, less what it may lower.
+
+    Args:
+        sites: what the job asks of single sites differently, as far as the server knows it. Of a site that is not among
+            them the server takes any rank up to the global adapter's or the plan's, and at each the scale that follows.
+    """
+    method, listed = read(plan.peft), sites.get(site)
+    mine = listed.applied(plan) if listed else plan
+    steps, known = mine.training.local_steps, listed and listed.local_steps
+    return Terms(
+        task=plan.task,
+        peft=str(plan.peft["method"]),
+        base=plan.fingerprint,
+        pairs=method.factored and plan.shares == "AB",
+        ranks=_ranks(mine, how, bool(listed)) if method.factored else range(0),
+        scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
+        steps=_up_to(steps, "local_steps" in plan.negotiable) if steps and (known or how.normalize_steps) else None,
+    )
+
+
+def _ranks(mine: RoundPlan, how: Aggregation, listed: bool) -> range:
+    rank = mine.rank
+    if listed or not merge.registry[how.merge].mixed_ranks or mine.peft.get("use_dora"):
+        return _up_to(rank, "rank" in mine.negotiable)
+    return _up_to(max(rank, how.max_rank), lowered=True)
+
+
+def _up_to(most: int, lowered: bool) -> range:
+    return range(1 if lowered else most, most + 1)
 
 
 def _check_rank(site: str, rank: int | None, plan: RoundPlan, how: Aggregation) -> None:

@@ -266,6 +266,9 @@ class Aggregation(Settings):
     merge: Name = Field("exact", description="a merge rule")
     weigh: Rules = Field(("uniform",), description="weight factors; a site's weight is their product, normalised")
     max_weight: float = Field(1.0, gt=0, le=1, description="no site counts more than this share")
+    guard: Rules = Field(
+        ("clip_norm",), description="guards: how much of a change counts that is far from the other sites'; empty: none"
+    )
     normalize_steps: bool = Field(
         False, description="FedNova (arXiv:2007.07481): a site's change counts per step, however many steps it took"
     )

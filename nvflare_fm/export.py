@@ -8,7 +8,6 @@ it remembers anything. `SHA256SUMS` tells whether they are as they were written.
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import __version__, at_rest
-from .adapter import LORA_A, LORA_B, Adapter, Manifest, from_tensors
+from .adapter import LORA_A, LORA_B, Adapter, BaseClass, Manifest, from_tensors, own_class
 from .aggregation.step import Memory
 from .config import MANY, Labels, Name, RoundPlan, Rule, Settings
 from .errors import ConfigError, FmError, ModelError, WireError
 from .files import read_object
+from .peft_config import adapter_config, exactly
 from .step_file import check_header, read_memory, write_memory
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ CONFIG, WEIGHTS, PROVENANCE = "adapter_config.json", "adapter_model.safetensors"
 STEP = "server_step.safetensors"
 NEEDED = (CONFIG, WEIGHTS, PROVENANCE)
 FILES = (*NEEDED, STEP, at_rest.SUMS)  # all that an adapter's folder can hold
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # of every tensor's name
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,7 +75,7 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance
         with at_rest.replacing(folder) as beside:
             tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
             save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-            _dump(beside / CONFIG, adapter_config(adapter, manifest))
+            _dump(beside / CONFIG, adapter_config(adapter, manifest, provenance.plan))
             _dump(beside / PROVENANCE, _provenance(manifest, provenance))
             if provenance.memory:
                 write_memory(beside / STEP, provenance.step, provenance.memory)
@@ -113,7 +113,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
             code="adapter_unreadable",
         ) from None
     manifest = Manifest(
-        said.base, said.task, said.peft, config, said.labels, tokenizer=said.tokenizer, chat_template=said.chat_template
+        said.base, said.task, said.peft, _base_class(config), said.labels, said.tokenizer, said.chat_template
     )
     return adapter, manifest, Provenance(said.round, said.plan, step, memory)
 
@@ -178,52 +178,15 @@ def _reason(error: Exception) -> str:
     return type(error).__name__ if isinstance(error, SafetensorError) else str(error)[:200]
 
 
-def adapter_config(adapter: Adapter, manifest: Manifest) -> dict[str, Any]:
-    """PEFT's configuration, with the rank and α that make α/r the merged adapter's own scale in every layer."""
-    config = {**manifest.adapter_config, "base_model_name_or_path": None, "inference_mode": True}
-    if not adapter.lora:
-        return config
-    ranks = {_module(layer): adapter.lora[layer].rank for layer in adapter.lora}
-    alphas = {_module(layer): adapter.lora[layer].scale * adapter.lora[layer].rank for layer in adapter.lora}
-    rank, alpha = _usual(ranks), _usual(alphas)
-    return config | {
-        "peft_type": "LORA",
-        "r": int(rank),
-        "lora_alpha": _short(alpha),
-        "use_rslora": False,  # α/√r with rsLoRA: the scale is already the right one
-        "rank_pattern": {_exactly(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(m): _short(a) for m, a in alphas.items() if a != alpha},
-        "target_modules": _targets(config.get("target_modules"), list(ranks)),
-    }
-
-
-def _targets(said: Any, modules: list[str]) -> str | list[str]:
-    """The sites' own target_modules where they cover every layer of the adapter, else each layer by its full name."""
-    if isinstance(said, list) and all(any(f".{m}".endswith(f".{end}") for end in said) for m in modules):
-        return said
-    return modules
-
-
-def _usual(values: Mapping[str, float]) -> float:
-    return max(sorted(values.values()), key=list(values.values()).count)
-
-
-def _exactly(module: str) -> str:
-    """As a key of rank_pattern, which PEFT matches as a regular expression at the end of a module's name."""
-    return "^" + re.escape(module)
-
-
-def _module(layer: str) -> str:
-    return layer.removeprefix(_PREFIX)
-
-
-def _short(alpha: float) -> float | int:
-    return int(alpha) if alpha == int(alpha) else alpha
+def _base_class(config: Mapping[str, Any]) -> BaseClass:
+    """Which class of ours the base model needs, if any; no other class that a file names is ever looked at."""
+    said = config.get("auto_mapping")
+    return own_class(said.get("parent_library"), said.get("base_model_class")) if isinstance(said, Mapping) else ""
 
 
 def _scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(_exactly(_module(layer)), config.get("lora_alpha")) if isinstance(patterns, dict) else None
+    patterns, module = config.get("alpha_pattern") or {}, layer.removeprefix(_PREFIX)
+    alpha = patterns.get(exactly(module), config.get("lora_alpha")) if isinstance(patterns, dict) else None
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"{CONFIG} gives no lora_alpha for {layer!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

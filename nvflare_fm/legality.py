@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .aggregation.asked import named
 from .aggregation.merge import MergeRule
-from .config import Aggregation, RoundPlan, Rule, TrainingSettings
+from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
 from .site.peft_methods import PeftMethod
 
@@ -36,10 +37,6 @@ class Clash:
     holds: Callable[[Job], bool]
     why: str
     remedy: str
-
-
-def named(entry: Rule) -> str:
-    return entry if isinstance(entry, str) else str(entry.get("rule"))
 
 
 def _one_rank(job: Job) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from .errors import DataError
 from .files import open_file, read_object
 from .rounds import FILE_NAME, Round, read_rounds, told
-from .text import one_line
+from .untrusted import one_line
 
 MEASURED = Path("cross_site_val") / "cross_val_results.json"  # NVFlare's: site → adapter → metrics
 REFUSED = MEASURED.with_name("cross_val_refused.json")  # ours: site → adapter → why it was not measured there

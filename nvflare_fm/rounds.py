@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import DataError
 from .files import open_file
-from .text import one_line
+from .untrusted import one_line
 
 FILE_NAME = "rounds.jsonl"
 LONGEST_LINE = 64 * 2**20  # singular values of every layer are in it

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
-from .aggregation.cohort import check_values, drawn
+from .aggregation.admit import check_values
+from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
 from .aggregation.late import trained_from
 from .aggregation.step import Memory

@@ -13,6 +13,7 @@ from nvflare_fm import templates
 from nvflare_fm.cli import app
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.export import Provenance, write_adapter
+from nvflare_fm.flare import job_check
 from nvflare_fm.flare.job import read_job
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.site.fingerprint import fingerprint
@@ -67,10 +68,13 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
 
 def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
     offer(kit, {"path": str(base), "fingerprint": "0" * 64}, [{"prompt": "only"}])
-    (kit / "local" / "resources.json").write_text('{"class_allow_list": []}')
+    (kit / "local" / "resources.json").write_text('{"class_allow_list": ["nvflare_fm."]}')
+    (kit / "local" / job_check.FILE).unlink()
     status, found = checked(kit)
     assert status == 1
-    assert found["allow list"]["said"] == "run nvflare-fm site allow"
+    assert "'nvflare_fm.' is no component of this version" in found["allow list"]["said"]
+    assert found["allow list"]["said"].endswith("run nvflare-fm site allow")
+    assert found["job files"] == {"what": "job files", "good": False, "said": "run nvflare-fm site allow"}
     assert f"its fingerprint is {fingerprint(base)}" in found["model base"]["said"]
     assert "line 1: 'completion' is missing" in found["data notes"]["said"]
     assert [found[what]["good"] for what in ("allow list", "model base", "data notes")] == [False] * 3
@@ -189,7 +193,7 @@ def test_a_rule_may_be_given_with_its_settings(job: Path) -> None:
         ("quantization=nf3", "plan: quantization: Input should be 'nf4'"),
         ("learning_rate=fast", "plan: training.learning_rate: Input should be a valid number"),
         ("learning_rate=-1", "greater than 0"),
-        ("num_rounds=0", "num_rounds 0"),
+        ("num_rounds=0", "controller: num_rounds"),
         ("merge=exakt", 'did you mean "exact"'),
         ("executor.rank=0", "rank"),
         ("method=lorra", 'did you mean "lora"'),
@@ -272,7 +276,7 @@ def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch:
     commands = re.findall(r"^    nvflare-fm (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(commands) >= 10
     Ledger(0, 1, ["north"], 0).write(tmp_path / "results")
-    stops = {"simulate": "there is no north.jsonl", "explain JOB": "is no startup kit of a person"}
+    stops = {"simulate": "there is no north.jsonl", "explain JOB": "no startup kit of an admin"}
     for command in commands:
         done = typed(*command.replace("results/JOB_ID", "results").replace("JOB_ID", str(UUID(int=0))).split())
         said = next((reason for begins, reason in stops.items() if command.startswith(begins)), None)

@@ -26,6 +26,11 @@ def globals_of(updates: list[AdapterUpdate], rank: int, seed: int) -> Adapter:
     return Adapter(pairs, {n: torch.full_like(first.dense[n], float(seed)) for n in first.dense})
 
 
+def _only(merge: str) -> Aggregation:
+    """The merge rule alone: no guard, no longer step."""
+    return Aggregation(merge=merge, weigh=["examples"], step="plain", guard=())
+
+
 def late(one: AdapterUpdate, began: Adapter, rounds: int = 1) -> AdapterUpdate:
     return replace(one, began=began, staleness=rounds)
 
@@ -35,7 +40,7 @@ def late(one: AdapterUpdate, began: Adapter, rounds: int = 1) -> AdapterUpdate:
 def test_the_global_adapter_moves_by_what_each_site_changed_whenever_it_began(merge, updates, old, new, which):
     before, today = globals_of(updates, old, 1), globals_of(updates, new, 2)
     sent = [late(u, before) if which >> i & 1 else u for i, u in enumerate(updates)]
-    result = combine(today, MANIFEST, sent, Aggregation(merge=merge, weigh=["examples"], step="plain"), WIDE)
+    result = combine(today, MANIFEST, sent, _only(merge), WIDE)
     for layer in today.lora:
         moved, size = today.lora[layer].delta().double(), 1.0
         for one in sent:

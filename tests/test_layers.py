@@ -90,6 +90,10 @@ def test_importing_what_the_server_runs_loads_no_hugging_face():
     assert not loaded & HUGGING_FACE
 
 
+def test_what_the_parent_processes_of_a_site_and_the_server_run_loads_no_torch():
+    assert not loaded_after("nvflare_fm.flare.deployment") & (HUGGING_FACE | {"torch"})
+
+
 def test_the_command_line_starts_without_torch():
     loaded = loaded_after("nvflare_fm.cli")
     assert "typer" in loaded

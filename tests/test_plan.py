@@ -13,7 +13,6 @@ from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.flare import wire
 from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.plan import AdapterShape, BaseShape, activation_bytes, global_rank, rank_that_fits, trained_bytes
@@ -50,7 +49,7 @@ def test_bytes_up_are_those_of_the_update_a_site_sends(
     plan = tiny.plan(task, peft=method, training={"local_steps": 1, "batch_size": 2})
     update = tiny.worker(tmp_path, model, task).train(RoundTask(plan))
     _, shape = shapes(model, plan)
-    assert shape.size(plan.peft.get("rank", 0)) == wire.size(update.adapter.tensors())
+    assert shape.size(plan.peft.get("rank", 0)) == update.adapter.bytes()
 
 
 @pytest.mark.parametrize("merge", ["exact", "svd", "zero_pad"])
@@ -65,7 +64,7 @@ def test_bytes_down_are_those_of_the_merged_adapter(merge: str, models: dict[str
     _, shape = shapes(models["llama"], plans[0])
     widest = global_rank(plans[0], how, [2, 5])
     assert widest == (5 if merge == "zero_pad" else 8)
-    assert shape.size(widest) == wire.size(merged.adapter.tensors())
+    assert shape.size(widest) == merged.adapter.bytes()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
@@ -146,7 +145,7 @@ def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path
 
     plan = RoundPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
-    size = wire.size(adapter(1).tensors())
+    size = adapter(1).bytes()
     (cost,) = told(exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3})).costs
     assert (cost.bytes_down_first, cost.bytes_down, cost.bytes_up) == (size, size, size)
     EvaluateAdapterRecipe("measure", brought).export(str(tmp_path))
@@ -187,7 +186,7 @@ def test_a_job_with_a_wrong_setting_a_wrong_model_or_no_job_at_all_is_refused(tm
     with pytest.raises(ConfigError, match="num_ronds"):
         told(job)
     server.write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not plain JSON"):
         told(job)
 
 
@@ -232,4 +231,4 @@ def test_where_a_alone_is_shared_only_a_is_paid_for(shares: str, models: dict[st
     plan = settle(tiny.plan(), Aggregation(merge="share_a" if shares == "A" else "factor_mean"))
     sent = tiny.worker(tmp_path, models["llama"], "causal_lm").train(RoundTask(plan))
     (cost,) = told(job, models["llama"]).costs
-    assert cost.bytes_up == cost.bytes_down == wire.size(sent.adapter.tensors())
+    assert cost.bytes_up == cost.bytes_down == sent.adapter.bytes()

@@ -161,7 +161,9 @@ def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecip
     if template == "evaluate_adapter":
         measurement, timeout = server["AdapterLocator"]["measurement"], server["GlobalModelEval"]["validation_timeout"]
         return EvaluateAdapterRecipe(template, brought, min_sites=2, validation_timeout=timeout, **measurement)
-    asked = {k: v for k, v in server["FedPEFT"].items() if k not in ("aggregator", "min_responses", "persistor_id")}
+    asked = {
+        k: v for k, v in server["FedPEFT"].items() if k not in ("aggregator", "min_responses", "persistor_id", "sites")
+    }
     plan, sites = asked.pop("plan"), {}
     for client in (FOLDER / template).glob("app_*/config/config_fed_client.conf"):
         (executor,) = [c for c in built(client.parent) if isinstance(c, PeftExecutor)]

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nvflare_fm.aggregation import merge, step, weigh
+from nvflare_fm.aggregation import guard, merge, step, weigh
 from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import (
     Aggregation,
@@ -135,6 +135,15 @@ def rules() -> str:
         "job's `max_weight` and the site's own. A factor with settings is written",
         '`weigh = ["examples", {rule = "loss", q = 2}]`.\n',
         *_functions(weigh.registry),
+        "",
+        "What a site reports of itself (examples, steps, the loss of the adapter it received) counts no more than",
+        "ten times the median of the other sites', steps no less than a tenth of it. One of n sites that lies has",
+        "less than 20 / (n + 19) of the weight then, and `max_weight` lowers that.\n",
+        "## Guards\n",
+        "What is done about a site whose change lies far from the others':",
+        '`guard = [{rule = "clip_norm", most = 2}]`. Who counts less, and why, is in the log and in',
+        "`rounds.jsonl`.\n",
+        *_functions(guard.registry),
         "",
         "## Server steps\n",
         'What is done with the mean of the sites\' changes of ΔW: `step = {rule = "momentum", beta = 0.9}`.\n',

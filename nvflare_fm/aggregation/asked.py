@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import create_model
 
-from ..config import Settings
+from ..config import Rule, Settings
 from ..errors import ConfigError
 from ..registry import Registry
 
@@ -27,6 +27,11 @@ def asked(registry: Registry[Callable[..., T]], entry: str | Mapping[str, Any]) 
     function = registry[name]
     given = settings_of(function).read(values, f"{registry.kind} ({name})")
     return partial(function, **given.model_dump())
+
+
+def named(entry: Rule) -> str:
+    """The name of a rule as a job asks for it."""
+    return entry if isinstance(entry, str) else str(entry.get("rule"))
 
 
 def settings_of(function: Callable[..., Any]) -> type[Settings]:

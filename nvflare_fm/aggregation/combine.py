@@ -1,6 +1,7 @@
-"""One round at the server: admit, weigh, merge layer by layer, step, shorten, report. Pure functions on adapters."""
+"""One round at the server: admit, guard, weigh, merge layer by layer, step, shorten, report. All pure functions."""
 
 import ctypes
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, Manifest
+from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Aggregation
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
-from . import merge, step
-from .cohort import Cohort, Trained, admit
+from . import guard, merge, step
+from .admit import admit
+from .asked import named
+from .claims import held
+from .cohort import Cohort, Trained
 from .late import rebased
 from .step import Memory
 from .weigh import weigh
@@ -24,14 +28,17 @@ class Combined:
     """The next global adapter and how it came to be."""
 
     adapter: Adapter
-    manifest: Manifest
+    manifest: Manifest | None  # none where no round has made an adapter yet
     weights: Mapping[str, float]  # site → share, sums to 1
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # weight factor → site → its value
     refused: Mapping[str, str] = field(default_factory=dict)  # site → reason
+    guarded: Mapping[str, guard.Verdict] = field(default_factory=dict)  # sites that count less than they sent, and why
+    held: Mapping[str, str] = field(default_factory=dict)  # site → numbers it reported that count as others
     energy_lost: Mapping[str, float] = field(default_factory=dict)  # layer → share of ‖ΔW‖² cut off by shortening
     spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer → singular values of ΔW, falling
     step_size: float | None = 1.0  # η of the server step; none where it has one for each layer
     memory: Memory = field(default_factory=Memory)  # what the server step needs in the next round
+    failed: str = ""  # why nothing could be merged, so that the adapter is still that of the round before
 
 
 def combine(
@@ -54,11 +61,17 @@ def combine(
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise WireError(f"no update can be merged: {refused or 'no site answered'}")
-    accepted = [rebased(update, state, rule.rest) for update in accepted]
-    cohort = Cohort(accepted, state, rule.rest)
+    accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
+    verdicts = guard.judge(how.guard, Cohort(accepted, state, rule.rest))
+    out = {site: f"guard: {verdict.reason}" for site, verdict in verdicts.items() if verdict.multiplier == 0}
+    accepted = [update for update in accepted if update.site not in out]
+    if not accepted:
+        raise WireError(f"no update can be merged: {refused | out}")
+    left = [verdicts[u.site].multiplier if u.site in verdicts else 1.0 for u in accepted]
+    cohort = Cohort(accepted, state, rule.rest, left if min(left) < 1 else ())
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
-    counts = per_step(shares, accepted) if how.normalize_steps else shares
+    counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
     taken = step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares)
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
@@ -73,16 +86,20 @@ def combine(
             merged = refill(short, max_rank, layer, how.seed) if fixed else short
         lora[layer] = merged
         _give_back()
-    dense = {name: _mean(name, accepted, counts if state else shares) for name in sorted(accepted[0].adapter.dense)}
+    first = _first(shares, left)  # of what no round has made yet there is no change that could count less
+    dense = {name: _mean(name, accepted, counts if state else first) for name in sorted(accepted[0].adapter.dense)}
     for name in dense if state else ():
         before = state.dense[name].float()
         dense[name] = mover.tensor(name, before, dense[name] + (1 - sum(counts)) * before)
+    _check_finite(lora, dense)
     return Combined(
         adapter=Adapter(lora, dense),
         manifest=manifest or accepted[0].manifest,
         weights=weights.shares,
         factors=weights.factors,
-        refused=refused,
+        refused=refused | out,
+        guarded=verdicts,
+        held=kept_down,
         energy_lost=lost,
         spectrum=spectra,
         step_size=taken.size,
@@ -93,6 +110,35 @@ def combine(
 def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
     """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
     return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
+
+
+def _weighed_by(how: Aggregation) -> set[str]:
+    """What of a site's report decides how much it counts."""
+    asked = set(map(named, how.weigh))
+    return {
+        *(["examples"] if asked & {"examples", "skew"} else []),
+        *(["loss"] if "loss" in asked else []),
+        *(["steps"] if how.normalize_steps else []),
+    }
+
+
+def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:
+    """Shares by which tensors are averaged that start from nothing; they sum to 1 whatever guards leave."""
+    if min(left) == 1:
+        return list(shares)
+    parts = [share * m for share, m in zip(shares, left, strict=True)]
+    return [part / sum(parts) for part in parts]
+
+
+def _check_finite(lora: Mapping[str, LoraPair], dense: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        WireError: names the tensor; nothing of the round may be kept then.
+    """
+    tensors = {**{f"{n}.B": p.B for n, p in lora.items()}, **{f"{n}.A": p.A for n, p in lora.items()}, **dense}
+    for name, tensor in tensors.items():
+        if not math.isfinite(torch.linalg.vector_norm(tensor, dtype=torch.float64)):
+            raise WireError(f"merging gives values in {name!r} that are not finite", code="merge_not_finite")
 
 
 def per_step(shares: Sequence[float], updates: Sequence[AdapterUpdate]) -> list[float]:

@@ -3,8 +3,7 @@
 The same for every merge and weight rule. It loads neither the base model nor transformers.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from nvflare.apis.event_type import EventType
@@ -15,18 +14,21 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
-from ..adapter import AdapterUpdate, Manifest, RoundTask
-from ..aggregation.cohort import check_values
+from ..adapter import AdapterUpdate, RoundTask
+from ..aggregation.admit import check_terms, check_values
 from ..aggregation.combine import Combined, combine, per_step
 from ..aggregation.late import trained_from
+from ..aggregation.metrics import mean
+from ..aggregation.salvage import without_the_largest
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
-from ..config import Aggregation, RoundPlan, Rule
+from ..combination import terms
+from ..config import Aggregation, RoundPlan, Rule, SiteOverrides
+from ..errors import FmError
 from ..lora import effective_rank
+from ..untrusted import printable
 from . import wire
-from .ledger import mean, received
-
-_OF_ONE_SITE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+from .ledger import received
 
 
 class AdapterAggregator(ModelAggregator):
@@ -41,6 +43,7 @@ class AdapterAggregator(ModelAggregator):
         merge: str = "exact",
         weigh: Sequence[Rule] = ("uniform",),
         max_weight: float = 1.0,
+        guard: Sequence[Rule] = ("clip_norm",),
         normalize_steps: bool = False,
         step: Rule | None = None,
         max_rank: int = 0,
@@ -51,11 +54,12 @@ class AdapterAggregator(ModelAggregator):
     ) -> None:
         FLComponent.__init__(self)
         super().__init__()
-        self.merge, self.weigh, self.max_weight = merge, list(weigh), max_weight
+        self.how = Aggregation.read({k: v for k, v in locals().items() if k in Aggregation.model_fields}, "aggregator")
+        self.merge, self.weigh, self.max_weight = merge, [weigh] if isinstance(weigh, str) else list(weigh), max_weight
+        self.guard = [guard] if isinstance(guard, str) else list(guard)
         self.normalize_steps, self.step = normalize_steps, step
         self.max_rank, self.max_staleness = max_rank, max_staleness
         self.keep_energy, self.sigma, self.seed = keep_energy, sigma, seed
-        self.how = Aggregation.read({name: getattr(self, name) for name in Aggregation.model_fields}, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
         self.memory = Memory()  # of the server step
@@ -66,9 +70,14 @@ class AdapterAggregator(ModelAggregator):
         if event_type == EventType.START_RUN:
             fobs.register(TensorDecomposer)
 
-    def begin(self, task: RoundTask, rank: int) -> None:
-        """Opens a round in which the sites train from `task`; the result has at most `rank` directions."""
-        self.task, self.rank = task, rank
+    def begin(self, task: RoundTask, rank: int, sites: Mapping[str, SiteOverrides] | None = None) -> None:
+        """Opens a round in which the sites train from `task`.
+
+        Args:
+            rank: the result has at most so many directions.
+            sites: what the job asks of single sites differently.
+        """
+        self.task, self.rank, self.sites = task, rank, dict(sites or {})
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -82,34 +91,55 @@ class AdapterAggregator(ModelAggregator):
         Raises:
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
+        began = began or self.task
         update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels)
+        asked = terms(began.plan, self.how, update.site, self.sites)
+        check_terms(update, asked, began.adapter, self.task.manifest)
         check_values(update)
         check(self.how.weigh, update)
         if self.how.normalize_steps:
             per_step([1.0], [update])
-        self.updates[update.site] = trained_from(began or self.task, update, self.task)
+        self.updates[update.site] = trained_from(began, update, self.task)
 
     def aggregate_model(self) -> FLModel:
-        """
-        Raises:
-            WireError: nothing can be merged.
-        """
-        task = self.task
-        updates = list(self.updates.values())
-        combined = combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory)
+        """The next global adapter; this one again where nothing can be merged, which `combined` then says."""
+        task, updates = self.task, list(self.updates.values())
+        combined = self._combined(updates)
         self.combined, self.memory = combined, combined.memory
         self._log(combined)
-        manifest = _shared(combined.manifest) if combined.adapter.lora else combined.manifest
-        model = wire.write_saved(wire.Saved(combined.adapter, manifest, task.round, task.plan))
+        model = wire.write_saved(wire.Saved(combined.adapter, combined.manifest, task.round, task.plan))
         model.metrics = mean(received(self.updates), combined.weights) or None
         return model
 
+    def _combined(self, updates: Sequence[AdapterUpdate]) -> Combined:
+        task = self.task
+
+        def merge(updates: Sequence[AdapterUpdate]) -> Combined:
+            return combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory)
+
+        try:
+            return merge(updates)
+        except Exception as error:  # what no check foresaw must not end the job
+            why = error.message if isinstance(error, FmError) else f"{type(error).__name__}: {printable(str(error))}"
+            self.logger.exception(f"round {task.round}: the updates cannot be merged; trying without the largest")
+        try:
+            return without_the_largest(merge, updates, why)
+        except FmError as error:
+            self.logger.error(f"round {task.round}: {error.message}; the adapter stays as it was")
+            return Combined(task.adapter, task.manifest, {}, memory=self.memory, failed=error.message)
+
     def _log(self, combined: Combined) -> None:
+        if combined.failed:
+            return
         shares = ", ".join(f"{site} {weight:.4f}" for site, weight in sorted(combined.weights.items()))
         size = "" if combined.step_size is None else f"; server step {combined.step_size:.2f}"
         self.logger.info(f"round {self.task.round}: weights {shares}{size}")
         for site, reason in sorted(combined.refused.items()):
             self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
+        for site, verdict in sorted(combined.guarded.items()):
+            self.logger.warning(f"round {self.task.round}: {site} counts {verdict.multiplier:.3g}: {verdict.reason}")
+        for site, reason in sorted(combined.held.items()):
+            self.logger.warning(f"round {self.task.round}: of {site} {reason}")
         if combined.spectrum:
             ranks = [effective_rank(torch.tensor(values)) for values in combined.spectrum.values()]
             self.logger.info(
@@ -123,8 +153,3 @@ class AdapterAggregator(ModelAggregator):
                 f"round {self.task.round}: shortening to rank {self.rank} lost {average:.2e} of the energy on average, "
                 f"{lost[worst]:.2e} in {worst}"
             )
-
-
-def _shared(manifest: Manifest) -> Manifest:
-    """Without the rank and alpha of the site whose manifest it is; `export` sets those of the merged adapter."""
-    return replace(manifest, adapter_config={k: v for k, v in manifest.adapter_config.items() if k not in _OF_ONE_SITE})

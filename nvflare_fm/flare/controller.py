@@ -7,37 +7,57 @@ site the others' names and sample counts.
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
+from pydantic import Field
 
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
+from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
 from ..combination import max_rank, of_round, settle
-from ..config import DERIVED, RoundPlan
+from ..config import DERIVED, RoundPlan, SiteOverrides
 from ..errors import ConfigError, FmError
+from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
-from .ledger import Ledger, mean
+from .arguments import A_YEAR, SITES, Arguments, Id, OptionalId
+from .ledger import Ledger
 from .persistor import REMEMBERED
 from .stats import PROGRESS
 
 
 class TooFewAnswers(Exception):
     """A round ended with less than it needs."""
+
+
+class _Arguments(Arguments):
+    num_rounds: int = Field(ge=1, le=1_000_000)
+    min_responses: int = Field(ge=1, le=SITES)
+    deadline_s: float = Field(ge=0, le=A_YEAR)
+    grace_s: float = Field(ge=0, le=A_YEAR)
+    plan: Mapping[str, Any] | None
+    aggregator: AdapterAggregator | None
+    persistor_id: Id
+    key_metric: OptionalId
+    key_metric_mode: Literal["min", "max"]
+    disk_offload: bool
+    sites_per_round: int = Field(ge=0, le=SITES)
 
 
 class FedPEFT(FedAvg):
@@ -52,9 +72,11 @@ class FedPEFT(FedAvg):
         plan: what the sites are to do, a `config.RoundPlan`; sent with every task.
         aggregator: how their adapters become one.
         sites_per_round: so many of the connected sites are drawn for each round, by the plan's seed; 0: all.
+        sites: for each site what the job asks of it differently, as `config.SiteOverrides`: its updates are held to it.
+            A lora_alpha of its own must be here, as must local_steps under `normalize_steps`.
         persistor_id: of the `AdapterPersistor`.
-        key_metric: decides which round's adapter is the best: its mean over the sites that were sent it, each weighing
-            what it weighs in the merge. Empty: no best is kept.
+        key_metric: decides which round's adapter is the best: its median over the sites that were sent it (see
+            `aggregation.metrics`), which one site cannot move out of the others' range. Empty: no best is kept.
         key_metric_mode: "min" or "max".
         disk_offload: updates wait on the server's disk, not in its memory.
 
@@ -75,16 +97,11 @@ class FedPEFT(FedAvg):
         key_metric_mode: str = "min",
         disk_offload: bool = False,
         sites_per_round: int = 0,
+        sites: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        if num_rounds < 1 or min_responses < 1 or deadline_s < 0 or grace_s < 0:
-            raise ConfigError(
-                f"num_rounds {num_rounds} and min_responses {min_responses} must be at least 1, "
-                f"deadline_s {deadline_s} and grace_s {grace_s} not negative"
-            )
+        _Arguments.check(locals(), "controller")
         if sites_per_round and sites_per_round < min_responses:
             raise ConfigError(f"sites_per_round {sites_per_round} cannot give min_responses {min_responses} answers")
-        if key_metric_mode not in ("min", "max"):
-            raise ConfigError(f'key_metric_mode must be "min" or "max", got {key_metric_mode!r}')
         aggregator = aggregator or AdapterAggregator()
         if aggregator.how.max_staleness and not (grace_s or deadline_s):
             raise ConfigError("max_staleness: a round that waits for every site has nobody late; set grace_s as well")
@@ -107,9 +124,11 @@ class FedPEFT(FedAvg):
         self.disk_offload, self.sites_per_round, self.total_rounds = disk_offload, sites_per_round, num_rounds
         if decided := [name for name in DERIVED if name in self.plan]:
             raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
-        self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how)
+        self.sites = dict(sites or {})
+        self.overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
+        self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
         self.ledger = Ledger(0, num_rounds, [], 0)
-        self.latest: dict[str, float] = {}  # the metrics known last
+        self.latest: dict[str, float] = {}  # the sites' median metrics known last
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
@@ -168,12 +187,12 @@ class FedPEFT(FedAvg):
         saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
         plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
         task = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
-        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how))
+        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides)
         self._ask(task, task_name, targets or self.sample_clients(), partial(self._came, task))
 
     def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
         message = wire.write_task(task)
-        self.ledger = Ledger(task.round, self.total_rounds, sites, wire.size(message.params))
+        self.ledger = Ledger(task.round, self.total_rounds, sites, task.adapter.bytes())
         self._show()
         self._open = task
         super().send_model(task_name=name, data=message, targets=sites, callback=callback)
@@ -221,13 +240,16 @@ class FedPEFT(FedAvg):
         return {site for _, asked in self._asked.values() for site in _working(asked)}
 
     def _call_off(self, number: int) -> None:
+        """Tells each site that is still at its task, by the task's name, which nobody else was told."""
         _, asked = self._asked.pop(number)
-        sites = sorted(_working(asked))
+        behind = _working(asked)
+        fetched = {each.client.name: each.id for each in asked.client_tasks if each.client.name in behind}
         self.cancel_task(asked, fl_ctx=self.fl_ctx)
-        if sites and not self.abort_signal.triggered:
-            over = Shareable()
-            over.set_header(AppConstants.CURRENT_ROUND, number)
-            self.engine.send_aux_request(sites, wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
+        if fetched and not self.abort_signal.triggered:
+            over = {site: Shareable() for site in sorted(fetched)}
+            for site, message in over.items():
+                message.set_header(ReservedHeaderKey.TASK_ID, fetched[site])
+            self.engine.multicast_aux_requests(wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
 
     # --- one answer after the other
 
@@ -251,13 +273,8 @@ class FedPEFT(FedAvg):
             return self._leave_out(site, f"refused: {reason}")
         if began and not self._counts(began, self.ledger.round):
             return self._too_late(site)
-        try:
-            self.aggregator.accept_model(result, began)
-        except FmError as error:
-            return self._leave_out(site, f"rejected: {error.message}")
-        except Exception as error:  # what a stranger sends must not stop the federation
-            self.exception(f"the update of {site} cannot be read")
-            return self._leave_out(site, f"rejected: malformed update ({type(error).__name__})")
+        if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, began)):
+            return self._leave_out(site, reason)
         self._received_count += 1
         self.ledger.answered.append(site)
         of = f" round {began.round}" if began else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
@@ -265,18 +282,36 @@ class FedPEFT(FedAvg):
         self._show()
         return True
 
+    def _unreadable(self, site: str, read: Callable[[], object]) -> str:
+        """Why what `site` sent cannot be read; empty where it can. Nothing that a site sends stops the federation."""
+        try:
+            read()
+        except FmError as error:
+            return f"rejected: {error.message}"
+        except Exception as error:
+            where = "".join(traceback.format_tb(error.__traceback__))  # without its text, which may be the stranger's
+            self.error(f"what {site} sent cannot be read: {printable(repr(error))}\n{where}")
+            return f"rejected: malformed update ({type(error).__name__})"
+        return ""
+
     def _accept_train_result(
         self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
     ) -> bool:
+        """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
         code = result.get_return_code()
-        if code and code != ReturnCode.OK:
-            self._leave_out(client_name, f"stopped: its trainer ended or could not start ({code})")
+        if type(code) is not str or code != ReturnCode.OK:
+            why = f"stopped: its trainer ended or could not start ({printable(code, 80)})"
+        else:
+            why = self._unreadable(client_name, partial(FLModelUtils.from_shareable, result))
+        if why:
+            return self._leave_out(client_name, why)
         return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        if result.get_return_code() == ReturnCode.OK:
+        code = result.get_return_code()
+        if type(code) is str and code == ReturnCode.OK:
             self._too_late(client.name)
 
     def _too_late(self, site: str) -> bool:
@@ -299,9 +334,10 @@ class FedPEFT(FedAvg):
         self.ledger.close(combined, self.aggregator.updates)
         self.ledger.how = self.aggregator.how.model_dump(mode="json")
         self._close()
-        self._need(len(combined.weights))
+        if not combined.failed:
+            self._need(len(combined.weights))
         if self.aggregator.task.adapter:
-            self._consider(self.ledger.metrics)
+            self._consider(self.ledger.medians)
         return result
 
     def _need(self, usable: int) -> None:
@@ -314,7 +350,7 @@ class FedPEFT(FedAvg):
 
     def _close(self) -> None:
         self.ledger.write(Path(self.get_run_dir()))
-        self.latest = self.ledger.metrics or self.latest
+        self.latest = self.ledger.medians or self.latest
         self._show()
 
     def _consider(self, metrics: Mapping[str, float]) -> None:
@@ -331,11 +367,11 @@ class FedPEFT(FedAvg):
 
     def _evaluate_last(self) -> None:
         """The adapter of the last round has not been measured yet: it may be the best."""
-        if not (self.key_metric and self.round_plan.evaluation.before):
-            return
-        weights = self.aggregator.combined.weights
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
+        if not (self.key_metric and self.round_plan.evaluation.before and saved.adapter):
+            return
+        weights = self.aggregator.combined.weights
         task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.total_rounds, self.total_rounds)
         measured: dict[str, dict[str, float]] = {}
 
@@ -343,16 +379,17 @@ class FedPEFT(FedAvg):
             site = result.meta["client_name"]
             if reason := wire.refused(result):
                 return self._leave_out(site, f"refused: {reason}")
-            measured[site] = dict(result.metrics or {})
+            if reason := self._unreadable(site, lambda: measured.update({site: wire.read_metrics(result, site)})):
+                return self._leave_out(site, reason)
             self.ledger.answered.append(site)
             return True
 
         sites = sorted(weights) if self.sites_per_round else self.sample_clients()
         self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
-        self.ledger.metrics = mean(measured, weights)
+        self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
         self._close()
-        self._consider(self.ledger.metrics)
+        self._consider(self.ledger.medians)
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)

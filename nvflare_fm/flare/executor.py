@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
 from nvflare.apis.signal import Signal
-from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.executors.client_api.backend_spec import ClientAPIBackendContext
 from nvflare.app_common.executors.client_api.cell_backend import CellSession
 from nvflare.app_common.executors.client_api.external_process_backend import ExternalProcessBackend
@@ -24,17 +23,24 @@ from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, 
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.client.config import ExchangeFormat
 from nvflare.fuel.utils import fobs
+from pydantic import Field
 
 from ..config import SiteOverrides
-from ..errors import ConfigError, FmError
+from ..errors import FmError
 from ..site import secret
 from ..site.site_config import FILE_NAME, load_site
 from . import wire
+from .arguments import A_YEAR, Arguments
 from .gate import Gate
 
 TRAINER = "nvflare_fm.flare.trainer"
 _HANGS_AFTER_S = 300.0  # loading a large model can hold the interpreter for minutes; a death is seen at once
 _STOPS_WITHIN_S = 10.0  # from SIGTERM to SIGKILL
+
+
+class _Arguments(Arguments):
+    processes: int = Field(ge=1, le=64)
+    launch_timeout_s: float = Field(gt=0, le=A_YEAR)
 
 
 class PeftExecutor(ClientAPIExecutor):
@@ -61,14 +67,13 @@ class PeftExecutor(ClientAPIExecutor):
         data: str | None = None,
         launch_timeout_s: float = 600.0,
     ) -> None:
-        if not (isinstance(processes, int) and processes >= 1):
-            raise ConfigError(f"processes must be a whole number of at least 1, got {processes!r}")
+        _Arguments.check(locals(), "executor")
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
         self.rank, self.lora_alpha, self.quantization = rank, lora_alpha, quantization
         self.batch_size, self.local_steps, self.model, self.data = batch_size, local_steps, model, data
         given = {name: getattr(self, name) for name in SiteOverrides.model_fields}
         self.overrides = SiteOverrides.read(given, "executor")
-        self._at: tuple[int | None, Signal] = None, Signal()  # the round we work at, and what stops it
+        self._at: tuple[str | None, Signal] = None, Signal()  # the task we work at, and what stops it
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
             command=self._argv("", ""),
@@ -91,11 +96,12 @@ class PeftExecutor(ClientAPIExecutor):
             _limit_threads(site_file)
             with contextlib.suppress(FmError):  # a site without a secret is the trainer's to report
                 secret.make(site_file)
+            serve_the_server_only(fl_ctx.get_engine())
             fl_ctx.get_engine().register_aux_message_handler(wire.ROUND_OVER, self._call_off)
         super().handle_event(event_type, fl_ctx)
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
-        self._at = shareable.get_header(AppConstants.CURRENT_ROUND), abort_signal
+        self._at = fl_ctx.get_prop(FLContextKey.TASK_ID), abort_signal
         if refusal := self._gate.refusal(task_name, shareable, fl_ctx):
             return refusal
         result = super().execute(task_name, shareable, fl_ctx, abort_signal)
@@ -103,9 +109,13 @@ class PeftExecutor(ClientAPIExecutor):
         return result
 
     def _call_off(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
-        """The server has ended a round: if we are still at it, we stop."""
-        at_round, abort_signal = self._at
-        if at_round is not None and at_round == request.get_header(AppConstants.CURRENT_ROUND):
+        """The server has ended a round: if we are still at its task, we stop.
+
+        NVFlare passes on messages between sites, and what one says of its sender is the sender's own word. But the name
+        of a task is random and sent to its site alone, so who knows it is the server.
+        """
+        task, abort_signal = self._at
+        if task and task == request.get_header(ReservedHeaderKey.TASK_ID):
             abort_signal.trigger("the round is over")
         return make_reply(ReturnCode.OK)
 
@@ -121,6 +131,13 @@ class PeftExecutor(ClientAPIExecutor):
 
     def _create_external_process_backend(self) -> ExternalProcessBackend:
         return RelaunchingBackend()
+
+
+def serve_the_server_only(engine: Any) -> None:
+    """Carry out only tasks that this site fetched from the server: NVFlare also takes them from messages, and any other
+    site may send those.
+    """
+    engine.aux_runner.topic_table.pop(ReservedTopic.DO_TASK)
 
 
 def _limit_threads(site_file: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..plan import AdapterShape, BaseShape, Cost, cost, global_rank
-from . import wire
 from .job import ALL, Job, read_job
 
 EVERY = "every site"
@@ -78,7 +77,7 @@ def _cost(
         plan,
         processes=job.sites[site].processes,
         widest=global_rank(job.plan, job.how, ranks),
-        starts_at=wire.size(job.adapter.tensors()) if job.adapter else 0,
+        starts_at=job.adapter.bytes() if job.adapter else 0,
         adapter=adapter,
         base=base,
         seconds_per_step=rate,

@@ -3,29 +3,29 @@
 Nothing but this package's own components is built.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nvflare.fuel.utils.config_factory import ConfigFactory
-
-from .. import export
+from .. import export, job_files
 from ..adapter import Adapter, Manifest
-from ..combination import settle
-from ..config import Aggregation, RoundPlan
+from ..aggregation.admit import Terms
+from ..combination import CHECKED, settle, terms
+from ..config import Aggregation, RoundPlan, SiteOverrides
 from ..errors import ConfigError
-from .aggregator import AdapterAggregator
+from ..site.peft_methods import read
+from . import components
 from .controller import FedPEFT
+from .deployment import check_folder, head
 from .executor import PeftExecutor
 from .locator import AdapterLocator
 from .persistor import AdapterPersistor
-from .stats import RoundStats
 
 T = TypeVar("T")
 ALL = "@ALL"  # NVFlare's word in a deploy_map
-_OURS = (FedPEFT, AdapterAggregator, AdapterPersistor, AdapterLocator, RoundStats, PeftExecutor)
-_KINDS: dict[str, type] = {f"{kind.__module__}.{kind.__name__}": kind for kind in _OURS}
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ def read_job(folder: Path) -> Job:
         ConfigError: it is no job, or one of its settings cannot work.
         ModelError: the adapter it is to start from cannot be read.
     """
-    meta = _config(folder, "meta")
-    name, apps = str(meta.get("name", folder.name)), meta.get("deploy_map") or {}
+    meta = _meta(folder)
+    apps = _apps(folder, meta)
+    name = str(meta.get("name", folder.name))
     server, home = _server(folder, list(apps))
     persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
     saved = export.read_adapter(home / persistor.initial_adapter) if persistor.initial_adapter else None
@@ -59,63 +60,110 @@ def read_job(folder: Path) -> Job:
     controller = _only(FedPEFT, server)
     how, last = controller.aggregator.how, controller.total_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
+    for site, executor in sites.items():
+        for each in (ALL, *controller.overrides) if site == ALL else (site,):
+            _check_admitted(each, executor.overrides, terms(plan, how, each, controller.overrides), plan)
     if manifest:
         _check_fits(plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
     if first >= last:
-        raise ConfigError(f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds")
+        raise ConfigError(
+            f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
+        )
     return Job(name, plan, how, range(first, last), sites, adapter, max(_min_sites(meta), controller.min_responses))
 
 
 def _min_sites(meta: Mapping[str, Any]) -> int:
     said = meta.get("min_clients", 1)
     if not (isinstance(said, int) and said >= 1):
-        raise ConfigError(f"meta: min_clients must be a whole number of at least 1, got {said!r}", code="min_clients")
+        raise ConfigError("meta: min_clients must be a whole number of at least 1", repr(said), code="min_clients")
     return said
+
+
+def _apps(folder: Path, meta: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The job's apps, each with the names of those it is for; their files are what a site and the server let in."""
+    deployed = meta.get("deploy_map") or {}
+    wrong = ConfigError('deploy_map must say which app runs where: app = ["site", …]', code="wrong_deploy_map")
+    if not isinstance(deployed, dict):
+        raise wrong
+    for app, targets in deployed.items():
+        named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+        if not (named and re.fullmatch(r"\w[\w.-]*", app)):
+            raise wrong
+        check_folder(folder / app)
+    return deployed
 
 
 def _server(folder: Path, apps: Sequence[str]) -> tuple[list[Any], Path]:
     """The server's components of ours, and the folder its configuration lies in."""
+    file, config = _server_config(folder, apps)
+    parts = [*_entries(config, "workflows"), *_entries(config, "components")]
+    return [_built(part) for part in parts if part.get("path") in components.SERVER], file.parent
+
+
+def server_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the configuration of a job's server.
+
+    Returns:
+        Its file, and what it says.
+    Raises:
+        ConfigError: the folder is no job.
+    """
+    return _server_config(folder, list(_apps(folder, _meta(folder))))
+
+
+def _server_config(folder: Path, apps: Sequence[str]) -> tuple[Path, dict[str, Any]]:
     for app in apps:
-        home = folder / app / "config"
-        if any(home.glob("config_fed_server.*")):
-            config = _config(home, "config_fed_server")
-            parts = [*config.get("workflows", []), *config.get("components", [])]
-            return [_built(part) for part in parts if part.get("path") in _KINDS], home
+        if found := _file(folder / app / "config", job_files.SERVER):
+            return found
     raise ConfigError("the job has no app with a config_fed_server.conf or .json among those of its deploy_map")
 
 
 def _sites(folder: Path, apps: Mapping[str, list[str]]) -> dict[str, PeftExecutor]:
     found: dict[str, PeftExecutor] = {}
     for app, targets in apps.items():
-        home = folder / app / "config"
-        if any(home.glob("config_fed_client.*")):
-            executors = [entry["executor"] for entry in _config(home, "config_fed_client").get("executors", [])]
-            (executor,) = [_built(part) for part in executors if part.get("path") in _KINDS] or [None]
-            if isinstance(executor, PeftExecutor):
-                found |= {site: executor for site in targets if site != "server"}
+        if found_here := _file(folder / app / "config", job_files.CLIENT):
+            executors = [entry.get("executor") for entry in _entries(found_here[1], "executors")]
+            ours = [each for each in executors if isinstance(each, dict) and each.get("path") in components.SITE]
+            if len(ours) > 1:
+                raise ConfigError(f"app {app} has {len(ours)} PeftExecutors; keep one", code="two_executors")
+            if ours:
+                found |= dict.fromkeys((site for site in targets if site != "server"), _built(ours[0]))
     if not found:
         raise ConfigError("no site of the job runs a PeftExecutor; is it a job of nvflare_fm?")
     return found
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    files = sorted(folder.glob(f"{name}.*"))
-    if not files:
-        raise ConfigError(f"no {name}.conf or .json; is this the folder of a job?", str(folder))
-    try:
-        config = ConfigFactory.load_config(str(files[0]))
-        return dict(config.to_dict())
-    except Exception as error:  # each format's parser raises its own kinds
-        raise ConfigError(f"{files[0].name} cannot be read: {str(error)[:200]}", str(files[0])) from None
+def _meta(folder: Path) -> dict[str, Any]:
+    if (found := _file(folder, "meta")) is None:
+        raise ConfigError("no meta.conf or .json; is this the folder of a job?", str(folder), code="no_job")
+    return found[1]
+
+
+def _file(folder: Path, stem: str) -> tuple[Path, dict[str, Any]] | None:
+    """The folder's file of this name, in the one format it is there in, and what it says."""
+    there = [file for file in (folder / f"{stem}{ending}" for ending in job_files.FORMATS) if file.exists()]
+    if len(there) > 1:
+        raise ConfigError(f"the job has {stem} in two formats; keep one", str(folder), code="ambiguous_file")
+    return (there[0], job_files.read_config(there[0].name, head(there[0]))) if there else None
+
+
+def _entries(config: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    entries = config.get(name) or []
+    if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+        raise ConfigError(f"{name} must be a list of components", code="wrong_component")
+    return entries
 
 
 def _built(part: Mapping[str, Any]) -> Any:
-    args = dict(part.get("args") or {})
-    args |= {name: _built(value) for name, value in args.items() if isinstance(value, dict) and "path" in value}
-    kind = _KINDS[part["path"]]
+    """One of our components, with those in its arguments."""
+    name, args = part.get("path"), part.get("args") or {}
+    if name not in components.OURS or not isinstance(args, dict):
+        raise ConfigError("a component of nvflare_fm holds one that no job may build", code="wrong_component")
+    inner = {key: _built(value) for key, value in args.items() if isinstance(value, dict) and "path" in value}
+    kind = components.load(name)
     try:
-        return kind(**args)
+        return kind(**{**args, **inner})
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from None
 
@@ -127,6 +175,28 @@ def _only(kind: type[T], parts: Sequence[Any]) -> T:
             f"the job's server needs one {kind.__name__} and has {len(found)}; is it a job of nvflare_fm?"
         )
     return found[0]
+
+
+def _check_admitted(site: str, overrides: SiteOverrides, asked: Terms, plan: RoundPlan) -> None:
+    """Whether the server will take what the job has `site` send.
+
+    Raises:
+        ConfigError: names the site, and what the controller must be told of it.
+    """
+    mine = overrides.applied(plan)
+    rank, steps = mine.rank, mine.training.local_steps
+    refused = {
+        "rank": asked.ranks and rank not in asked.ranks,
+        "lora_alpha": asked.ranks and not isclose(read(mine.peft).scale, asked.scale(rank), rel_tol=1e-6),
+        "local_steps": asked.steps is not None and steps not in asked.steps,
+    }
+    if any(refused.values()):
+        given = overrides.model_dump(include={*CHECKED}, exclude_none=True)
+        raise ConfigError(
+            f"{site} is to train at {', '.join(name for name, found in refused.items() if found)} of its own, and the "
+            f"server would refuse its updates: give FedPEFT the same, sites = {{ {site} = {given} }}",
+            code="site_not_listed",
+        )
 
 
 def _check_fits(plan: RoundPlan, manifest: Manifest) -> None:

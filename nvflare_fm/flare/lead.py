@@ -3,13 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from nvflare.fuel.flare_api.flare_api import new_secure_session
-from nvflare.tool.kit.kit_config import StartupKitConfigError, resolve_admin_user_and_dir_from_startup_kit
-
 from ..errors import ConfigError
+from .resume import connected
 
 GROUP = "nvflare_fm"  # of our numbers among those that NVFlare's components tell
-_CONNECTS_WITHIN_S = 15.0
 
 
 def fetch(job_id: str, kit: Path, destination: Path) -> dict[str, Any] | Path:
@@ -23,27 +20,14 @@ def fetch(job_id: str, kit: Path, destination: Path) -> dict[str, Any] | Path:
     Raises:
         ConfigError: the kit is none, the server cannot be reached, or it knows no such job.
     """
-    try:
-        user, folder = resolve_admin_user_and_dir_from_startup_kit(str(kit))
-        session = new_secure_session(user, folder, timeout=_CONNECTS_WITHIN_S)
-    except StartupKitConfigError as error:
-        raise ConfigError(f"{kit} is no startup kit of a person: {error}", code="no_lead_kit") from None
-    except Exception as error:  # NVFlare's own kinds, for a server that is down, a certificate that is over, …
-        raise ConfigError(f"the server cannot be reached with the kit {kit}: {error}", code="no_server") from None
-    try:
-        return _asked(session, job_id, destination)
-    except Exception as error:
-        raise ConfigError(f"job {job_id!r}: {type(error).__name__}: {error}", code="no_such_job") from None
-    finally:
-        session.close()
-
-
-def _asked(session: Any, job_id: str, destination: Path) -> dict[str, Any] | Path:
-    status = str(session.get_job_meta(job_id).get("status", ""))
-    if status.startswith("FINISHED"):
-        return Path(session.download_job_result(job_id, str(destination)))
-    told = session.show_stats(job_id, "server") if status == "RUNNING" else {}
-    return {"status": status, **dict(_ours(told))}
+    with connected(kit) as session:
+        status = str((session.get_job_meta(job_id) or {}).get("status", ""))
+        if not status:
+            raise ConfigError(f"the server knows no job {job_id}", code="no_such_job")
+        if status.startswith("FINISHED"):
+            return Path(session.download_job_result(job_id, str(destination)))
+        told = session.show_stats(job_id, "server") if status == "RUNNING" else {}
+        return {"status": status, **_ours(told)}
 
 
 def _ours(told: Any) -> dict[str, Any]:

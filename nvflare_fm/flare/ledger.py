@@ -16,8 +16,8 @@ import torch
 
 from ..adapter import AdapterUpdate
 from ..aggregation.combine import Combined
+from ..aggregation.metrics import mean, medians
 from ..lora import effective_rank
-from . import wire
 
 FILE_NAME = "rounds.jsonl"
 
@@ -34,9 +34,13 @@ class Ledger:
     out: dict[str, str] = field(default_factory=dict)  # site → why it does not count in this round
     late: list[str] = field(default_factory=list)  # sites that answered an earlier round during this one
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → what it contributed
-    metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from
+    metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from, their means
+    medians: dict[str, float] = field(default_factory=dict)  # of the same: what chooses the best and is monitored
     after: dict[str, float] = field(default_factory=dict)  # of the sites' own adapters, after training
     factors: dict[str, dict[str, float]] = field(default_factory=dict)  # weight factor → site → its value
+    guarded: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → share of its change that counts, and why
+    held: dict[str, str] = field(default_factory=dict)  # site → what it reported that counts as another number
+    error: str = ""  # why nothing was merged and the adapter stayed as it was
     step_size: float | None = None  # η of the server step
     energy_lost: dict[str, float] = field(default_factory=dict)
     spectrum: dict[str, list[float]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
@@ -58,12 +62,15 @@ class Ledger:
 
     def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate]) -> None:
         self.out |= {site: f"rejected: {reason}" for site, reason in combined.refused.items()}
+        self.guarded = {site: asdict(verdict) for site, verdict in combined.guarded.items()}
+        self.held, self.error = dict(combined.held), combined.failed
         self.energy_lost, self.step_size = dict(combined.energy_lost), combined.step_size
         self.factors = {name: dict(values) for name, values in combined.factors.items()}
         self.spectrum = {layer: list(values) for layer, values in combined.spectrum.items()}
         self.effective_rank = {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()}
         self.sites = {site: _contribution(updates[site], weight) for site, weight in combined.weights.items()}
-        self.metrics = mean(received(updates), combined.weights)
+        measured = received(updates)
+        self.metrics, self.medians = mean(measured, combined.weights), medians(measured, combined.weights)
         self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
 
     def write(self, run_dir: Path) -> None:
@@ -82,6 +89,7 @@ class Ledger:
             "sites_in": ", ".join(sorted(set(self.answered) - set(self.out))) or "none yet",
             "sites_out": self.reasons(),
             "late": ", ".join(sorted(self.late)) or "none",
+            **({"error": self.error} if self.error else {}),
         }
 
 
@@ -90,22 +98,8 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
     return {site: update.report.before for site, update in updates.items() if not update.staleness}
 
 
-def mean(metrics: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> dict[str, float]:
-    """Each metric's weighted mean over the sites that have a finite value of it, in the order of their names."""
-    names = sorted({name for site in metrics for name in metrics[site]})
-    found = {
-        n: [(weights.get(s, 0.0), metrics[s][n]) for s in sorted(metrics) if _finite(metrics[s], n)] for n in names
-    }
-    totals = {n: sum(w for w, _ in pairs) for n, pairs in found.items()}
-    return {n: sum(w * v for w, v in found[n]) / totals[n] for n in names if totals[n] > 0}
-
-
-def _finite(metrics: Mapping[str, float], name: str) -> bool:
-    return math.isfinite(metrics.get(name, math.nan))
-
-
 def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
     report = asdict(update.report)
     numbers = {k: v for k, v in report.items() if not isinstance(v, float) or math.isfinite(v)}
-    ours = {"weight": weight, "staleness": update.staleness, "bytes_up": wire.size(update.adapter.tensors())}
+    ours = {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes()}
     return {**ours, **numbers, "tokens_per_s": update.report.tokens_per_s}

@@ -24,6 +24,7 @@ from ..config import (
 )
 from ..errors import ConfigError
 from . import wire
+from .arguments import Arguments, Id
 from .persistor import BEST, LAST, AdapterPersistor
 
 
@@ -56,6 +57,11 @@ class Measurement(Settings):
         return plan.model_copy(update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",)})
 
 
+class _Arguments(Arguments):
+    persistor_id: Id
+    measurement: Mapping[str, Any] | None
+
+
 class AdapterLocator(ModelLocator):
     """
     Args:
@@ -69,6 +75,7 @@ class AdapterLocator(ModelLocator):
 
     def __init__(self, persistor_id: str = "persistor", measurement: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        _Arguments.check(locals(), "locator")
         self.persistor_id, self.measurement = persistor_id, measurement
         self.asked = None if measurement is None else Measurement.read(measurement, "measurement")
 

@@ -3,13 +3,16 @@
 What a server would refuse while it loads the job is refused here, and nothing is left behind.
 """
 
+import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import export
+from ..combination import CHECKED
 from ..errors import ConfigError
 from ..templates import ADAPTER, SITES, Template
 from .job import Job, read_job
@@ -26,8 +29,6 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
         ConfigError: an unknown knob, a value that is refused, or a folder that exists already.
         ModelError: the adapter cannot be read.
     """
-    if folder.exists():
-        raise ConfigError("the job's folder exists already and is not overwritten; choose another", str(folder))
     own = {"name": folder.name, **settings}
     adapter = Path(own.pop(ADAPTER)) if ADAPTER in own else None
     if bool(adapter) != bool(template.adapter_folder):
@@ -36,7 +37,18 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
     if named := list(dict.fromkeys(key.split(".")[1] for key in own if key.startswith(f"{SITES}."))):
         template = template.for_sites(named)
     template = template.with_values({**(_as_trained(adapter, template) if adapter else {}), **own})
+    if template.sites and SITES not in own:
+        template = template.with_values({SITES: _of_sites(template)})
     return _tried(folder, template, adapter)
+
+
+def _of_sites(template: Template) -> dict[str, dict[str, Any]]:
+    """What the server must know of what the sites' own apps ask of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for knob in template.knobs():
+        if knob.is_set and knob.path[0] == SITES and knob.path[-1] in CHECKED:
+            found.setdefault(knob.path[1], {})[knob.path[-1]] = json.loads(knob.value)
+    return found
 
 
 def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
@@ -58,21 +70,47 @@ def _plain(value: Any) -> Any:
 
 
 def _tried(folder: Path, template: Template, adapter: Path | None) -> Job:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with making(folder) as beside:
         for name, text in template.files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(text, encoding="utf-8")
         if adapter:
-            brought = beside / template.adapter_folder
-            brought.mkdir()
-            for name in export.files_of(adapter):
-                shutil.copyfile(adapter / name, brought / name)
-        job = read_job(beside)
+            bring(adapter, beside / template.adapter_folder)
+        return read_job(beside)
+
+
+@contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Give an empty folder, which becomes `folder` when the block ends, and is gone if it ends with an error.
+
+    Raises:
+        ConfigError: `folder` exists already, or cannot be written.
+    """
+    if folder.exists():
+        raise ConfigError(
+            "the job's folder exists already and is not overwritten; choose another",
+            str(folder),
+            code="folder_exists",
+        )
+    beside = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield beside
         beside.chmod(0o755)  # mkdtemp's 0700 would hide the job from the user's group
         beside.rename(folder)
-        return job
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(
+            f"the job's folder cannot be written: {reason}", f"{folder}: {error}", code="job_not_written"
+        ) from None
+    finally:
+        if beside:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def bring(adapter: Path, folder: Path) -> None:
+    """Copy the files of a saved adapter, and no others, into a new folder of a job."""
+    folder.mkdir()
+    for name in export.files_of(adapter):
+        shutil.copyfile(adapter / name, folder / name)

@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from pathlib import Path
 
 from nvflare.apis.event_type import EventType
@@ -23,9 +22,16 @@ from ..errors import ConfigError
 from ..export import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
 from ..files import write_text
 from . import wire
+from .arguments import Arguments, OptionalId
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
 REMEMBERED = "nvflare_fm.step"  # in the FLContext: the server step, and what it remembers after the round
+
+
+class _Arguments(Arguments):
+    keep_rounds: bool
+    initial_adapter: OptionalId  # the name of a folder, not a path
+    resume: bool
 
 
 class AdapterPersistor(ModelPersistor):
@@ -41,10 +47,7 @@ class AdapterPersistor(ModelPersistor):
 
     def __init__(self, keep_rounds: bool = False, initial_adapter: str = "", resume: bool = False) -> None:
         super().__init__()
-        if initial_adapter and not re.fullmatch(r"\w[\w.-]*", initial_adapter):
-            raise ConfigError(
-                f"initial_adapter {initial_adapter!r} must be the name of a folder in the job, not a path"
-            )
+        _Arguments.check(locals(), "persistor")
         if resume and not initial_adapter:
             raise ConfigError("resume needs an initial_adapter to resume from")
         self.keep_rounds, self.initial_adapter, self.resume = keep_rounds, initial_adapter, resume

@@ -4,7 +4,7 @@
       - path: nvflare.lighter.impl.workspace.WorkspaceBuilder
       - path: nvflare.lighter.impl.static_file.StaticFileBuilder
       - path: nvflare_fm.flare.provision.FmBuilder          # here: after the files it adds to, before they are signed
-        args: {forbid_byoc: true}
+        args: {forbid_byoc: true, only_ours: true}
       - path: nvflare.lighter.impl.cert.CertBuilder
       - path: nvflare.lighter.impl.signature.SignatureBuilder
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvflare.lighter.constants import PropKey, ProvFileName
+from nvflare.lighter.constants import ParticipantType, PropKey, ProvFileName
 from nvflare.lighter.ctx import ProvisionContext
 from nvflare.lighter.entity import Participant, Project
 from nvflare.lighter.spec import Builder
@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..site import secret, site_file
 from ..site.policy import BOUNDS
 from ..site.site_config import FILE_NAME, SiteConfig, load_site
-from . import allow_list
+from . import allow_list, components, job_check
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
 
@@ -33,8 +33,13 @@ nvflare_fm at {name}
 {underline}
 This kit lets jobs fine-tune language models here with adapters (LoRA and its kin). What it adds to NVFlare's own kit:
 
-  local/{resources}   "{package}" is in class_allow_list, beside NVFlare's own entries: jobs may use the
-                        components of the Python package nvflare_fm that IT installs here, and bring no code.
+  local/{resources}   class_allow_list names what a job may build here:
+{listed}
+                        This is code of the Python packages that IT installs here. The list names classes one by one;
+                        {besides}
+  local/{check}
+                        checks a job's files before anything parses them, and writes a line about every job to
+                        audit.log: who submitted it, and whether it was accepted or why not.
   local/{site_file}       which models and data exist here under which alias, limits, who is welcome. Yours to edit.
 
 Before the first job
@@ -47,7 +52,8 @@ site refuses. Never rows, texts, paths or host names. Error logs may hold paths,
 unless told otherwise: allow_log_streaming is {streaming}.
 The Python package "kernels" must not be installed here: with it, bitsandbytes fetches code from the Hugging Face hub
 when it is imported on a CPU with AVX512-BF16.
-Every job the site accepts, cuts down or refuses is in NVFlare's audit log, with the reason.
+Every job is in audit.log, and every decision on its tasks in the audit.log of the job's own folder, with the reason.
+A job whose files take values from elsewhere (include, ${{NAME}}, {{$NAME}}) is refused: they would be read here.
 To take all this out again: nvflare-fm site allow --remove
 """
 
@@ -57,24 +63,27 @@ class FmBuilder(Builder):
 
     Args:
         forbid_byoc: no role may submit jobs that bring code, at the server and at every client.
+        only_ours: jobs may build our components and what ours need of NVFlare, and none of NVFlare's other default
+            components, some of which read, write or send what a job tells them to.
     """
 
-    def __init__(self, forbid_byoc: bool = False) -> None:
+    def __init__(self, forbid_byoc: bool = False, only_ours: bool = False) -> None:
         super().__init__()
-        self.forbid_byoc = forbid_byoc
+        self.forbid_byoc, self.only_ours = forbid_byoc, only_ours
 
     def build(self, project: Project, ctx: ProvisionContext) -> None:
         """
         Raises:
             ConfigError: it is listed before StaticFileBuilder, or a participant's `fm_site` has an unknown setting.
         """
-        self._prepare_local(project.get_server(), ctx)
+        server = project.get_server()
+        self._prepare_local(server, ctx)
         for client in project.get_clients():
             streaming = client.get_prop_fb(PropKey.ALLOW_LOG_STREAMING, default=False)
             self._prepare_local(client, ctx, {PropKey.ALLOW_LOG_STREAMING: bool(streaming)})
             local = Path(ctx.get_local_dir(client))
             prepare_site(local, client.get_prop(PROPERTY) or {}, client.name)
-            write_readme(local.parent / README, client.name, bool(streaming))
+            write_readme(local.parent / README, client.name)
 
     def _prepare_local(
         self, participant: Participant, ctx: ProvisionContext, more: Mapping[str, Any] | None = None
@@ -85,10 +94,20 @@ class FmBuilder(Builder):
             raise ConfigError(
                 "in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder"
             )
-        allow_list.write(file, allow_list.with_package(allow_list.load(file) | dict(more or {})))
+        resources = allow_list.load(file) | dict(more or {})
+        is_site = participant.type == ParticipantType.CLIENT
+        allow_list.write(file, _allowing(resources, is_site, self.only_ours))
+        job_check.install(local, is_site)
         if self.forbid_byoc:
             rules = local / ProvFileName.AUTHORIZATION_JSON_DEFAULT
             allow_list.write(rules, without_byoc(allow_list.load(rules)))
+
+
+def _allowing(resources: Mapping[str, Any], is_site: bool, only_ours: bool) -> dict[str, Any]:
+    ours, nvflares = (
+        (components.SITE, components.NVFLARE_SITE) if is_site else (components.SERVER, components.NVFLARE_SERVER)
+    )
+    return allow_list.with_ours(resources, ours, nvflares if only_ours else None)
 
 
 def without_byoc(authorization: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,41 +144,56 @@ def streams_logs(resources: Mapping[str, Any]) -> bool:
     return bool(resources.get(PropKey.ALLOW_LOG_STREAMING, True))
 
 
-def write_readme(file: Path, name: str, streaming: bool) -> None:
-    title = f"nvflare_fm at {name}"
+def write_readme(file: Path, name: str) -> None:
+    """Writes what the kit's owner needs to know, for a kit that is prepared otherwise."""
+    _, resources = allow_list.read(file.parent / "local")
+    title, others = f"nvflare_fm at {name}", len(allow_list.others(resources, components.NVFLARE_SITE))
+    beside = f"besides, {others} of NVFlare's and others." if others else "of NVFlare's own, only what ours need."
     file.write_text(
         _README.format(
             name=name,
             underline="=" * len(title),
             resources=allow_list.DEFAULT,
-            package=allow_list.PACKAGE,
+            listed="\n".join(f"                          {entry}" for entry in components.SITE),
+            besides=beside,
+            check=job_check.FILE,
             site_file=FILE_NAME,
-            streaming="on: they go to the server" if streaming else "off: they stay here",
+            streaming="on: they go to the server" if streams_logs(resources) else "off: they stay here",
         )
     )
 
 
-def allow(kit: Path) -> list[Path]:
+def allow(kit: Path, only_ours: bool = False) -> list[Path]:
     """Prepares a kit that exists already, of a server or a site, and returns what it wrote. Harmless when repeated.
 
     A site's error logs, which may hold paths, stay there from now on; a site that turns them on again after is obeyed.
+    An older kit's entry for the whole package gives way to the single components.
+
+    Args:
+        only_ours: see `FmBuilder`.
 
     Raises:
-        ConfigError: the folder is no startup kit, or its site file has a setting nobody knows.
+        ConfigError: the folder is no startup kit, its site file has a setting nobody knows, or the site has a component
+            of its own where ours must be.
     """
-    local = _local(kit)
+    local, is_site = _local(kit), is_of_site(kit)
     _, before = allow_list.read(local)
-    written = allow_list.allow(local)
-    if not (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists():
-        return [written]
+    check = job_check.install(local, is_site)
+    written = allow_list.write(local / allow_list.OWN, _allowing(before, is_site, only_ours))
+    if not is_site:
+        return [written, check]
     prepare_site(local, {}, kit.name)
     _, resources = allow_list.read(local)
     if CAPABILITIES not in before:
         resources[PropKey.ALLOW_LOG_STREAMING] = False
         allow_list.write(written, resources)
-    write_readme(kit / README, kit.name, streams_logs(resources))
+    write_readme(kit / README, kit.name)
     secret.make(local / FILE_NAME)  # here and not by the builder: whoever makes the kits would know it
-    return [written, local / FILE_NAME, local / secret.NAME, kit / README]
+    return [written, check, local / FILE_NAME, local / secret.NAME, kit / README]
+
+
+def is_of_site(kit: Path) -> bool:
+    return (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists()
 
 
 def remove(kit: Path) -> list[Path]:
@@ -181,7 +215,7 @@ def remove(kit: Path) -> list[Path]:
             changed.append(allow_list.write(file, resources))
     if (local / FILE_NAME).exists():
         changed.append((local / FILE_NAME).rename(local / f"{FILE_NAME}.removed"))
-    for ours in (kit / README, local / secret.NAME):
+    for ours in (kit / README, local / secret.NAME, local / job_check.FILE):
         if ours.exists():
             ours.unlink()
             changed.append(ours)

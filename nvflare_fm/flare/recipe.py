@@ -14,7 +14,7 @@ from nvflare.job_config.base_fed_job import BaseFedJob
 from nvflare.recipe.spec import Recipe
 
 from .. import export
-from ..combination import settle
+from ..combination import CHECKED
 from ..config import RoundPlan, Rule, SiteOverrides
 from ..site import peft_methods
 from .aggregator import AdapterAggregator
@@ -81,7 +81,7 @@ class FedPEFTRecipe(AdapterRecipe):
         name: of the job.
         num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload, sites_per_round: see `FedPEFT`.
         min_sites: sites the job needs to start, and usable updates it needs in every round.
-        merge, weigh, max_weight, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma: see
+        merge, weigh, max_weight, guard, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma: see
             `config.Aggregation`;
             max_rank 0 is the largest rank any site trains.
         sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
@@ -106,6 +106,7 @@ class FedPEFTRecipe(AdapterRecipe):
         merge: str = "exact",
         weigh: Sequence[Rule] = ("uniform",),
         max_weight: float = 1.0,
+        guard: Sequence[Rule] = ("clip_norm",),
         normalize_steps: bool = False,
         step: Rule | None = None,
         max_rank: int = 0,
@@ -133,9 +134,18 @@ class FedPEFTRecipe(AdapterRecipe):
         if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
             max_rank = largest
         aggregator = AdapterAggregator(
-            merge, weigh, max_weight, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma, asked.seed
+            merge=merge,
+            weigh=weigh,
+            max_weight=max_weight,
+            guard=guard,
+            normalize_steps=normalize_steps,
+            step=step,
+            max_rank=max_rank,
+            max_staleness=max_staleness,
+            keep_energy=keep_energy,
+            sigma=sigma,
+            seed=asked.seed,
         )
-        settle(asked, aggregator.how, overrides)
         controller = FedPEFT(
             num_rounds=num_rounds,
             min_responses=min_sites,
@@ -147,6 +157,7 @@ class FedPEFTRecipe(AdapterRecipe):
             key_metric_mode=key_metric_mode,
             disk_offload=disk_offload,
             sites_per_round=sites_per_round,
+            sites=held_to(overrides),
         )
         components: list[tuple[Any, str | None]] = [(controller, None)]
         if cross_site_evaluation:
@@ -194,6 +205,12 @@ class EvaluateAdapterRecipe(AdapterRecipe):
         super().__init__(
             name, min_sites, tasks, sites or {}, processes, launch_timeout_s, persistor, adapter, components
         )
+
+
+def held_to(overrides: Mapping[str, SiteOverrides]) -> dict[str, dict[str, Any]]:
+    """What the server must know of what a job asks of single sites: their updates are held to it."""
+    told = {site: said.model_dump(include={*CHECKED}, exclude_none=True) for site, said in sorted(overrides.items())}
+    return {site: said for site, said in told.items() if said}
 
 
 def _bring(job: BaseFedJob, folder: Path) -> None:

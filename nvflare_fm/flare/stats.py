@@ -54,6 +54,10 @@ class RoundStats(Widget):
 
 
 def _reason(result: Shareable | None) -> str | None:
-    if result is None or result.get_return_code() != ReturnCode.OK:
+    code = None if result is None else result.get_return_code()
+    if type(code) is not str or code != ReturnCode.OK:
         return "its trainer ended or could not start"
-    return wire.refused(FLModelUtils.from_shareable(result))
+    try:
+        return wire.refused(FLModelUtils.from_shareable(result))
+    except Exception as error:  # what a site sends is NVFlare's to read, and it raises many kinds
+        return f"malformed message ({type(error).__name__})"

@@ -3,24 +3,35 @@
 Everything under one meta key, with a version; what is missing or of the wrong type is refused by name.
 """
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import safe_open
 from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, Lazy, Manifest, Report, RoundTask, from_tensors
+from ..adapter import Adapter, AdapterUpdate, Description, Lazy, Manifest, Report, RoundTask, from_tensors
+from ..aggregation.admit import MOST_TENSORS, TYPES, check_form
 from ..config import RoundPlan
-from ..errors import WireError
+from ..errors import ConfigError, WireError
+from ..untrusted import Metrics, printable, usable
 
 KEY, VERSION = "nvflare_fm", 1
 ROUND_OVER = "nvflare_fm.round_over"  # the server's word to sites that are still at a round it has ended
 T = TypeVar("T")
-_SCALES = TypeAdapter(dict[str, float])
-_MANIFEST, _REPORT, _ROUND = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(int | None)
+_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_LONGEST_NAME = 256
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+_SCALES = TypeAdapter(dict[str, Annotated[float, Field(strict=True, gt=0, le=1e6)]])
+_MANIFEST, _REPORT, _METRICS = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(Metrics)
+_ROUND = TypeAdapter(Annotated[int, Field(strict=True, ge=0, le=10**6)] | None)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def read_saved(params: Mapping[str, Any] | None, meta: Mapping[str, Any], sender
         WireError: names what `sender` left out.
     """
     content = _content(meta, sender)
-    if not params:
+    if params is None or (isinstance(params, Mapping) and not params):
         return Saved(plan=_plan(content, sender))
     return Saved(
         adapter=_adapter(params, content, sender),
@@ -67,21 +78,24 @@ def write_task(task: RoundTask) -> FLModel:
 
 
 def read_task(model: FLModel) -> RoundTask:
-    """
+    """The inverse of `write_task`, and of `write_submission`: what is to be trained or measured.
+
     Raises:
-        WireError: no plan came with it, or what the server forwards is itself a refusal.
+        WireError: no plan came with it, it is malformed, or what the server forwards is itself a refusal.
+        ConfigError: the plan has a setting that is not one we know.
     """
     if reason := refused(model):
         raise WireError(f"there is no adapter to work on: {reason}")
     saved = read_saved(model.params, model.meta, "the server")
     if saved.plan is None:
         raise WireError("the server sent no plan; update nvflare_fm there")
+    number, of = model.current_round or 0, model.total_rounds or 1
     return RoundTask(
         plan=saved.plan,
         adapter=saved.adapter,
         manifest=saved.manifest,
-        round=model.current_round or 0,
-        total_rounds=model.total_rounds or 1,
+        round=_typed(_ROUND, {"round": number}, "round", "the server") or 0,
+        total_rounds=_typed(_ROUND, {"total_rounds": of}, "total_rounds", "the server") or 1,
     )
 
 
@@ -116,11 +130,10 @@ def read_update(model: FLModel, site: str, labels: tuple[str, ...] = ()) -> Adap
     """
     content = _content(model.meta, site)
     report = _typed(_REPORT, content, "report", site)
-    if report.examples is not None and report.examples < 1:
-        raise WireError(f"{site} reports {report.examples} training examples; an update needs at least one")
-    if not model.params:
-        raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?")
+    report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site))
     manifest = _typed(_MANIFEST, content, "manifest", site)
+    if not isinstance(model.params, Mapping) or not model.params:
+        raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?", code="no_tensors")
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
 
 
@@ -142,21 +155,33 @@ def write_metrics(metrics: Mapping[str, float]) -> FLModel:
     return FLModel(metrics=dict(metrics), meta={KEY: {"version": VERSION}})
 
 
+def read_metrics(model: FLModel, site: str) -> dict[str, float]:
+    """What a site measured; values that cannot be compared are left out.
+
+    Raises:
+        WireError: names the site and what is no metric.
+    """
+    metrics = {} if model.metrics is None else model.metrics
+    return _usable(_typed(_METRICS, {"metrics": metrics}, "metrics", site), site)
+
+
+def _usable(metrics: Mapping[str, float], site: str) -> dict[str, float]:
+    found = usable(metrics)
+    if left_out := sorted(metrics.keys() - found.keys()):
+        logger.warning("%s measured values that are not finite, left out: %s", site, ", ".join(left_out))
+    return found
+
+
 def write_refusal(reason: str) -> FLModel:
     """A reply, not an error: the site stays in the federation and is asked again next round."""
     return FLModel(metrics={}, meta={KEY: {"version": VERSION, "refused": reason}})
 
 
 def refused(model: FLModel) -> str | None:
-    """Why the sender did not do what it was asked, if it did not."""
-    content = (model.meta or {}).get(KEY)
+    """Why the sender did not do what it was asked, if it did not; safe to print."""
+    content = model.meta.get(KEY) if isinstance(model.meta, Mapping) else None
     reason = content.get("refused") if isinstance(content, Mapping) else None
-    return str(reason) if reason else None
-
-
-def size(params: Mapping[str, Any] | None) -> int:
-    """Bytes of the tensors in a message, as far as they are known without fetching them."""
-    return sum(t.numel() * t.element_size() for t in (params or {}).values() if isinstance(t, Tensor))
+    return None if reason is None else printable(reason) or "no reason given"
 
 
 def plain(value: Any) -> Any:
@@ -192,21 +217,60 @@ def _described(adapter: Adapter, manifest: Manifest | None) -> dict[str, Any]:
 
 
 def _content(meta: Mapping[str, Any] | None, sender: str) -> Mapping[str, Any]:
-    content = (meta or {}).get(KEY)
-    if not isinstance(content, Mapping) or content.get("version") != VERSION:
-        said = content.get("version") if isinstance(content, Mapping) else None
+    content = meta.get(KEY) if isinstance(meta, Mapping) else None
+    said = content.get("version") if isinstance(content, Mapping) else None
+    if not isinstance(content, Mapping) or type(said) is not int or said != VERSION:
         raise WireError(
-            f"{sender} speaks version {said} of this message, version {VERSION} is needed; update nvflare_fm"
+            f"{sender} speaks version {printable(said, 20)} of this message, version {VERSION} is needed; "
+            "update nvflare_fm",
+            code="other_version",
         )
     return content
 
 
-def _adapter(params: Mapping[str, Any], content: Mapping[str, Any], sender: str) -> Adapter:
+def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
+    """What came, as far as it can be told without reading a tensor.
+
+    Raises:
+        WireError: it is no adapter.
+    """
+    if not isinstance(params, Mapping):
+        raise WireError(
+            f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="no_tensors"
+        )
+    for what, found in (("tensors", params), ("scales", content.get("scales"))):
+        if isinstance(found, Mapping) and len(found) > MOST_TENSORS:  # before each of them is looked at
+            raise WireError(f"{sender} sent {len(found)} {what}, {MOST_TENSORS} are read", code="too_many_tensors")
     scales = _typed(_SCALES, content, "scales", sender)
-    for name, value in params.items():
-        if not isinstance(value, Tensor) and not callable(getattr(value, "materialize", None)):
-            raise WireError(f"{sender} sent a {type(value).__name__} for {name!r}; a tensor is needed")
-    return from_tensors(Lazy(params, lambda name: _fetched(params[name])), scales, sender)
+    described = {name: _description(name, value, sender) for name, value in params.items()}
+    adapter = from_tensors(Lazy(params, lambda name: _fetched(params[name])), scales, sender, described)
+    check_form(adapter, sender)
+    return adapter
+
+
+def _description(name: Any, value: Any, sender: str) -> Description:
+    """Shape and type of a tensor; of one that NVFlare has left on disk, from its file's header.
+
+    Raises:
+        WireError: it is no plain tensor under a name as PEFT gives them.
+    """
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+        raise WireError(f"{sender} sent a tensor called {printable(name, 80)}; is it PEFT's?", code="tensor_name")
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        shape, dtype = tuple(value.shape), value.dtype if plain else None
+    elif callable(getattr(value, "materialize", None)):
+        with safe_open(value.file_path, framework="pt") as file:
+            header = file.get_slice(value.key)
+            shape, dtype = tuple(header.get_shape()), _DTYPES.get(header.get_dtype())
+    else:
+        raise WireError(f"{sender} sent a {type(value).__name__} for {name!r}; a tensor is needed", code="tensor_type")
+    if dtype not in TYPES:
+        raise WireError(
+            f"{sender} sent values in {name!r} that are not float32, bfloat16 or float16; only these are merged",
+            code="tensor_type",
+        )
+    return Description(shape, dtype)
 
 
 def _fetched(value: Any) -> Tensor:
@@ -215,7 +279,14 @@ def _fetched(value: Any) -> Tensor:
 
 
 def _plan(content: Mapping[str, Any], sender: str) -> RoundPlan | None:
-    return RoundPlan.read(content["plan"], f"the plan {sender} sent") if "plan" in content else None
+    if "plan" not in content:
+        return None
+    if not isinstance(content["plan"], Mapping):
+        raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="no_plan")
+    try:
+        return RoundPlan.read(content["plan"], f"the plan {sender} sent")
+    except ConfigError as error:  # it repeats what came, however long
+        raise ConfigError(printable(error.message.removesuffix(f" [{error.code}]")), code=error.code) from None
 
 
 def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: str) -> T:
@@ -224,6 +295,7 @@ def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: 
     try:
         return kind.validate_python(content[name])
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join([name, *map(str, first["loc"])])
-        raise WireError(f"{sender} sent {where} = {str(first['input'])[:80]!r}: {first['msg']}") from None
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join([name, *(printable(part, 80) for part in first["loc"])])
+        said = printable(first["input"], 80)
+        raise WireError(f"{sender} sent {where} = {said!r}: {printable(first['msg'])}", code="wrong_type") from None

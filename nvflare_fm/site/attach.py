@@ -5,7 +5,6 @@ PEFT's own functions do the naming, so that what is read here is what `PeftModel
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from ..adapter import BaseClass, own_class
 from ..config import Factors
 from ..errors import ConfigError, WireError
 from ..registry import nearest
@@ -103,6 +103,28 @@ def trained_modules(model: "PeftModel", heads: Sequence[str]) -> tuple[tuple[str
     return tuple(whole), tuple(telling)
 
 
+@torch.inference_mode()
+def check_fits(model: "PeftModel") -> None:
+    """Tries what PEFT puts before or between a model's layers: not every model takes it.
+
+    Raises:
+        ConfigError: a text does not come through.
+    """
+    if model.device.type == "meta":
+        return
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(
+            f"this base model does not work with PEFT's {model.peft_type.lower()}; use another method, such as lora",
+            f"{type(error).__name__}: {error}",
+            code="method_does_not_fit",
+        ) from None
+
+
 def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for head in base.heads:
@@ -179,28 +201,7 @@ def freeze(model: "PeftModel", factors: Factors) -> None:
             parameter.requires_grad_(f".lora_{factors}." in name)
 
 
-def resolved(model: "PeftModel") -> dict[str, Any]:
-    """PEFT's configuration of the trained adapter as plain JSON, without where the base model lies. Where the class of
-    the model is ours, PEFT's `auto_mapping` says so: on transformers' own class the adapter would not do.
-    """
-    values = model.peft_config[LOCAL].to_dict()
-    for key in ("base_model_name_or_path", "revision", "auto_mapping"):
-        values.pop(key, None)
+def base_class(model: "PeftModel") -> BaseClass:
+    """The class of the base model where it is ours: on transformers' own class the adapter would not do."""
     kind = type(model.get_base_model())
-    if kind.__module__.startswith("nvflare_fm."):
-        values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    if saved := values.get("modules_to_save"):
-        values["modules_to_save"] = set(saved)  # PEFT adds its own names for a task's head, without looking
-    return {key: _plain(value) for key, value in sorted(values.items())} | {"inference_mode": True}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(v) for v in value)
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value
+    return own_class(kind.__module__, kind.__qualname__)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint, model_config
+from .probe import TOKENS, check_causal
 from .site_config import ModelSource
 from .tasks import Task
 from .tokenization import chat_template_digest, tokenizer_digest
@@ -188,6 +189,8 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
         ) from error
     model.requires_grad_(False).eval()
     keep_packing(model)
+    if not task.trains_head:
+        check_causal(model, ordinary_ids(tokenizer, TOKENS), plan.quantization)
     return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
 
 
@@ -195,6 +198,7 @@ def _load_weights(
     folder: Path, config: Any, plan: RoundPlan, task: Task, dtype: torch.dtype, kept: tuple[str, ...]
 ) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
     model_class = task.model_class(folder)
+    check_head(model_class, config, plan.task)
     with torch.device("meta"):
         bare = model_class.from_config(config, trust_remote_code=False)
     on_top = parts_on_top(bare)
@@ -217,8 +221,29 @@ def _load_weights(
         if plan.quantization in DTYPES or lacking <= skipped:
             break
         skipped |= lacking  # rare: the checkpoint lacks a layer below the head, which must be trained unquantized too
+    if not task.trains_head and (headless := sorted(name for name in lacking if name.split(".")[0] in on_top)):
+        raise ModelError(
+            f"the base model's weights lack a language model's head ({headless[0]}); offer a causal language model, or "
+            "ask for a classification task",
+            str(folder),
+            code="no_language_model_head",
+        )
     heads = {*(on_top if task.trains_head else ()), *lacking}
     return model, fresh, tuple(sorted(h for h in heads if not any(h.startswith(f"{o}.") for o in heads)))
+
+
+def check_head(model_class: Any, config: Any, task: str) -> None:
+    """
+    Raises:
+        ModelError: transformers has no such head for this kind of model.
+    """
+    known = getattr(model_class, "_model_mapping", None)  # of transformers' Auto classes; our own take any
+    if known is not None and type(config) not in known:
+        raise ModelError(
+            f"transformers has no {task} model of the base model's kind ({config.model_type}); ask for another task, "
+            "or offer another model",
+            code="no_such_head",
+        )
 
 
 def parts_on_top(model: PreTrainedModel) -> set[str]:
@@ -275,3 +300,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def ordinary_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """The first ids that stand for text."""
+    special = set(tokenizer.all_special_ids)
+    return [i for i in range(len(tokenizer)) if i not in special][:count]

@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter import LORA_A, LORA_B
 from ..config import RoundPlan
-from ..errors import ModelError
+from ..errors import FmError, ModelError
 from ..plan import AdapterShape, BaseShape
 from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
-from .base_model import BaseModel, compute_dtype, parts_on_top
+from .base_model import BaseModel, check_head, compute_dtype, parts_on_top
 from .tasks import registry as tasks
 
 
@@ -89,8 +89,12 @@ def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)
+        kind = task.model_class(folder)
+        check_head(kind, config, plan.task)
         with torch.device("meta"):
-            return config, task.model_class(folder).from_config(config, trust_remote_code=False)
+            return config, kind.from_config(config, trust_remote_code=False)
+    except FmError:
+        raise
     except Exception as error:  # a folder may hold anything, and transformers lets it raise anything
         raise ModelError(
             f"no {plan.task} model can be made from the folder's config.json; is it a model that transformers knows "

@@ -17,7 +17,7 @@ from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from . import base_model, data, distributed, evaluation, peft_methods, training
-from .attach import resolved, trained_modules
+from .attach import base_class, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
 from .own_adapter import OwnAdapter, shared_half
@@ -96,7 +96,12 @@ class Worker:
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = method.extract(model), method.extract(model, whole=True)
             manifest = Manifest(
-                base.fingerprint, plan.task, str(plan.peft["method"]), resolved(model), plan.labels, **base.tokenization
+                base.fingerprint,
+                plan.task,
+                str(plan.peft["method"]),
+                base_class(model),
+                plan.labels,
+                **base.tokenization,
             )
         self._measured("after", task, after)
         if plan.shares != "AB":

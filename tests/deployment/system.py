@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import yaml
+from nvflare.fuel.flare_api.api_spec import NoConnection
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 EXAMPLE = Path(__file__).parents[2] / "job_templates" / "project.yml"
@@ -80,10 +81,10 @@ class System:
                     env=environment, stdin=subprocess.DEVNULL, stdout=console, stderr=console, check=True,
                     start_new_session=True,
                 )  # fmt: skip
-        self.wait_for(lambda: self._connected() >= set(sites), 60, "all sites to connect")
+        self.wait_for(lambda: self.connected() >= set(sites), 60, "all sites to connect")
         return self
 
-    def _connected(self) -> set[str]:
+    def connected(self) -> set[str]:
         try:
             session = self.session(ADMIN)
         except Exception:  # the server is not up yet
@@ -127,14 +128,36 @@ class System:
             assert time.monotonic() < until, f"waited {within_s} s in vain for {meaning}; see {self.kits}"
             time.sleep(0.3)
 
-    def ended(self, job: str) -> str:
-        """How a job ended; empty while it has not."""
-        session = self.session()
+    def meta(self, job: str) -> dict[str, Any]:
+        """What the server says of a job; nothing where it is down."""
         try:
-            status = str(session.get_job_meta(job)["status"])
+            session = self.session()
+        except NoConnection:
+            return {}
+        try:
+            return dict(session.get_job_meta(job))
         finally:
             session.close()
+
+    def ended(self, job: str) -> str:
+        """How a job ended; empty while it has not, or the server is down."""
+        status = str(self.meta(job).get("status", ""))
         return status if status.startswith(("FINISHED", "FAILED")) else ""
+
+    def submit(self, folder: Path) -> str:
+        session = self.session()
+        try:
+            return session.submit_job(str(folder))
+        finally:
+            session.close()
+
+    def download(self, job: str, into: Path) -> Path:
+        """The server's folder of a job that has ended."""
+        session = self.session()
+        try:
+            return Path(session.download_job_result(job, str(into))) / "workspace"
+        finally:
+            session.close()
 
     def audit(self, site: str, job: str) -> str:
         return (self.kits / site / job / "audit.log").read_text()

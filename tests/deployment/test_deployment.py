@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from tests.deployment import faults
 from tests.deployment.conftest import LABELS, SECRET, UNKNOWN, edited, rows, visits
 from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
@@ -293,3 +294,26 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     assert b"id2label" not in sent
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
     assert socket.gethostname().encode() not in words
+
+
+# --- last, for the server is killed
+
+
+def test_a_job_whose_server_was_killed_ends_and_goes_on_after_its_last_round(
+    jobs: Jobs, system: System, job: Callable[..., Path], tmp_path: Path
+):
+    killed = system.submit(job("killed", rounds=4, sites={"clinic-b": {}}))
+    run = system.kits / SERVER / killed
+    system.wait_for(lambda: faults.last_round(run) >= 1, 120, "two rounds")
+    faults.kill(system, "the server", killed, "clinic-b")
+    system.wait_for(lambda: system.ended(killed), 90, "the job to end")
+    assert system.ended(killed) == "FINISHED:ABNORMAL"
+    assert f"nvflare-fm resume {killed}" in system.meta(killed)["nvflare_fm"]
+    saved = faults.last_round(system.download(killed, tmp_path))
+    assert saved >= 1
+    again = faults.resumed(system, killed, tmp_path / "again")
+    system.wait_for(lambda: system.ended(again), 120, "the job that goes on to end")
+    assert system.ended(again) == "FINISHED:COMPLETED"
+    done = [line["round"] for line in faults.rounds(system.download(again, tmp_path))]
+    assert done == list(range(saved + 1, 5))  # the last is the measurement at the end
+    assert not faults.left(system, killed)

@@ -3,21 +3,15 @@
 import torch
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
+from nvflare_fm.combination import settle
+from nvflare_fm.config import Aggregation, RoundPlan
 
 LAYERS = {
     "base_model.model.model.layers.0.self_attn.q_proj": (6, 5),
     "base_model.model.model.layers.1.self_attn.q_proj": (6, 5),
 }
-CONFIG = {
-    "peft_type": "LORA",
-    "task_type": None,
-    "r": 3,
-    "lora_alpha": 12,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "target_modules": ["q_proj"],
-}
-MANIFEST = Manifest("base-1", "causal_lm", "lora", CONFIG)
+MANIFEST = Manifest("base-1", "causal_lm", "lora")
+PLAN = settle(RoundPlan(peft={"method": "lora", "rank": 3, "lora_alpha": 12}), Aggregation())  # what they were asked
 
 
 def adapter(seed: int, rank: int = 3, scale: float = 4.0) -> Adapter:
@@ -33,7 +27,7 @@ def adapter(seed: int, rank: int = 3, scale: float = 4.0) -> Adapter:
 
 
 def update(site: str, seed: int, examples: int = 10, rank: int = 3, scale: float = 4.0) -> AdapterUpdate:
-    report = Report(examples=examples, loss=2.0, before={"loss": 3.0 + seed}, after={"loss": 2.5})
+    report = Report(examples=examples, rank=rank, loss=2.0, before={"loss": 3.0 + seed}, after={"loss": 2.5})
     return AdapterUpdate(site, adapter(seed, rank, scale), MANIFEST, report)
 
 

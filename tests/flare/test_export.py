@@ -1,6 +1,7 @@
 """What is written is what PEFT loads and what a later job reads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def mixed() -> Adapter:
 
 @pytest.mark.parametrize("merged", [Adapter(adapter(1).lora), mixed()], ids=["one rank", "a rank for each layer"])
 def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -> None:
-    folder = export.write_adapter(tmp_path / "last", merged, MANIFEST)
+    folder = export.write_adapter(tmp_path / "last", merged, replace(MANIFEST, task="one_without_a_head"))
     base = Base()
     x = torch.randn(4, 5)
     before = base(x)
@@ -60,9 +61,10 @@ def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -
 
 
 def test_sites_with_rslora_get_the_same_delta(tmp_path: Path) -> None:
-    manifest = export.Manifest("b", "causal_lm", "lora", {**MANIFEST.adapter_config, "use_rslora": True})
+    plan = RoundPlan(peft={"method": "lora", "rank": 3, "use_rslora": True})
     merged = Adapter(adapter(1, scale=0.7).lora)
-    read, _, _ = export.read_adapter(export.write_adapter(tmp_path / "last", merged, manifest))
+    where = export.Provenance(0, plan)
+    read, _, _ = export.read_adapter(export.write_adapter(tmp_path / "last", merged, MANIFEST, where))
     assert read.scales() == pytest.approx(merged.scales())
 
 
@@ -89,9 +91,8 @@ def test_writing_again_replaces_the_whole_folder_and_leaves_nothing_beside_it(tm
 
 def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
-    unwritable = export.Manifest("b", "t", "p", {"x": object()})
     with pytest.raises(TypeError):
-        export.write_adapter(tmp_path / "last", adapter(2), unwritable)
+        export.write_adapter(tmp_path / "last", adapter(2), MANIFEST, export.Provenance(object()))
     assert same(export.read_adapter(tmp_path / "last")[0], adapter(1))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
 

@@ -11,6 +11,7 @@ from nvflare.fuel.utils.component_builder import ComponentBuilder
 from nvflare_fm import export
 from nvflare_fm.at_rest import SUMS
 from nvflare_fm.errors import ConfigError, ModelError
+from nvflare_fm.flare import components
 from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
@@ -107,9 +108,9 @@ def test_an_initial_adapter_that_cannot_be_read_is_found_out_before_the_job_is_s
         FedPEFTRecipe("job", initial_adapter=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b", ".hidden", ".."])
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/b", ".hidden", "..", "a\n", "a" * 65])
 def test_a_job_cannot_make_the_server_read_a_path(name: str) -> None:
-    with pytest.raises(ConfigError, match="not a path"):
+    with pytest.raises(ConfigError, match="persistor: initial_adapter"):
         AdapterPersistor(initial_adapter=name)
 
 
@@ -121,9 +122,17 @@ def test_resuming_needs_something_to_resume_from() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"num_rounds": 0}, "num_rounds 0"),
-        ({"min_responses": 0}, "min_responses 0"),
-        ({"deadline_s": -1}, "deadline_s -1"),
+        ({"num_rounds": 0}, "controller: num_rounds"),
+        ({"min_responses": 0}, "controller: min_responses"),
+        ({"deadline_s": -1}, "controller: deadline_s"),
+        ({"grace_s": float("inf")}, "controller: grace_s"),
+        ({"num_rounds": 10**9}, "controller: num_rounds"),
+        ({"num_rounds": True}, "controller: num_rounds"),
+        ({"num_rounds": "3"}, "controller: num_rounds"),
+        ({"disk_offload": 1}, "controller: disk_offload"),
+        ({"persistor_id": "a/b"}, "controller: persistor_id"),
+        ({"aggregator": {"merge": "exact"}}, "controller: aggregator"),
+        ({"plan": "task"}, "controller: plan"),
         ({"key_metric_mode": "least"}, "key_metric_mode"),
         ({"plan": {"lerning_rate": 1}}, "unknown setting 'lerning_rate'"),
         ({"plan": {"training": {"lerning_rate": 1}}}, 'did you mean "learning_rate"'),
@@ -178,7 +187,7 @@ def test_the_command_is_fixed_but_for_checked_values() -> None:
 
 def test_allowing_the_package_keeps_nvflares_own_list(tmp_path: Path) -> None:
     resources = json.loads(allow(tmp_path).read_text())
-    assert resources["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, "nvflare_fm."]
+    assert resources["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *components.OURS]
 
 
 def test_allowing_the_package_keeps_what_the_site_has_set_and_is_harmless_twice(tmp_path: Path) -> None:
@@ -186,7 +195,7 @@ def test_allowing_the_package_keeps_what_the_site_has_set_and_is_harmless_twice(
     (tmp_path / "resources.json").write_text(json.dumps(own))
     allow(tmp_path)
     resources = json.loads(allow(tmp_path).read_text())
-    assert resources == own | {"class_allow_list": ["a.B", "nvflare_fm."]}
+    assert resources == own | {"class_allow_list": ["a.B", *components.OURS]}
 
 
 def test_a_kit_that_has_only_its_defaults_keeps_them(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
 from nvflare_fm.errors import ConfigError
+from nvflare_fm.flare import allow_list, components, job_check
 from nvflare_fm.flare.provision import allow, remove, without_byoc
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
@@ -25,7 +26,7 @@ SAID: dict[str, Any] = {
     "limits": {"max_rank": 8, "quantizations": ["nf4"]},
     "welcome": {"orgs": ["company"]},
 }
-OURS = [*DEFAULT_CLASS_ALLOW_LIST, "nvflare_fm."]
+SITE, SERVERS = [*components.NVFLARE_SITE, *components.SITE], [*components.NVFLARE_SERVER, *components.SERVER]
 
 
 def resources(kit: Path) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def test_the_example_project_makes_kits_for_a_company_and_three_hospitals_with_t
     its = [f"it@{hospital}.example" for hospital in HOSPITALS]
     assert {kit.name for kit in example_kits.iterdir()} == {SERVER, LEAD, "admin@company.example", *HOSPITALS, *its}
     for name in (SERVER, *HOSPITALS):
-        assert resources(example_kits / name)["class_allow_list"] == OURS
+        assert resources(example_kits / name)["class_allow_list"] == (SERVERS if name == SERVER else SITE)
+        assert job_check.installed(example_kits / name / "local", is_site=name != SERVER)
         rules = json.loads((example_kits / name / "local" / "authorization.json.default").read_text())["permissions"]
         assert {rights["byoc"] for rights in rules.values()} == {"none"}
         assert rules["org_admin"]["operate"] == "o:site"
@@ -83,10 +85,20 @@ def test_each_hospital_of_the_example_has_its_site_file_and_a_readme(example_kit
     assert "must not be installed" in (example_kits / hospital / "readme_nvflare_fm.txt").read_text()
 
 
-def test_server_and_sites_allow_this_package_beside_nvflares_own_list(kits: Path):
-    for name in (SERVER, "clinic-a", "clinic-b"):
-        assert resources(kits / name)["class_allow_list"] == OURS
+def test_server_and_sites_allow_our_components_and_what_these_need_of_nvflare(kits: Path):
+    for name, listed in {SERVER: SERVERS, "clinic-a": SITE, "clinic-b": SITE}.items():
+        assert resources(kits / name)["class_allow_list"] == listed
         assert resources(kits / name)["class_list_enforcement_mode"] == "enforce"
+
+
+def test_a_project_that_does_not_ask_for_only_ours_keeps_nvflares_list(tmp_path: Path, described: dict[str, Any]):
+    asked = yaml.safe_load(yaml.safe_dump(described))
+    (builder,) = [b for b in asked["builders"] if "nvflare_fm" in b["path"]]
+    del builder["args"]["only_ours"]
+    kits = quickly(tmp_path, asked)
+    assert resources(kits / SERVER)["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *components.SERVER]
+    assert resources(kits / "clinic-a")["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *components.SITE]
+    assert "besides, 87 of NVFlare's" in (kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
 
 
 def test_the_site_file_says_what_project_yml_says(kits: Path):
@@ -145,20 +157,27 @@ def test_a_faulty_project_is_refused_by_name(tmp_path: Path, described: dict[str
         quickly(tmp_path, early)
 
 
-def test_kits_that_exist_already_are_allowed_and_cleared_again(tmp_path: Path, described: dict[str, Any]):
+@pytest.mark.parametrize("only_ours", [False, True])
+def test_kits_that_exist_already_are_allowed_and_cleared_again(
+    tmp_path: Path, described: dict[str, Any], only_ours: bool
+):
     plain = {**described, "builders": [b for b in described["builders"] if "nvflare_fm" not in b["path"]]}
     kits = quickly(tmp_path, plain)
     for name in (SERVER, "clinic-a"):
         kit = kits / name
         before = resources(kit)
-        first = {file: file.read_text() for file in allow(kit)}
+        first = {file: file.read_text() for file in allow(kit, only_ours)}
+        assert {file: file.read_text() for file in allow(kit, only_ours)} == first
         assert {file: file.read_text() for file in allow(kit)} == first
-        assert resources(kit)["class_allow_list"] == OURS
+        ours, narrow = (components.SERVER, SERVERS) if name == SERVER else (components.SITE, SITE)
+        assert resources(kit)["class_allow_list"] == (narrow if only_ours else [*DEFAULT_CLASS_ALLOW_LIST, *ours])
+        assert job_check.installed(kit / "local", is_site=name != SERVER)
         if name != SERVER:
             assert (before["allow_log_streaming"], resources(kit)["allow_log_streaming"]) == (True, False)
             assert "allow_log_streaming is off" in (kit / "readme_nvflare_fm.txt").read_text()
         remove(kit)
         assert resources(kit) == before
+        assert not (kit / "local" / job_check.FILE).exists()
         assert remove(kit) == []
     assert not (kits / SERVER / "local" / "fm_site.yaml").exists()
     assert (kits / "clinic-a" / "local" / "fm_site.yaml.removed").exists()
@@ -185,10 +204,51 @@ def test_what_a_site_has_written_is_never_overwritten(kits: Path, tmp_path: Path
     allow(tmp_path / "kit")
     assert file.read_text() == "limits: {max_rank: 3}\n"
     said = resources(tmp_path / "kit")
-    assert (said["class_allow_list"], said["x"]) == (["my.own.Thing", "nvflare_fm."], 1)
+    assert (said["class_allow_list"], said["x"]) == (["my.own.Thing", *components.SITE], 1)
     assert said["nvflare_fm"]["max_rank"] == 3
     with pytest.raises(ConfigError, match="no startup kit"):
         allow(tmp_path)
+
+
+WHOLE = [
+    ["nvflare_fm."],
+    ["nvflare_fm.flare."],
+    ["nvflare_fm.flare.executor"],
+    ["nvflare_fm.flare.executor.ClientAPIExecutor"],
+    ["nvflare_fm.export.save_file", "nvflare_fm."],
+]
+
+
+@pytest.mark.parametrize("entries", WHOLE)
+def test_an_older_kits_entry_for_more_of_the_package_is_found_and_gives_way(kits: Path, tmp_path: Path, entries: Any):
+    kit = Path(shutil.copytree(kits / "clinic-a", tmp_path / "kit"))
+    own = resources(kit)
+    own["class_allow_list"] = ["my.own.Thing", *components.SITE, *entries]
+    (kit / "local" / "resources.json").write_text(json.dumps(own))
+    assert allow_list.faults(resources(kit), components.SITE)
+    allow(kit)
+    assert resources(kit)["class_allow_list"] == ["my.own.Thing", *components.SITE]
+    assert not allow_list.faults(resources(kit), components.SITE)
+
+
+@pytest.mark.parametrize("change", [{"class_allow_list": ["*"]}, {"class_list_enforcement_mode": "warn"}])
+def test_a_list_that_binds_nobody_is_found(kits: Path, change: Any):
+    said = resources(kits / "clinic-a")
+    assert not allow_list.faults(said, components.SITE)
+    listed = change.get("class_allow_list", []) + said["class_allow_list"]
+    assert allow_list.faults(said | change | {"class_allow_list": listed}, components.SITE)
+
+
+def test_a_kit_that_has_another_component_where_ours_must_be_is_refused(kits: Path, tmp_path: Path):
+    for name, taken in {
+        "clinic-a": {"components": [{"id": "app_deployer", "path": "a.B"}]},
+        SERVER: {"app_validator": {"path": "a.B"}},
+    }.items():
+        kit = Path(shutil.copytree(kits / name, tmp_path / name))
+        (kit / "local" / "resources.json").write_text(json.dumps(resources(kit) | taken))
+        with pytest.raises(ConfigError) as error:
+            allow(kit)
+        assert error.value.code == "job_check_taken"
 
 
 def test_each_commented_setting_of_a_site_file_can_be_uncommented(tmp_path: Path):

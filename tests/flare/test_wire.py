@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -10,9 +11,11 @@ import torch
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
+from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict, _LazyRef
 from nvflare.fuel.utils import fobs
+from safetensors.torch import save_file
 
-from nvflare_fm.adapter import Adapter, LoraPair, RoundTask
+from nvflare_fm.adapter import LORA_A, LORA_B, Adapter, LoraPair, RoundTask
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import WireError
 from nvflare_fm.flare import wire
@@ -120,9 +123,9 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> 
         wire.read_update(model, "alder")
 
 
-@pytest.mark.parametrize("examples", [0, -5])
-def test_an_update_from_no_examples_is_refused(examples: int) -> None:
-    with pytest.raises(WireError, match="alder reports"):
+@pytest.mark.parametrize("examples", [0, -5, 10**9 + 1])
+def test_an_update_from_no_examples_or_from_more_than_there_can_be_is_refused(examples: int) -> None:
+    with pytest.raises(WireError, match=r"alder sent report\.examples"):
         wire.read_update(wire.write_update(update("alder", 1, examples=examples)), "alder")
 
 
@@ -133,28 +136,36 @@ def test_something_that_is_not_a_tensor_is_refused_by_name() -> None:
         wire.read_update(model, "alder")
 
 
-class OnDisk:
-    """A tensor NVFlare has left on disk."""
+def on_disk(model: FLModel, folder: Path) -> FLModel:
+    """As NVFlare leaves the tensors of a message on its disk: a file each."""
+    files = {name: (str(folder / f"{place}.safetensors"), name) for place, name in enumerate(model.params)}
+    for name, (file, key) in files.items():
+        save_file({key: model.params[name]}, file)
+    kept = LazyTensorDict(files, str(folder))
+    model.params = {name: kept.make_lazy_ref(name) for name in files}
+    return model
 
-    fetched = 0
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def materialize(self) -> torch.Tensor:
-        OnDisk.fetched += 1
-        return self.tensor
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tensors that are read from disk, as they are."""
+    read, names = _LazyRef.materialize, []
+    monkeypatch.setattr(_LazyRef, "materialize", lambda ref: (names.append(ref.key), read(ref))[1])
+    return names
 
 
 @pytest.mark.usefixtures("malformed_allowed")  # the checks of a test run would fetch values to look at them
-def test_tensors_left_on_disk_are_fetched_one_layer_at_a_time() -> None:
-    sent, OnDisk.fetched = update("alder", 1), 0
-    model = wire.write_update(sent)
-    model.params = {name: OnDisk(tensor) for name, tensor in model.params.items()}
-    got = wire.read_update(model, "alder")
-    assert OnDisk.fetched == 0
-    _ = got.adapter.lora[sorted(got.adapter.lora)[0]]
-    assert OnDisk.fetched == 2
+def test_tensors_left_on_disk_are_described_unread_and_fetched_one_layer_at_a_time(
+    tmp_path: Path, fetched: list[str]
+) -> None:
+    sent = update("alder", 1)
+    got = wire.read_update(on_disk(wire.write_update(sent), tmp_path), "alder")
+    assert got.adapter.descriptions() == sent.adapter.descriptions()
+    assert (got.adapter.scales(), got.adapter.bytes()) == (sent.adapter.scales(), sent.adapter.bytes())
+    assert fetched == []
+    layer = sorted(got.adapter.lora)[0]
+    _ = got.adapter.lora[layer]
+    assert fetched == [layer + LORA_A, layer + LORA_B]
     assert same(got.adapter, sent.adapter)
 
 

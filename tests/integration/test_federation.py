@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from nvflare_fm import export
 from nvflare_fm.cli import app
-from nvflare_fm.flare import allow_list
+from nvflare_fm.flare import allow_list, components
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from tests.site import tiny
 
@@ -52,7 +52,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     recipe.add_server_output_filter(Spy(str(folder / "spied")), tasks=TASKS)
     recipe._job.to_server(Held(str(folder / "held")))
     run = Federation(recipe, sites, folder / "runs")
-    listed = allow_list.with_package({})
+    listed = allow_list.with_ours({}, components.OURS)
     listed["class_allow_list"].append("tests.integration.spy.")
     allow_list.write(run.root / "local" / allow_list.OWN, listed)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.export import Provenance, write_adapter
 from nvflare_fm.lora import shorten
+from nvflare_fm.peft_config import TASK_TYPES, adapter_config
 from nvflare_fm.site import base_model, peft_methods
 from nvflare_fm.site.base_model import BaseModel
 from nvflare_fm.site.peft_methods import PeftMethod
@@ -148,13 +149,11 @@ def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path:
     assert update.report.after["loss"] < update.report.before["loss"]
     base = base_of(llama, task, "fp32")
     travelled = from_tensors(update.adapter.tensors(), update.adapter.scales(), "site-1")
-    plain = {"base_model_name_or_path": str(llama), **update.manifest.adapter_config}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(plain))
-    save_file(dict(travelled.tensors()), tmp_path / "adapter_model.safetensors")
+    folder = write_adapter(tmp_path / "adapter", travelled, update.manifest, Provenance(0, plan))
     with base.lent():
         ours = logits(peft_methods.read(plan.peft).attach(base, travelled, START).eval())
     with base.lent() as bare:
-        theirs = logits(PeftModel.from_pretrained(bare, tmp_path).eval())
+        theirs = logits(PeftModel.from_pretrained(bare, folder).eval())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     again = worker.validate(RoundTask(plan, travelled, update.manifest))
     assert again["loss"] == pytest.approx(update.report.after["loss"], rel=1e-5)
@@ -166,6 +165,11 @@ def test_dora_trains_with_its_magnitudes_and_refuses_another_rank(llama: Path, t
     update = worker.train(RoundTask(plan))
     assert any("magnitude" in name for name in update.adapter.dense)
     assert worker.validate(RoundTask(plan, update.adapter))["loss"] == pytest.approx(update.report.after["loss"])
+    folder, base = write_adapter(tmp_path / "adapter", update.adapter, update.manifest), base_of(llama)
+    with base.lent():
+        ours = logits(peft_methods.read(plan.peft).attach(base, update.adapter, START).eval())
+    with base.lent() as bare:
+        torch.testing.assert_close(ours, logits(PeftModel.from_pretrained(bare, folder).eval()), atol=1e-5, rtol=1e-5)
     wider = tiny.plan(peft={"method": "lora", "rank": 2, "use_dora": True}, quantization="nf4")
     with pytest.raises(ConfigError, match="one rank everywhere: this site trains 2, the adapter has 4"):
         worker.train(RoundTask(wider, update.adapter))
@@ -189,12 +193,17 @@ def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:
         method(2, target_modules="nothing_like_it").attach(base, Adapter(), START)
 
 
-def test_the_resolved_settings_are_plain_json_without_a_path(llama: Path, tmp_path: Path) -> None:
-    update = tiny.worker(tmp_path, llama, "sequence_classification").train(
-        RoundTask(tiny.plan("sequence_classification"))
-    )
-    said = json.dumps(update.manifest.adapter_config)
-    assert json.loads(said) == update.manifest.adapter_config
-    assert str(llama) not in said
-    assert "model.layers.0.self_attn.q_proj" in update.manifest.adapter_config["target_modules"]
-    assert update.manifest.adapter_config["modules_to_save"] == ["classifier", "score"]
+def test_what_peft_is_told_is_plain_json_by_the_names_of_the_tensors_without_a_path(
+    llama: Path, tmp_path: Path
+) -> None:
+    task = "sequence_classification"
+    update = tiny.worker(tmp_path, llama, task).train(RoundTask(tiny.plan(task)))
+    said = adapter_config(update.adapter, update.manifest)
+    assert json.loads(json.dumps(said)) == said
+    assert str(llama) not in json.dumps(said)
+    assert "model.layers.0.self_attn.q_proj" in said["target_modules"]
+    assert (said["modules_to_save"], said["task_type"], said["peft_type"]) == (["score"], "SEQ_CLS", "LORA")
+
+
+def test_each_task_is_called_as_peft_calls_it() -> None:
+    assert {name: tasks[name].peft_type for name in tasks} == TASK_TYPES

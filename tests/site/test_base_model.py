@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.errors import ConfigError, ModelError
@@ -39,11 +39,117 @@ def edit(folder: Path, **changes: Any) -> None:
 def test_a_fingerprint_does_not_see_names_shards_or_who_saved_it(llama: Path, copy: Path) -> None:
     edit(copy, transformers_version="0.0", _name_or_path="elsewhere", use_cache=False)
     assert fingerprint(copy) == fingerprint(llama)
-    weights = load_file(copy / "model.safetensors")
-    (copy / "model.safetensors").unlink()
-    for i, part in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
-        save_file({n: weights[n] for n in part}, copy / f"shard-{i}.safetensors")
+    shard(copy)
     assert fingerprint(copy) == fingerprint(llama)
+    load(copy)
+
+
+def shard(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = {f"shard-{i}.safetensors": sorted(weights)[i::2] for i in range(2)}
+    for file, names in parts.items():
+        save_file({n: weights[n] for n in names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_that_are_not_loaded_do_not_count(llama: Path, copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    save_file({n: 2 * w for n, w in weights.items()}, copy / "consolidated.safetensors")
+    assert fingerprint(copy) == fingerprint(llama)
+    shard(copy)
+    assert fingerprint(copy) == fingerprint(llama)
+    other = load_file(copy / "shard-1.safetensors")
+    save_file({n: 2 * w for n, w in other.items()}, copy / "shard-1.safetensors", metadata={"format": "pt"})
+    assert fingerprint(copy) != fingerprint(llama)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "shard.bin", "/tmp/x.safetensors", 3])
+def test_an_index_leads_nowhere_else(copy: Path, name: Any) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError) as raised:
+        fingerprint(copy)
+    assert raised.value.code == "index_unusable"
+
+
+def test_weights_that_a_configuration_points_to_are_not_hashed_in_place_of_others(copy: Path) -> None:
+    shutil.copy(copy / "model.safetensors", copy / "other.safetensors")
+    edit(copy, transformers_weights="other.safetensors")
+    with pytest.raises(ModelError) as raised:
+        fingerprint(copy)
+    assert raised.value.code == "weights_elsewhere"
+
+
+OLD = {"transformers_version": "4.46.0", "torch_dtype": "float32", "dtype": None, "tokenizer_class": "AutoTokenizer"}
+OLD_LLAMA = OLD | {  # as transformers 4 writes it
+    "rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None, "pretraining_tp": 1, "head_dim": 16,
+    "attention_bias": False, "mlp_bias": False, "temperature": 0.6, "eos_token_id": [2, 3], "pad_token_id": None,
+}  # fmt: skip
+OLD_BERT = OLD | {"position_embedding_type": "absolute", "gradient_checkpointing": False, "finetuning_task": None}
+
+
+@pytest.mark.parametrize(("kind", "old"), [("llama", OLD_LLAMA), ("bert", OLD_BERT)])
+def test_a_configuration_counts_as_it_is_read(tmp_path: Path, kind: str, old: dict[str, Any]) -> None:
+    new = tiny.save(tmp_path / "new", kind)
+    copied = shutil.copytree(new, tmp_path / "old")
+    values = {**json.loads((copied / "config.json").read_text()), **old}
+    (copied / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    assert fingerprint(copied) == fingerprint(new)
+    edit(copied, layer_norm_eps=1e-3, rope_theta=5000.0)
+    assert fingerprint(copied) != fingerprint(new)
+
+
+def test_a_setting_that_is_left_out_counts_as_its_default(llama: Path, copy: Path) -> None:
+    values = json.loads((copy / "config.json").read_text())
+    for key in ("hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps", "rope_parameters"):
+        values.pop(key)
+    (copy / "config.json").write_text(json.dumps(values))
+    assert fingerprint(copy) == fingerprint(llama)
+
+
+def test_a_release_of_transformers_that_knows_more_settings_gives_the_same_fingerprint(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, to_dict = fingerprint(llama), LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: to_dict(self) | {"new": 3, "rope_parameters": {"new": 1}})
+    assert fingerprint(llama) == before
+
+
+def test_tied_weights_count_once_whether_they_are_stored_twice_or_under_the_other_name(tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "tied", tie_word_embeddings=True)
+    before, weights = fingerprint(folder), load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    assert "lm_head.weight" not in weights
+    save_file(weights | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) == before
+    del weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) == before
+    both = {"lm_head.weight": embedding + 1, "model.embed_tokens.weight": embedding}  # which transformers does not tie
+    save_file(weights | both, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"), ("bert", "bert.embeddings.position_ids"),
+     ("bert", "embeddings.position_ids")],
+)  # fmt: skip
+def test_what_a_model_works_out_itself_does_not_count_where_it_was_stored(tmp_path: Path, kind: str, name: str) -> None:
+    folder = tiny.save(tmp_path, kind)
+    before, weights = fingerprint(folder), load_file(folder / "model.safetensors")
+    save_file(weights | {name: torch.arange(4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) == before
+    save_file(weights | {"something.else": torch.arange(4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(folder) != before
+
+
+def test_a_copy_in_another_type_is_another_model(llama: Path, copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    save_file({n: w.bfloat16() for n, w in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(copy) != fingerprint(llama)
 
 
 def test_a_fingerprint_sees_one_weight_and_one_setting(llama: Path, copy: Path) -> None:

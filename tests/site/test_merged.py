@@ -143,10 +143,10 @@ def test_what_is_not_known_of_an_adapter_is_left_out(last: Path, tmp_path: Path)
 def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
     last: Path, llama: Path, bert: Path, tmp_path: Path
 ) -> None:
-    prompt = export.Manifest("b", "causal_lm", "prompt_tuning", {})
+    prompt = export.Manifest("b", "causal_lm", "prompt_tuning")
     prompts = export.write_adapter(tmp_path / "prompts", Adapter(dense={"p": torch.ones(2)}), prompt)
     shared = Adapter(dense={"x.lora_A.weight": torch.ones(2, 2)})
-    half = export.write_adapter(tmp_path / "half", shared, export.Manifest("b", "causal_lm", "lora", {}))
+    half = export.write_adapter(tmp_path / "half", shared, export.Manifest("b", "causal_lm", "lora"))
     for line, code in (
         ([last, "-o", last], "output_exists"),
         ([last, "-o", tmp_path / "x", "--merge"], "no_base"),

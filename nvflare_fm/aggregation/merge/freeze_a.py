@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from ...adapter import LoraPair
 from . import rule
 from .factor_mean import factor_mean
@@ -9,6 +11,8 @@ from .factor_mean import factor_mean
 
 @rule("freeze_a", exact=False, mixed_ranks=False, canonical=False, factors=("B",))
 def freeze_a(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
-    """(Σ wₖBₖ) A, with the frozen A whatever a site sends: the global adapter's, in the first round the seed's."""
-    frozen = start.A if start.rank else pairs[0].A
+    """(Σ wₖBₖ) A, with the frozen A whatever a site sends: the global adapter's, in the first round the seed's, which
+    most sites hold: entry by entry the middle of what they sent.
+    """
+    frozen = start.A if start.rank else torch.stack([p.A for p in pairs]).median(dim=0).values
     return factor_mean(start, [LoraPair(frozen, p.B, p.scale) for p in pairs], weights)

@@ -7,9 +7,10 @@ from ...adapter import AdapterUpdate
 from ...config import Rule
 from ...errors import ConfigError
 from ...registry import Registry
-from ..asked import asked
+from ..asked import asked, named
 from ..cohort import Cohort
 
+FAINT = 1e-12
 Factor = Callable[..., list[float]]
 registry: Registry[Factor] = Registry("weight factor", __name__)
 
@@ -31,13 +32,12 @@ def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> W
     sites = [u.site for u in cohort.updates]
     weights, factors = [1.0] * len(sites), {}
     for entry in entries:
-        name = entry if isinstance(entry, str) else str(entry.get("rule"))
         values = asked(registry, entry)(cohort)
-        _refuse_unless(all(0 <= v < float("inf") for v in values), [name], sites, values)
-        factors[name] = dict(zip(sites, values, strict=True))
+        _refuse_unless(all(0 <= v < float("inf") for v in values), [named(entry)], sites, values)
+        factors[named(entry)] = dict(zip(sites, values, strict=True))
         weights = [w * v for w, v in zip(weights, values, strict=True)]
     total = sum(weights)
-    _refuse_unless(0 < total < float("inf"), entries, sites, weights)
+    _refuse_unless(1e-300 < total < float("inf"), entries, sites, weights)
     limits = [min(max_weight, u.report.max_weight) for u in cohort.updates]
     return Weights(dict(zip(sites, capped(weights, limits), strict=True)), factors)
 
@@ -56,7 +56,9 @@ def check(entries: Sequence[Rule], update: AdapterUpdate) -> None:
 def capped(weights: Sequence[float], limits: Sequence[float]) -> list[float]:
     """`weights` divided so that they sum to 1, each within its limit where the limits leave room for it; what a site
     may not count goes to the others in proportion. Where the limits sum to less than 1, shares in proportion to them.
+    A weight that is nothing beside the largest counts nothing: what room the others leave could not be reckoned by it.
     """
+    weights = [weight if weight > FAINT * max(weights) else 0.0 for weight in weights]
     room = [limit if weight > 0 else 0.0 for weight, limit in zip(weights, limits, strict=True)]
     if sum(room) <= 1:
         return [limit / sum(room) for limit in room]

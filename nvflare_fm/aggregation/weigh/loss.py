@@ -16,7 +16,8 @@ def loss(
     *,
     q: Annotated[float, Field(ge=0, le=100, description="0: every site the same; larger: fairer")] = 1.0,
 ) -> list[float]:
-    """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data.
+    """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data. The same for all where it is
+    0 everywhere.
 
     Raises:
         ConfigError: a site did not measure it.
@@ -31,4 +32,4 @@ def loss(
                 code="no_loss",
             )
         factors.append(max(value, 0.0) ** q)
-    return factors
+    return factors if any(factors) else [1.0] * len(factors)

@@ -60,12 +60,13 @@ class PeftMethod(Settings):
             ConfigError: the method cannot be put on this model, or cannot hold `start`.
             WireError: `start` belongs to another model.
         """
-        from ..attach import put, wrap
+        from ..attach import check_fits, put, wrap
 
         model = wrap(base, self.config(base), plan.seed)
         self.initialise(model, plan.seed)
         if start:
             put(model, start.tensors())
+        check_fits(model)
         return model
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:

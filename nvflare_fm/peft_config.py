@@ -1,0 +1,120 @@
+"""PEFT's `adapter_config.json`, written from what an adapter's tensors are called and how they are shaped.
+
+No site's word is needed for it, so none is taken: no pattern that PEFT would match, no class that it would import.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .adapter import LORA_A, LORA_B, Adapter, Manifest
+from .config import RoundPlan
+
+TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
+_PREFIX, _IA3, _MAGNITUDE, _PROMPT = "base_model.model.", ".ia3_l", ".lora_magnitude_vector", "prompt_embeddings"
+
+
+def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None = None) -> dict[str, Any]:
+    """PEFT's configuration of `adapter`, for `PeftModel.from_pretrained`.
+
+    Args:
+        plan: that it was trained by; its own lists of modules are used where they fit the tensors.
+
+    Returns:
+        Plain JSON. Of pairs: the rank and α that make α/r each pair's own scale.
+    """
+    asked: Mapping[str, Any] = plan.peft if plan else {}
+    if adapter.lora or any(_is_lora(name) for name in adapter.dense):
+        own = _lora(adapter, asked)
+    elif any(name.endswith(_IA3) for name in adapter.dense):
+        own = _ia3(adapter)
+    else:
+        own = _prompt(adapter)
+    return own | {
+        "peft_type": manifest.peft.upper(),
+        "task_type": TASK_TYPES.get(manifest.task),
+        "auto_mapping": _auto_mapping(manifest.base_class),
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+
+
+def _lora(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
+    found = adapter.descriptions()
+    shared = [
+        name.removesuffix(LORA_A) for name in adapter.dense if name.endswith(LORA_A)
+    ]  # whose B stays at the sites
+    scales = {**dict.fromkeys(shared, 1.0), **adapter.scales()}
+    ranks = {_module(layer): found[layer + LORA_A].shape[0] for layer in scales}
+    alphas = {_module(layer): scale * ranks[_module(layer)] for layer, scale in scales.items()}
+    rank, alpha = _usual(ranks), _usual(alphas)
+    return {
+        "r": int(rank),
+        "lora_alpha": _short(alpha),
+        "use_rslora": False,  # α/√r with rsLoRA: the scale is already the right one
+        "use_dora": any(_MAGNITUDE in name for name in adapter.dense),
+        "lora_dropout": float(asked.get("lora_dropout", 0.0)),
+        "rank_pattern": {exactly(m): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(m): _short(a) for m, a in alphas.items() if a != alpha},
+        "target_modules": _targets(asked.get("target_modules"), list(ranks)),
+        "modules_to_save": _trained_whole(adapter, asked),
+    }
+
+
+def _ia3(adapter: Adapter) -> dict[str, Any]:
+    found = {_module(n.removesuffix(_IA3)): t for n, t in adapter.descriptions().items() if n.endswith(_IA3)}
+    return {
+        "target_modules": sorted(found),
+        "feedforward_modules": sorted(m for m, t in found.items() if t.shape[0] == 1),  # they scale what goes in
+        "modules_to_save": _trained_whole(adapter, {}),
+    }
+
+
+def _prompt(adapter: Adapter) -> dict[str, Any]:
+    """The rest PEFT reads from the base model."""
+    found = adapter.descriptions()
+    return {"num_virtual_tokens": found[_PROMPT].shape[0]} if _PROMPT in found else {}
+
+
+def _auto_mapping(base_class: str) -> dict[str, str] | None:
+    library, _, name = base_class.rpartition(".")
+    return {"base_model_class": name, "parent_library": library} if name else None
+
+
+def _trained_whole(adapter: Adapter, asked: Mapping[str, Any]) -> list[str] | None:
+    """The modules that are trained beside factors: as the plan calls them, a head by its name, others in full."""
+    tensors = [_module(n) for n in adapter.dense if not _is_lora(n) and not n.endswith(_IA3)]
+    adapted = {_module(n).split(".")[0] for n in [*adapter.lora, *(n for n in adapter.dense if _is_lora(n))]}
+    modules = set()
+    for tensor in tensors:
+        listed = [end for end in asked.get("modules_to_save", ()) if f".{end}." in f".{tensor}"]
+        top, module = tensor.split(".")[0], tensor.rpartition(".")[0]
+        modules |= {*listed} or {module if top in adapted else top}
+    return sorted(filter(None, modules)) or None
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((LORA_A, LORA_B)) or _MAGNITUDE in name
+
+
+def _targets(said: Any, modules: list[str]) -> list[str]:
+    """The plan's own target_modules where they cover every layer of the adapter, else each layer by its full name."""
+    covering = isinstance(said, list | tuple) and all(any(f".{m}".endswith(f".{end}") for end in said) for m in modules)
+    return [*said] if covering else modules
+
+
+def _usual(values: Mapping[str, float]) -> float:
+    return max(sorted(values.values()), key=list(values.values()).count)
+
+
+def exactly(module: str) -> str:
+    """As a key of rank_pattern, which PEFT matches as a regular expression at the end of a module's name."""
+    return "^" + re.escape(module)
+
+
+def _module(layer: str) -> str:
+    return layer.removeprefix(_PREFIX)
+
+
+def _short(alpha: float) -> float | int:
+    return int(alpha) if alpha == int(alpha) else alpha
