@@ -53,7 +53,7 @@ class Registry(Generic[T]):
     def __getitem__(self, name: str) -> T:
         entries = self._fill()
         if name not in entries:
-            hint = nearest(name, list(entries))
+            hint = nearest(str(name), list(entries))
             raise ConfigError(
                 f"no {self.kind} of that name; {hint}known: {sorted(entries)}", repr(name), code="unknown_name"
             )

@@ -49,8 +49,8 @@ def kit(tmp_path: Path, base: Path) -> Path:
 
 def offer(kit: Path, model: dict[str, str], rows: list[dict[str, Any]]) -> None:
     file = tiny.jsonl(kit / "notes.jsonl", rows)
-    data, welcome = {"notes": {"train": str(file)}}, {"orgs": ["company"]}
-    said = {"models": {"base": model}, "data": data, "limits": {"threads": 1}, "welcome": welcome}
+    said = {"models": {"base": model}, "data": {"notes": {"train": str(file)}}, "limits": {"threads": 1}}
+    said |= {"welcome": {"orgs": ["company"]}}
     (kit / "local" / "fm_site.yaml").write_text(render(said))
 
 
@@ -63,11 +63,20 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["said"])
     assert found["device"]["said"]
     assert re.search(r"[\d.]+ GB free", found["disk"]["said"])
-    assert "company" in found["welcome"]["said"]
+    assert "no metric would leave" in found["data notes"]["said"]  # two rows are held out
+    assert found["welcome"]["said"] == "anyone of company"
+
+
+def test_a_site_that_names_nobody_is_not_ready(kit: Path):
+    file = kit / "local" / "fm_site.yaml"
+    file.write_text(file.read_text().replace('  orgs: ["company"]', '  # orgs: ["company"]'))
+    status, found = checked(kit)
+    assert (status, found["welcome"]["good"]) == (1, False)
+    assert found["welcome"]["said"].startswith("nobody is welcome; name submitters, orgs or both")
 
 
 def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
-    offer(kit, {"path": str(base), "fingerprint": "0" * 64}, [{"prompt": "only"}])
+    offer(kit, {"path": str(base), "fingerprint": "0" * 64}, tiny.rows("causal_lm"))
     (kit / "local" / "resources.json").write_text('{"class_allow_list": ["nvflare_fm."]}')
     (kit / "local" / job_check.FILE).unlink()
     status, found = checked(kit)

@@ -104,10 +104,10 @@ def test_the_merge_rule_of_the_how_to_is_a_rule() -> None:
 
 @pytest.mark.usefixtures("pasted")
 def test_the_weight_of_the_how_to_is_one_that_a_job_can_ask_for_with_its_setting() -> None:
-    reports = {"a": Report(examples=1, tokens=100, seconds=1.0), "b": Report(examples=1, tokens=900, seconds=1.0)}
+    reports = {"a": Report(seconds=90.0), "b": Report(seconds=20.0)}
     manifest = Manifest("base", "causal_lm", "lora")
     updates = [AdapterUpdate(site, Adapter(), manifest, report) for site, report in reports.items()]
-    shares = weigh.weigh([{"rule": "slow", "tokens_per_s": 300}], Cohort(updates)).shares
+    shares = weigh.weigh([{"rule": "slow", "seconds": 30}], Cohort(updates)).shares
     assert shares == pytest.approx({"a": 0.25, "b": 0.75})
 
 

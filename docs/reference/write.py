@@ -76,7 +76,8 @@ def _row(name: str, field: FieldInfo) -> str:
 def _limit(constraint: Any) -> str:
     """`≥ 1` of pydantic's Ge(ge=1); nothing of what is not a limit."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return next((f"{sign} {getattr(constraint, key)}" for key, sign in signs.items() if hasattr(constraint, key)), "")
+    found = next(((sign, getattr(constraint, key)) for key, sign in signs.items() if hasattr(constraint, key)), None)
+    return f"{found[0]} {found[1]:{'g' if isinstance(found[1], float) else ''}}" if found else ""
 
 
 def _values(kind: Any) -> str:
@@ -90,7 +91,8 @@ def _values(kind: Any) -> str:
     if origin is tuple:
         return f"list of {_values(inside[0])}"
     if origin is collections.abc.Mapping:
-        return f"{_values(inside[0])} → {_values(inside[1])}"
+        mixed = get_origin(inside[1]) in (Union, UnionType)
+        return f"{_values(inside[0])} → {'what each setting takes' if mixed else _values(inside[1])}"
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "settings, see below"
     return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "any")

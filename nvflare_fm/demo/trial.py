@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config import EvaluationSettings, RoundPlan, TrainingSettings
 from ..errors import DataError
-from ..site.site_config import DataSource, Limits, ModelSource, SiteConfig
+from ..site.site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig
 from .generator import STYLES
 
 TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"
@@ -117,5 +117,8 @@ class Trial:
         """What a site with these files would write into its `fm_site.yaml`."""
         data = DataSource(train=str(folder / "train.jsonl"), validation=str((tested_on or folder) / "test.jsonl"))
         return SiteConfig(
-            models={"base": ModelSource(path=str(self.model))}, data={"notes": data}, limits=Limits(threads=1)
+            models={"base": ModelSource(path=str(self.model))},
+            data={"notes": data},
+            limits=Limits(threads=1),
+            privacy=Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1),  # all sites are on this machine
         )

@@ -41,6 +41,9 @@ class Gate:
             said = str(accept(self._decide(plan, who, trains=task_name == AppConstants.TASK_TRAIN)))
         except FmError as error:
             said, reply = f"refused: {error}", _reply(error.message)
+        except Exception as error:  # what cannot be decided is refused, and the job goes on elsewhere
+            said = f"refused: internal error: {type(error).__name__}: {error}"
+            reply = _reply(f"internal error: {type(error).__name__}; see the site's audit log")
         self._audit(f"{said} [{about}, for {who.name or 'unknown'} of {who.org or 'unknown'}]", fl_ctx)
         return reply
 

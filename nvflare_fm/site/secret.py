@@ -1,6 +1,6 @@
 """What a site alone knows, so that whoever writes a job cannot work out which of the site's rows is in which step.
 
-Random bytes in a file beside the site file, which only the user who runs the site may read. They leave the site in no
+A random number in a file beside the site file, which only the user who runs the site may read. It leaves the site in no
 message, log or command line. Simulated sites have none: their site files bear the site's name, and runs are repeatable.
 """
 
@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..files import open_file
 from .site_config import FILE_NAME
 
-NAME, SIZE = "fm_secret", 32
+NAME, SIZE = "fm_secret", 64  # hexadecimal digits
 
 
 def make(site_file: Path) -> Path | None:
@@ -30,7 +30,7 @@ def make(site_file: Path) -> Path | None:
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as opened:
-            opened.write(secrets.token_bytes(SIZE))
+            opened.write(secrets.token_hex(SIZE // 2).encode())
     except FileExistsError:  # another job of the site was faster
         return None
     except OSError as error:
@@ -63,7 +63,7 @@ def read(site_file: Path) -> bytes:
         ) from None
     if len(found) != SIZE or mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
-            f"the site's secret is not {SIZE} bytes that its owner alone may read; delete it, and run nvflare-fm site "
+            f"the site's secret is not {SIZE} digits that its owner alone may read; delete it, and run nvflare-fm site "
             "allow",
             str(file),
             code="no_secret",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import get_peft_model_state_dict
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -70,10 +69,8 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
         wrapped = wrap(lent, method.config(lent), plan.seed)
     whole, embeddings = trained_modules(wrapped, heads)
     own = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    if method.is_prompt:  # PEFT copies the values of a prompt, and there are none here
-        return base, AdapterShape({}, sum(parameter.numel() for parameter in own.values()), whole, embeddings)
-    state = get_peft_model_state_dict(wrapped, state_dict=own, adapter_name=LOCAL, save_embedding_layers=False)
-    return base, replace(adapter_shape(state), whole=whole, embeddings=embeddings)
+    saved = {name.replace(f".{LOCAL}.", "."): parameter for name, parameter in own.items()}  # as in PEFT's file
+    return base, replace(adapter_shape(saved), whole=whole, embeddings=embeddings)
 
 
 def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:

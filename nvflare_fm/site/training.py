@@ -106,14 +106,16 @@ def steps_between_logs(chosen: list[int], contents: Sequence[str], steps: int, l
         chosen: the rows of the round, in their order.
         contents: what tells rows apart.
     """
-    per_step, steps_each = len(chosen) // steps, max(1, steps // 10)
-    while steps_each <= steps:
-        size = steps_each * per_step
-        windows = [chosen[start : start + size] for start in range(0, steps // steps_each * size, size)]
-        if all(len({contents[row] for row in window}) >= least for window in windows):
-            return steps_each
-        steps_each = steps_each * 2 if steps_each * 2 <= steps or steps_each == steps else steps
-    return 0
+
+    def enough(each: int) -> bool:
+        size = each * (len(chosen) // steps)
+        starts = range(0, steps // each * size, size)
+        return all(len({contents[row] for row in chosen[start : start + size]}) >= least for start in starts)
+
+    each = max(1, steps // 10)
+    while each < steps and not enough(each):
+        each = min(2 * each, steps)
+    return each if enough(each) else 0
 
 
 def train(

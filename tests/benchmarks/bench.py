@@ -147,7 +147,8 @@ class Bench:
 
     def _worker(self, name: str, train: Path, test: Path, place: int, method: Method) -> Worker:
         data = {"notes": DataSource(train=str(train.resolve()), validation=str(test.resolve()))}
-        config = SiteConfig(models={"base": ModelSource(path=str(self.study.model.resolve()))}, data=data)
+        models = {"base": ModelSource(path=str(self.study.model.resolve()))}
+        config = SiteConfig(models=models, data=data, privacy=sites.OPEN)
         rank = method.rank or self._rank(place)
         overrides = SiteOverrides(
             rank=rank,

@@ -60,6 +60,7 @@ class Bench:
         config = SiteConfig(
             models={"base": ModelSource(path=str(sites.MODELS["stories260k"]))},
             data={"notes": DataSource(train=str(train.resolve()), validation=str((folder / "test.jsonl").resolve()))},
+            privacy=sites.OPEN,
         )
         return Worker(name, config)
 

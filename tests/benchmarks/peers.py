@@ -45,8 +45,8 @@ class SelfPruningWorker(Worker):
     pulled to zero, and a site whose training made them smaller gives them up.
     """
 
-    def _job(self, task: RoundTask) -> Job:
-        job = super()._job(task)
+    def _job(self, task: RoundTask, trains: bool) -> Job:
+        job = super()._job(task, trains)
         return replace(job, method=Penalised(**job.method.model_dump()))
 
     def train(self, task: RoundTask) -> AdapterUpdate:
@@ -88,7 +88,7 @@ def fold(combined: Combined, worker: Worker, task: RoundTask) -> tuple[Adapter, 
 
     Changes the shared base model in place.
     """
-    base = worker._job(task).base.model
+    base = worker._job(task, trains=True).base.model
     modules = dict(base.named_modules())
     for layer, pair in combined.adapter.lora.items():
         module = modules[layer.removeprefix("base_model.model.")]

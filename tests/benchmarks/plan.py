@@ -39,6 +39,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     import tempfile
 
     import psutil
+    import sites
 
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.config import RoundPlan
@@ -54,9 +55,11 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
         file = Path(rows) / "rows.jsonl"
         file.write_text((json.dumps(made_up(plan)) + "\n") * 64)
         data = {"notes": {"train": str(file), "validation": str(file)}}
-        site = SiteConfig.read({"models": {"base": {"path": str(folder)}}, "data": data, "limits": {"threads": 1}}, "")
+        models, open_handed = {"base": {"path": str(folder)}}, sites.OPEN.model_dump()
+        said = {"models": models, "data": data, "limits": {"threads": 1}, "privacy": open_handed}
+        site = SiteConfig.read(said, "benchmark")
         worker = Worker("here", site)
-        loaded = worker._job(RoundTask(plan)).base.model.get_memory_footprint() / 2**20
+        loaded = worker._job(RoundTask(plan), trains=True).base.model.get_memory_footprint() / 2**20
         before = psutil.Process().memory_info().rss / 2**20
         worker.train(RoundTask(plan))
         seen = peak_memory_mib() - before

@@ -28,8 +28,11 @@ import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
+from nvflare_fm.site.site_config import Privacy
+
 SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
 MODELS = {"stories260k": SHARED / "models" / "stories260k"}
+OPEN = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1, counts=("examples", "tokens"))  # of public data
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that
 Row = dict[str, Any]
 

@@ -65,7 +65,7 @@ def said(folder: Path, name: str, models: Mapping[str, Any], shift: int) -> dict
             "quantizations": ["nf4", "fp32"],
             "pinned_only": True,
         },
-        "privacy": {"min_examples": 20},
+        "privacy": {"min_examples": 20, "min_metric_rows": 1},  # three rows are held out
         "welcome": {"orgs": ["company"]} | ({"templates": [PLAN["template"]]} if name == "clinic-c" else {}),
     }
 

@@ -28,18 +28,21 @@ pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file:
 # What each clinic is asked in a job, and what it must answer.
 REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "names": {
-        "clinic-a": ({"data": "note"}, "this site offers no data set 'note'; did you mean \"notes\"?"),
-        "clinic-b": ({"model": "/srv/models/base"}, "model '/srv/models/base' is a path; a job names aliases"),
-        "clinic-c": ({"rank": 99}, "rank 99 is more than the 8 this site allows; ask for less"),
+        "clinic-a": ({"data": "note"}, 'this site offers no data set of that name; did you mean "notes"?'),
+        "clinic-b": ({"model": "/srv/models/base"}, "model is a path; a job names aliases"),
+        "clinic-c": ({"rank": 99}, "peft.rank is more than the 8 this site allows (max_rank); ask for less"),
     },
     "terms": {
-        "clinic-a": ({"model": "unpinned"}, "model 'unpinned' is not pinned at this site; ask its admin"),
-        "clinic-b": ({"quantization": "int8"}, "quantization 'int8' is not among ['nf4', 'fp32'] at this site"),
-        "clinic-c": ({}, "job template 'lora_text_classification' is not welcome at this site"),
+        "clinic-a": ({"model": "unpinned"}, "what it names is not pinned here; ask the site's admin"),
+        "clinic-b": ({"quantization": "int8"}, "quantization is not among ['nf4', 'fp32'] at this site"),
+        "clinic-c": ({}, "the job's template is not welcome at this site"),
     },
     "files": {
-        "clinic-a": ({"model": "swapped"}, f"the site pins {'0' * 64}; point the alias at the pinned weights"),
-        "clinic-b": ({"data": "few"}, "this site trains on no fewer than 20 examples and the data set has fewer"),
+        "clinic-a": ({"model": "swapped"}, "the site pins others; point the alias at the pinned ones"),
+        "clinic-b": (
+            {"data": "few"},
+            "this site trains on no fewer than 20 different examples and the data set has fewer",
+        ),
         "clinic-c": ({"data": "link"}, "a data file is a link that leads out of its data folder"),
     },
     "weights": {
@@ -50,7 +53,10 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "labels": {
         "clinic-a": ({}, ""),
         "clinic-b": ({}, ""),
-        "clinic-c": ({"data": "coded"}, "33 of 33 rows cannot be used: line 1: 'label' is not among the plan's labels"),
+        "clinic-c": (
+            {"data": "coded"},
+            "more rows that cannot be used for this task and these labels than the site's max_bad_rows",
+        ),
     },
 }
 
@@ -203,7 +209,7 @@ def test_a_job_can_be_watched_and_read_with_nvflares_own_commands(jobs: Jobs, sy
 def test_who_took_part_in_each_round_and_what_a_site_lowered_is_in_the_result(jobs: Jobs):
     rounds = [line for line in jobs.rounds("three_clinics") if line["round"] < 2]
     assert [sorted(line["sites"]) for line in rounds] == [sorted(SITES)] * 2
-    assert {tuple(s["lowered"]) for line in rounds for s in line["sites"].values()} == {("batch_size 8 → 4",)}
+    assert {tuple(s["lowered"]) for line in rounds for s in line["sites"].values()} == {("batch_size to 4",)}
 
 
 def test_a_site_that_refuses_does_not_sink_the_job(jobs: Jobs):
@@ -247,7 +253,7 @@ def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system:
     lines = [line for line in system.audit("clinic-b", jobs.ids["weights"]).splitlines() if "nvflare_fm" in line]
     assert lines
     for line in lines:
-        assert "lowered: batch_size 8 → 4 [causal_lm with model 'base' on data 'notes'" in line
+        assert "lowered: batch_size to 4 [causal_lm with model 'base' on data 'notes'" in line
         assert f"for {LEAD} of company]" in line
 
 
@@ -266,7 +272,8 @@ def test_a_component_that_is_not_on_the_allow_list_is_not_built(jobs: Jobs, syst
 
 def test_remote_code_cannot_be_asked_for(jobs: Jobs):
     assert jobs.ended["remote"] == "FINISHED:EXECUTION_EXCEPTION"
-    assert "plan: unknown setting 'trust_remote_code'" in jobs.errors("remote")
+    assert "plan: unknown setting;" in jobs.errors("remote")
+    assert "trust_remote_code" in jobs.errors("remote")
 
 
 @pytest.mark.parametrize("site", list(SITES))
@@ -294,6 +301,20 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     assert b"id2label" not in sent
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
     assert socket.gethostname().encode() not in words
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_the_secret_of_a_site_is_in_its_own_file_alone(jobs: Jobs, system: System, site: str):
+    file = system.kits / site / "local" / "fm_secret"
+    assert file.stat().st_mode & 0o777 == 0o600
+    secret = file.read_bytes()
+    assert secret not in b"".join(system.sent(site))
+    assert not [other for other in (system.kits / site).rglob("*") if _holds(other, secret) and other != file]
+    assert not [process.pid for process in system.ours.values() if secret.decode() in str(process.environ())]
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and content in file.read_bytes()
 
 
 # --- last, for the server is killed

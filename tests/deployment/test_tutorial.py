@@ -67,7 +67,7 @@ def test_poc_mode_runs_the_same_job_and_one_hospital_says_whom_it_does_not_work_
     rehearsal, real = said.split("nvflare provision -p project.yml", 1)
     assert "POC system stopped" in rehearsal
     assert "COMPLETED (FINISHED:COMPLETED)" in rehearsal
-    assert "valley: refused: submitter 'admin@company.example' is not welcome at this site" in rehearsal
+    assert "valley: refused: the job's submitter is not welcome at this site" in rehearsal
     assert "refused" not in real
     assert list((reader / HERE / "rehearsed").glob("*/workspace/adapters/best/adapter_model.safetensors"))
     assert not (reader / HERE / "poc").exists()

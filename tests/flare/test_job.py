@@ -134,7 +134,7 @@ def test_resuming_needs_something_to_resume_from() -> None:
         ({"aggregator": {"merge": "exact"}}, "controller: aggregator"),
         ({"plan": "task"}, "controller: plan"),
         ({"key_metric_mode": "least"}, "key_metric_mode"),
-        ({"plan": {"lerning_rate": 1}}, "unknown setting 'lerning_rate'"),
+        ({"plan": {"lerning_rate": 1}}, "unknown setting;.*lerning_rate"),
         ({"plan": {"training": {"lerning_rate": 1}}}, 'did you mean "learning_rate"'),
         ({"plan": {"peft": {"method": "lorra"}}}, 'did you mean "lora"'),
         ({"plan": {"rest": "none"}}, "rest follows from how the adapters are merged"),
@@ -151,7 +151,7 @@ def test_a_merge_rule_that_needs_equal_ranks_is_refused_where_they_differ() -> N
 
 
 def test_a_site_setting_nobody_knows_is_refused() -> None:
-    with pytest.raises(ConfigError, match="sites: alder: unknown setting 'rnk'; did you mean \"rank\""):
+    with pytest.raises(ConfigError, match=r'sites: alder: unknown setting; did you mean "rank".*rnk'):
         FedPEFTRecipe("job", sites={"alder": {"rnk": 2}})
 
 

@@ -106,6 +106,7 @@ def test_the_site_file_says_what_project_yml_says(kits: Path):
     assert load_site(file) == SiteConfig.read(SAID | {"data": {"notes": SAID["data"]["notes"] | {
         "train": "/srv/data/notes.jsonl"}}}, "test")  # fmt: skip
     assert load_site(kits / "clinic-b" / "local" / "fm_site.yaml") == SiteConfig()
+    assert not (kits / "clinic-a" / "local" / "fm_secret").exists()  # whoever makes the kits would know it
 
 
 def test_the_server_is_told_limits_and_neither_aliases_nor_paths(kits: Path):
@@ -172,6 +173,7 @@ def test_kits_that_exist_already_are_allowed_and_cleared_again(
         ours, narrow = (components.SERVER, SERVERS) if name == SERVER else (components.SITE, SITE)
         assert resources(kit)["class_allow_list"] == (narrow if only_ours else [*DEFAULT_CLASS_ALLOW_LIST, *ours])
         assert job_check.installed(kit / "local", is_site=name != SERVER)
+        assert (kit / "local" / "fm_secret").exists() == (name != SERVER)
         if name != SERVER:
             assert (before["allow_log_streaming"], resources(kit)["allow_log_streaming"]) == (True, False)
             assert "allow_log_streaming is off" in (kit / "readme_nvflare_fm.txt").read_text()
@@ -179,6 +181,7 @@ def test_kits_that_exist_already_are_allowed_and_cleared_again(
         assert resources(kit) == before
         assert not (kit / "local" / job_check.FILE).exists()
         assert remove(kit) == []
+        assert not (kit / "local" / "fm_secret").exists()
     assert not (kits / SERVER / "local" / "fm_site.yaml").exists()
     assert (kits / "clinic-a" / "local" / "fm_site.yaml.removed").exists()
 
@@ -259,4 +262,5 @@ def test_each_commented_setting_of_a_site_file_can_be_uncommented(tmp_path: Path
     file.write_text("\n".join(line.replace("# ", "", 1) if line in settings else line for line in lines))
     full, short = load_site(file), tmp_path / "short.yaml"
     short.write_text(render(SAID))
-    assert full == load_site(short)
+    assert full.welcome.tasks == ("sequence_classification",)  # whom to welcome has no default, so an example is shown
+    assert full.model_copy(update={"welcome": load_site(short).welcome}) == load_site(short)

@@ -71,7 +71,7 @@ def test_the_job_completes_without_bringing_code(federation: Federation) -> None
 def test_a_wrong_base_model_is_refused_by_name_and_the_others_go_on(federation: Federation) -> None:
     first, second, _ = federation.rounds()
     assert "trained base model" in first["out"]["drift"]
-    assert second["out"]["drift"].startswith("refused: drift: the federation trains base model")
+    assert second["out"]["drift"].startswith("refused: drift: the federation trains another base model")
     assert set(second["sites"]) == {"alder", "birch"}
 
 

@@ -194,7 +194,7 @@ def test_the_pull_is_mu_times_the_distance_from_the_start(llama: Path, tmp_path:
 
 
 def test_training_that_diverges_names_the_remedy(llama: Path, tmp_path: Path) -> None:
-    training = {"local_steps": 30, "batch_size": 4, "learning_rate": 10, "optim": "sgd", "max_grad_norm": 1e9}
+    training = {"local_steps": 30, "learning_rate": 10, "optim": "sgd", "max_grad_norm": 1e9, "proximal_mu": 1e6}
     plan = tiny.plan(peft={"method": "lora", "rank": 4, "lora_alpha": 1e6}, training=training)
     with pytest.raises(TrainingError, match="lower learning_rate") as told:
         tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))

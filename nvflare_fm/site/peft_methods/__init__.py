@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 class PeftMethod(Settings):
     """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
 
-    Subclasses set `factored` where the method sends B @ A pairs, `is_prompt` where it learns what stands before a text.
+    Subclasses set `factored` where the method sends B @ A pairs.
     """
 
     factored: ClassVar[bool] = False
-    is_prompt: ClassVar[bool] = False
     checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
 
     @property
@@ -87,7 +86,7 @@ def read(settings: Mapping[str, Any]) -> PeftMethod:
     """
     values = dict(settings)
     if "method" not in values:
-        raise ConfigError(f"peft needs a method, one of {list(registry)}")
+        raise ConfigError(f"peft needs a method, one of {list(registry)}", code="no_method")
     name = values.pop("method")
     return registry[name].read(values, f"peft ({name})")
 
@@ -98,7 +97,10 @@ def check_training(method: PeftMethod, settings: TrainingSettings) -> None:
         ConfigError: the method cannot be trained so.
     """
     if settings.gradient_checkpointing and not method.checkpointing:
-        raise ConfigError("prefix_tuning does not go with gradient_checkpointing; use another method, or turn it off")
+        raise ConfigError(
+            "prefix_tuning does not go with gradient_checkpointing; use another method, or turn it off",
+            code="no_checkpointing",
+        )
 
 
 def complete(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,11 @@ class Lora(PeftMethod):
         _check_layers(start, blank)
         widest = max(pair.rank for pair in start.lora.values())
         if self.use_dora and widest not in (0, self.rank):
-            raise ConfigError(f"DoRA needs one rank everywhere: this site trains {self.rank}, the adapter has {widest}")
+            raise ConfigError(
+                "DoRA needs one rank everywhere, and the adapter has another than this site is to train",
+                f"this site trains {self.rank}, the adapter has {widest}",
+                code="one_rank",
+            )
         trained, frozen = self._split(start, plan, number)
         put(model, Adapter(trained, start.dense).tensors())
         if widest := max(pair.rank for pair in frozen.values()):

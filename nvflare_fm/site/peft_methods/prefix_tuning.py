@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 class PrefixTuning(PeftMethod):
     """The prefix itself is trained, not a projection that makes it: what PEFT saves of a projection cannot go on."""
 
-    is_prompt = True
     checkpointing = False  # a second pass would find the keys of the first beside the prefix
 
     num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)

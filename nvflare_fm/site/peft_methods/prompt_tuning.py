@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 @registry.register("prompt_tuning")
 class PromptTuning(PeftMethod):
-    is_prompt = True
-
     num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
 
     def config(self, base: "BaseModel") -> "PeftConfig":
