@@ -85,7 +85,7 @@ def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
     assert found["allow list"]["said"].endswith("run nvflare-fm site allow")
     assert found["job files"] == {"what": "job files", "good": False, "said": "run nvflare-fm site allow"}
     assert f"its fingerprint is {fingerprint(base)}" in found["model base"]["said"]
-    assert "line 1: 'completion' is missing" in found["data notes"]["said"]
+    assert "pins" in found["data notes"]["said"]
     assert [found[what]["good"] for what in ("allow list", "model base", "data notes")] == [False] * 3
 
 
