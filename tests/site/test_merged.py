@@ -20,6 +20,7 @@ from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 from tests.site.test_mean_pooling import OLD, declared
 
+ROOT = Path(__file__).parents[2]
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "causal_lm", {"method": "lora", "rank": 4, "lora_alpha": 8}),
     "dora": ("llama", "causal_lm", {"method": "lora", "rank": 4, "use_dora": True}),
@@ -187,3 +188,20 @@ def test_a_plan_of_another_version_does_not_matter_to_the_card(last: Path, tmp_p
         out = tmp_path / str(provenance.round)
         export.write_adapter(out, values, manifest, provenance)
         assert typed("export", out, "-o", tmp_path / f"{out.name}-exported").exit_code == 0
+
+
+def test_the_commands_and_the_python_of_the_how_to_run(
+    last: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "how_to" / "serve_an_adapter.md").read_text(encoding="utf-8")
+    shutil.copytree(last.parents[1], tmp_path / "results")
+    (tmp_path / "results" / "adapters" / "last").rename(tmp_path / "results" / "adapters" / "best")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(llama)
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall("^    nvflare-fm (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert typed(*command.split()).exit_code == 0, command
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, {})
