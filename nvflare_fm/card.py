@@ -47,7 +47,7 @@ def made(rounds: Sequence[Round], provenance: Provenance) -> Made:
     last = next((line for line in its if line.round == provenance.round), None)
     if last is None:
         return Made(number)
-    measured = next((line.metrics for line in rounds if line.round == number), {})
+    measured = next((line.measured for line in rounds if line.round == number), {})
     sites = {site for line in its for site in line.sites}
     return Made(number, len(sites), last.ended, last.how, measured)
 

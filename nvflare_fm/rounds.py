@@ -33,10 +33,17 @@ class Round(BaseModel):
     late: tuple[str, ...] = ()
     sites: Mapping[str, Mapping[str, Any]] = {}
     metrics: Mapping[str, float] = {}
+    medians: Mapping[str, float] = {}
+    error: str = ""  # why nothing was merged
     energy_lost: Mapping[str, float] = {}
     how: Mapping[str, Any] = {}  # the job's merge rule, weights and server step
     seconds: float = 0.0
     ended: str = ""  # date and time, UTC
+
+    @property
+    def measured(self) -> Mapping[str, float]:
+        """What the sites measured of the adapter the round starts from, as the monitor shows it: their median."""
+        return self.medians or self.metrics
 
     @property
     def trained(self) -> bool:
@@ -87,10 +94,12 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 def told(line: Round) -> list[str]:
     """One line on a round for a person's terminal, and one more for each site that does not count."""
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.metrics.items()))
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.measured.items()))
     parts = [f"after {line.round} of {line.total_rounds} rounds: {measured or 'not measured'}"]
-    if not (line.trained or line.metrics):
+    if not (line.trained or line.measured):
         parts.append("no site gave a usable answer")
+    if line.error:
+        parts.append(f"nothing was merged: {line.error}")
     if line.trained:
         loss = "" if line.loss is None or not math.isfinite(line.loss) else f", training loss {line.loss:.4g}"
         parts.append(f"then {len(line.sites)} of {len(line.asked)} sites trained{loss}, {line.seconds:.0f} s")
