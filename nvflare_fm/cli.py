@@ -1,28 +1,39 @@
 """`nvflare-fm`: what a site's IT does on its own machine, and a data scientist before a job is submitted."""
 
 import json
-import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from . import cli_job
+from . import cli_explain, cli_export, cli_job, cli_simulate
+from .cli_terminal import Commands
 from .errors import FmError
+from .untrusted import one_line
 
 if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
-    from .site.checkup import Finding
+    from .config import RoundPlan
+    from .site.finding import Finding
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federated PEFT fine-tuning on NVIDIA FLARE.")
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # help is text, too
+    pretty_exceptions_enable=False,
+    help="Federated PEFT fine-tuning on NVIDIA FLARE.",
+)
 site = typer.Typer(no_args_is_help=True, help="What a site allows, and whether it is ready.")
 app.add_typer(site, name="site")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
+app.command()(cli_simulate.simulate)
 app.command()(cli_job.resume)
+app.command()(cli_explain.explain)
+app.command()(cli_export.export)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 
@@ -43,10 +54,7 @@ def allow(
     """Lets jobs use this package with a startup kit that exists already, and gives the site a file to fill in."""
     from .flare import provision
 
-    try:
-        files = provision.remove(kit) if remove else provision.allow(kit, only_ours)
-    except FmError as error:
-        sys.exit(f"nvflare-fm: {error}")
+    files = provision.remove(kit) if remove else provision.allow(kit, only_ours)
     for file in files:
         typer.echo(("changed " if remove else "wrote ") + str(file))
     typer.echo("Restart the site for it to take effect." if files else "There was nothing to take out.")
@@ -64,10 +72,11 @@ def check(
     max_length: Annotated[int, typer.Option(help="tokens; longer texts are cut")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
 ) -> None:
-    """Loads and hashes the models, reads the data, trains a few steps. Exit status 0: ready, 1: see each ✗."""
+    """Checks the machine, loads and hashes the models, reads the data, trains a few steps.
+
+    Exit status 0: ready, 1: each line marked ✗ says what to do.
+    """
     from .config import RoundPlan
-    from .site.checkup import checkup
-    from .site.site_config import FILE_NAME
 
     asked = {
         "task": task,
@@ -78,21 +87,42 @@ def check(
         "max_length": max_length,
         "training": {"batch_size": batch_size},
     }
-    try:
-        plan = RoundPlan.read(asked, "nvflare-fm site check")
-    except FmError as error:
-        sys.exit(f"nvflare-fm: {error}")
-    findings = [*_kit(kit), *checkup(kit / "local" / FILE_NAME, plan)]
+    findings = []
+    for finding in _findings(kit, RoundPlan.read(asked, "nvflare-fm site check")):
+        findings.append(finding)
+        if not as_json:  # each as it is found: a large model takes minutes
+            _show(finding)
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    else:
-        _show(findings)
     raise typer.Exit(0 if all(finding.good for finding in findings) else 1)
+
+
+def _findings(kit: Path, plan: "RoundPlan") -> "Iterator[Finding]":
+    from .site.checkup import checkup
+    from .site.finding import Finding
+    from .site.machine import machine
+    from .site.site_config import FILE_NAME
+
+    if said := _no_kit(kit):
+        yield Finding("kit", False, said)
+        return
+    yield from machine(kit)
+    yield from _kit(kit)
+    yield from checkup(kit / "local" / FILE_NAME, plan)
+
+
+def _no_kit(kit: Path) -> str:
+    """Why the folder cannot be a site's startup kit; nothing where it can."""
+    if not kit.is_dir():
+        return f"there is no folder {kit}; name the site's startup kit with --kit"
+    if missing := [name for name in ("startup", "local") if not (kit / name).is_dir()]:
+        return f"{kit.absolute()} is no startup kit: it has no folder {' and no folder '.join(missing)}"
+    return ""
 
 
 def _kit(kit: Path) -> "list[Finding]":
     from .flare import allow_list, components, job_check, provision
-    from .site.checkup import Finding
+    from .site.finding import Finding
 
     try:
         _, resources = allow_list.read(kit / "local")
@@ -112,12 +142,9 @@ def _kit(kit: Path) -> "list[Finding]":
     ]
 
 
-def _show(findings: "list[Finding]") -> None:
-    table = Table("", "what", show_edge=False)
-    table.add_column("found", overflow="fold")  # a fingerprint must be there in full, to be copied
-    for finding in findings:
-        table.add_row("[green]✓" if finding.good else "[red]✗", finding.what, finding.said)
-    Console().print(table)
+def _show(finding: "Finding") -> None:
+    mark = typer.style("✓", fg="green") if finding.good else typer.style("✗", fg="red")
+    typer.echo(f"{mark} {one_line(finding.what)}: {one_line(finding.said)}")
 
 
 if __name__ == "__main__":

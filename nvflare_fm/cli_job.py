@@ -1,17 +1,17 @@
 """`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted; `resume` after."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from . import templates as job_templates
-from .errors import ConfigError, FmError
+from .cli_terminal import add_row, console, plain
+from .errors import ConfigError
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .flare.forecast import Forecast
@@ -37,22 +37,23 @@ def new(
     A key is as much of a knob's name as tells it from the others. With adapter=FOLDER the job starts from that adapter;
     sites.NAME.KEY=value sets what one site does differently, and the sites so named are the sites of the job.
     """
-    try:
-        if asked or not template:
-            _explain(context, template)
-            return
-        if output is None:
-            raise ConfigError("say where the job goes: -o FOLDER")
-        from .flare.new_job import write_job
+    if asked or not template:
+        _explain(context, template)
+        return
+    if output is None:
+        raise ConfigError("say where the job goes: -o FOLDER")
+    if not output.name.isprintable():
+        raise ConfigError(f"a job is named after its folder, and {output.name!r} is no text", code="not_text")
+    from .flare.new_job import write_job
 
-        write_job(output, job_templates.load(template), dict(map(_setting, settings)))
-    except FmError as error:
-        sys.exit(f"nvflare-fm: {error}")
-    typer.echo(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}")
+    write_job(output, job_templates.load(template), dict(map(_setting, settings)))
+    typer.echo(one_line(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}"))
 
 
 def _setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
+    if not text.isprintable():
+        raise ConfigError(f"{text!r} holds what is no text; settings are text in UTF-8", code="not_text")
     if not (key and equals):
         raise ConfigError(f"{text!r} sets nothing; write key=value")
     return key.strip(), value.strip()
@@ -66,8 +67,8 @@ def _explain(context: typer.Context, template: str) -> None:
     table = Table("knob", "as it stands", "meaning", title=template, show_edge=False)
     for knob in knobs:
         value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
-        table.add_row(job_templates.shortest(knob, knobs), value, knob.meaning)
-    Console(markup=False).print(table)
+        add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
+    console().print(table)
 
 
 def plan(
@@ -89,11 +90,8 @@ def plan(
     """Tells what a job costs each site, before anything runs: memory, seconds, bytes a round up and down."""
     from .flare.forecast import forecast
 
-    try:
-        rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
-        told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
-    except FmError as error:
-        sys.exit(f"nvflare-fm: {error}")
+    rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
+    told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
     if as_json:
         typer.echo(json.dumps(told.plain(), indent=2))
     else:
@@ -114,26 +112,23 @@ def resume(
     """Makes a job that goes on after the last round of one that ended early, and with --kit submits it."""
     from .flare import resume as flare
 
-    try:
-        with tempfile.TemporaryDirectory() as downloads:
-            result = Path(ended)
-            if not result.is_dir():
-                if kit is None:
-                    raise ConfigError(f"{ended!r} is no folder; to download a job by its id, add --kit", code="no_kit")
-                result = flare.download(ended, kit, Path(downloads))
-            name = next((file.parent.name for file in result.glob("job/*/meta.*")), "job")
-            folder = output or Path(f"{name}_resumed")
-            job = flare.write_resumed(result, folder)
-        typer.echo(f"wrote {folder}: goes on with round {job.rounds.start} of rounds 0 to {job.rounds.stop - 1}")
-        if job.plan.shares != "AB":
-            typer.echo("note: the factor that each site keeps to itself stays in the old job; it starts anew")
-        if kit is None:
-            typer.echo(f"next: nvflare job submit -j {folder}")
-            return
-        submitted = flare.submit(folder, kit)
-    except FmError as error:
-        sys.exit(f"nvflare-fm: {error}")
-    typer.echo(f"submitted as {submitted}; next: nvflare job monitor {submitted}")
+    with tempfile.TemporaryDirectory() as downloads:
+        result = Path(ended)
+        if not result.is_dir():
+            if kit is None:
+                raise ConfigError(f"{ended!r} is no folder; to download a job by its id, add --kit", code="no_kit")
+            result = flare.download(ended, kit, Path(downloads))
+        name = next((file.parent.name for file in result.glob("job/*/meta.*")), "job")
+        folder = output or Path(f"{name}_resumed")
+        job = flare.write_resumed(result, folder)
+    typer.echo(one_line(f"wrote {folder}: goes on with round {job.rounds.start} of rounds 0 to {job.rounds.stop - 1}"))
+    if job.plan.shares != "AB":
+        typer.echo("note: the factor that each site keeps to itself stays in the old job; it starts anew")
+    if kit is None:
+        typer.echo(one_line(f"next: nvflare job submit -j {folder}"))
+        return
+    submitted = flare.submit(folder, kit)
+    typer.echo(one_line(f"submitted as {submitted}; next: nvflare job monitor {submitted}"))
 
 
 def _by_site(option: str, text: str) -> tuple[str, float]:
@@ -145,15 +140,15 @@ def _by_site(option: str, text: str) -> tuple[str, float]:
 
 
 def _show(told: "Forecast") -> None:
-    table = Table(title=told.title, show_edge=False)
+    table = Table(title=plain(told.title), show_edge=False)
     fits = any(cost.rank_that_fits is not None for cost in told.costs)
     names = ["site", "rank", *(["rank that fits"] if fits else []), "base", "memory", "steps a round", "s a round"]
     for name in (*names, "down a round", "up a round"):
         table.add_column(name, justify="left" if name in ("site", "base") else "right", no_wrap=name == "site")
     for cost in told.costs:
-        table.add_row(
+        cells = (
             cost.site,
-            str(cost.rank or "–"),
+            cost.rank or "–",
             *([_known(cost.rank_that_fits, str(cost.rank_that_fits))] if fits else []),
             cost.quantization,
             _size(cost.memory_bytes),
@@ -162,10 +157,11 @@ def _show(told: "Forecast") -> None:
             _size(cost.bytes_down),
             _size(cost.bytes_up),
         )
-    console = Console(markup=False, highlight=False)
-    console.print(table)
+        add_row(table, cells)
+    screen = console()
+    screen.print(table)
     for note in told.notes:
-        console.print(f"- {note}")
+        screen.print(plain(f"- {note}"))
 
 
 def _known(value: object, text: str) -> str:

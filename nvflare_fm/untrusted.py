@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 LONGEST = 500  # characters of a text
+_LONGEST_LINE = 20_000  # of one that is shown whole
 MOST_METRICS, LARGEST_METRIC = 64, 1e9
 
 
@@ -27,6 +28,11 @@ def printable(text: object, longest: int = LONGEST) -> str:
     whole = text if isinstance(text, str) else reprlib.repr(text)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[:longest])
     return shown if len(whole) <= longest else f"{shown}…"
+
+
+def one_line(text: object) -> str:
+    """`text` for a terminal: as `printable`, whole, with every run of blanks and line breaks made one blank."""
+    return printable(" ".join(str(text).split()), longest=_LONGEST_LINE)
 
 
 def _few(values: Any) -> Any:

@@ -11,6 +11,7 @@ from nvflare_fm.demo.generator import FOLDER, STYLES, findings, generate
 from nvflare_fm.demo.picture import _apart, draw
 from nvflare_fm.demo.trial import Trial, read_sites
 from nvflare_fm.errors import DataError
+from nvflare_fm.rounds import Round
 
 GOOD = [{"text": "a note", "label": "one"}, {"text": "another", "label": "two"}]
 
@@ -120,9 +121,10 @@ def test_the_sites_have_different_ranks(tmp_path: Path) -> None:
 
 
 def test_bytes_are_counted_to_every_site_and_back() -> None:
+    first, second = {"a": {"bytes_up": 2}, "b": {"bytes_up": 3}}, {"a": {}, "b": {}}
     lines = [
-        {"bytes_down": 5, "asked": ["a", "b"], "sites": {"a": {"bytes_up": 2}, "b": {"bytes_up": 3}}},
-        {"bytes_down": 7, "asked": ["a", "b"], "sites": {"a": {}, "b": {}}},
+        Round(round=number, total_rounds=2, bytes_down=down, asked=("a", "b"), sites=sites)
+        for number, (down, sites) in enumerate([(5, first), (7, second)])
     ]
     assert report.traffic(lines) == {"down": 24, "up": 5}
 

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
 BRIDGES = {"combination", "legality", "simulate"}  # single files that bring the core and what a site does together
-COMMANDS = {"cli", "cli_job"}
+COMMANDS = {file.stem for file in PACKAGE.glob("cli*.py")}
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},
     "site": {"flare", "demo", *COMMANDS, *BRIDGES},

@@ -16,7 +16,6 @@ import pytest
 from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.fuel.utils.config_factory import ConfigFactory
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
-from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 from pyhocon import ConfigFactory as Hocon
 from typer.testing import CliRunner
 
@@ -25,13 +24,13 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import DERIVED, EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.export import Provenance, read_adapter, write_adapter
-from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
+from nvflare_fm.flare.simulate_job import prepare
 from nvflare_fm.site.peft_methods import registry as methods
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
@@ -81,9 +80,10 @@ def said(component: Any) -> str:
     return f"{type(component).__name__} {values}"
 
 
-def typed(*words: Any) -> None:
+def typed(*words: Any) -> str:
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, f"{done.output} {done.exception}"
+    return done.output
 
 
 def test_every_folder_here_is_a_template_under_test() -> None:
@@ -253,18 +253,24 @@ CHANGED = {
 TASK = {"lora_text_classification": "sequence_classification", "lora_token_classification": "token_classification"}
 
 
-def simulated(job: Path, workspace: Path, model: Path, task: str, sites: Sequence[str]) -> Path:
-    """Runs a job folder with `nvflare simulator`; the server's folder of it. At oak, nothing is quantized."""
-    allow(workspace / "local")
-    for place, site in enumerate(sites):
-        rows = tiny.jsonl(workspace.parent / f"{site}.jsonl", tiny.rows(task, shift=place))
-        limits = {"threads": 1} | ({"quantizations": ["fp32"]} if site == "oak" else {})
-        write_site(workspace / "local" / f"{site}.fm_site.yaml", tiny.site(model, rows, limits=limits))
-    command = [sys.executable, "-m", "nvflare.private.fed.app.simulator.simulator", str(job), "-w", str(workspace)]
-    names = ["-c", ",".join(sites), "-n", str(len(sites)), "-t", str(len(sites))]
-    done = subprocess.run([*command, *names], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return workspace / "server" / SimulatorConstants.JOB_NAME
+def simulated(job: Path, output: Path, model: Path, task: str, sites: Sequence[str]) -> Path:
+    """Runs a job folder as `nvflare-fm simulate` does; the server's folder of it. At oak, nothing is quantized."""
+    files = {n: tiny.jsonl(output.parent / f"{n}.jsonl", tiny.rows(task, shift=i)) for i, n in enumerate(sites)}
+    if "oak" in sites:
+        _, run = prepare(job, model, files, {}, output / job.name)
+        offer = tiny.site(model, files["oak"], limits={"threads": 1, "quantizations": ["fp32"]})
+        write_site(run.workspace / "local" / "oak.fm_site.yaml", offer)
+        assert list(run.run()) == []  # a round is one that trains
+        return run.results
+    told = typed("simulate", job, "--model", model, "-o", output, *(f"--data={s}={f}" for s, f in files.items()))
+    shown = told.splitlines()
+    assert shown[0] == f"{job.name}: 2 sites (alder, birch); they start within a minute"
+    assert shown[1].startswith("after 0 of ")
+    assert re.match(r"after (\d) of \1 rounds: .*loss \d", shown[-6]), told
+    assert [line.split()[0] for line in shown[-5:]] == ["adapter", "adapter", "results", "log", "took"]
+    assert "INFO" not in told
+    assert "kernels" not in told + (output / f"{job.name}.log").read_text()  # bitsandbytes suggests to install them
+    return output / job.name / "server" / "simulate_job"
 
 
 def earlier(folder: Path, model: Path) -> Path:
@@ -284,7 +290,7 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     brings = [f"adapter={earlier(tmp_path, model)}"] if template in FROM_ADAPTER else []
     typed("new", template, "-o", tmp_path / "job", *CHANGED[template], *brings)
     sites = ["alder", "birch", *(["oak"] if template == "evaluate_adapter" else [])]
-    run = simulated(tmp_path / "job", tmp_path / "workspace", model, task, sites)
+    run = simulated(tmp_path / "job", tmp_path / "runs", model, task, sites)
     if template == "evaluate_adapter":
         assert_measured(run)
         return

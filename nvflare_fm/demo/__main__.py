@@ -5,20 +5,23 @@ import multiprocessing
 import os
 import shutil
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from ..errors import FmError
+from ..cli_terminal import console as terminal
+from ..cli_terminal import errors_told, plain
+from ..rounds import Round
 from . import baselines, federation, report
 from .generator import FOLDER, generate
 from .picture import draw
 from .trial import METRIC, Trial, read_sites
 
-console = Console()
+if TYPE_CHECKING:
+    from ..flare.simulation import Simulation
+
+console = terminal()
 
 
 def demo(
@@ -31,11 +34,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="of the notes, the adapter and the order of the notes")] = 0,
 ) -> None:
     """A federated fine-tune of a real pretrained encoder over simulated sites, on SYNTHETIC notes or your own files."""
-    try:
-        _demo(prepare(data, output.resolve(), rounds, steps, seed))
-    except FmError as error:
-        console.print(f"[bold red]{type(error).__name__}[/] {error}", soft_wrap=True)
-        raise typer.Exit(1) from None
+    _demo(prepare(data, output.resolve(), rounds, steps, seed))
 
 
 def prepare(data: Path | None, output: Path, rounds: int, steps: int, seed: int) -> Trial:
@@ -62,21 +61,24 @@ def _demo(trial: Trial) -> None:
     spawn = multiprocessing.get_context("spawn")
     workers = min(len(os.sched_getaffinity(0)), len(trial.sites) + 1)
     with spawn.Pool(workers, baselines.courteous) as pool:  # leaving it ends its processes, whatever happened
-        simulator = federation.start(trial)
         waiting = pool.apply_async(baselines.pooled, (trial,))
         waiting_alone = {site.name: pool.apply_async(baselines.alone, (trial, site)) for site in trial.sites}
-        lines = _watch(trial, simulator)
-        with console.status("the federation is done; what it is compared with is still training"):
-            pooled, alone = waiting.get(), {name: result.get() for name, result in waiting_alone.items()}
+        run = federation.simulation(trial)
+        lines = _watch(trial, run)
+        with console.status(plain("the federation is done; what it is compared with is still training")):
+            pooled = waiting.get()
+            alone = {name: result.get() for name, result in waiting_alone.items()}
         pool.close()
         pool.join()  # they leave by themselves: told to end, they would complain on the terminal
-    _conclude(trial, lines, alone, pooled, seconds=time.monotonic() - started)
+    _conclude(trial, run, lines, alone, pooled, seconds=time.monotonic() - started)
 
 
 def _introduce(trial: Trial) -> None:
     if trial.synthetic:
-        console.print("[bold yellow]SYNTHETIC notes[/]: made by this program, about nobody. Look at them in", end=" ")
-        console.print(trial.sites[0].folder.parent, soft_wrap=True)
+        console.print("SYNTHETIC notes", style="bold yellow", end="")
+        console.print(
+            f": made by this program, about nobody. Look at them in {trial.sites[0].folder.parent}", soft_wrap=True
+        )
     console.print(report.sites_table(trial))
     console.print(
         f"Task: which of {len(trial.labels)} labels is a note for? Every site holds the same frozen encoder "
@@ -85,21 +87,23 @@ def _introduce(trial: Trial) -> None:
     )
 
 
-def _watch(trial: Trial, simulator: BaseProcess) -> list[federation.Round]:
-    lines: list[federation.Round] = []
+def _watch(trial: Trial, run: "Simulation") -> list[Round]:
+    lines: list[Round] = []
     console.print("Macro-F1 of the shared adapter after each round, on each site's own test notes", style="bold")
     console.print(report.header(trial), style="dim")
-    with console.status("starting a server and the sites, each in a process of its own: about half a minute") as status:
-        for line in federation.follow(trial, simulator):
+    begins = plain("starting a server and the sites, each in a process of its own: about half a minute")
+    with console.status(begins) as status:
+        for line in federation.follow(run):
             lines.append(line)
-            console.print(report.round_line(line), highlight=False)
-            status.update(f"round {min(len(lines) + 1, trial.rounds)} of {trial.rounds}")
+            console.print(report.round_line(line))
+            status.update(plain(f"round {min(len(lines) + 1, trial.rounds)} of {trial.rounds}"))
     return lines
 
 
 def _conclude(
     trial: Trial,
-    lines: list[federation.Round],
+    run: "Simulation",
+    lines: list[Round],
     alone: dict[str, baselines.Scores],
     pooled: baselines.Scores,
     seconds: float,
@@ -116,12 +120,12 @@ def _conclude(
     results.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(f"sent     {sent['down'] / 1e6:.1f} MB to the sites, {sent['up'] / 1e6:.1f} MB back")
     for name, path in (
-        ("adapter", federation.adapter_folder(trial)),
+        ("adapter", federation.adapter_folder(run)),
         ("picture", picture),
         ("figures", results),
-        ("log", federation.log_file(trial)),
+        ("log", run.log),
     ):
-        console.print(f"{name:<8} {path}", soft_wrap=True, highlight=False)
+        console.print(plain(f"{name:<8} {path}"), soft_wrap=True)
     console.print(f"took     {seconds:.0f} s")
 
 
@@ -143,4 +147,7 @@ def _picture(
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(demo)
+    with errors_told():
+        app()

@@ -5,8 +5,9 @@ from statistics import mean
 
 from rich.table import Table
 
+from ..cli_terminal import add_row
+from ..rounds import Round
 from .baselines import Scores
-from .federation import Round
 from .trial import METRIC, Trial
 
 MEAN, WORST = "mean", "worst site"
@@ -18,7 +19,7 @@ def with_summary(scores: Scores) -> Scores:
 
 def scores_of(line: Round) -> Scores:
     """Each site's macro-F1 of the adapter it was sent, measured by the site on its own test notes."""
-    return {site: said["before"][METRIC] for site, said in sorted(line["sites"].items())}
+    return {site: said["before"][METRIC] for site, said in sorted(line.sites.items())}
 
 
 def sites_table(trial: Trial) -> Table:
@@ -29,7 +30,7 @@ def sites_table(trial: Trial) -> Table:
         labels = [row["label"] for row in site.rows("train")]
         often = sorted({*labels}, key=lambda label: (-labels.count(label), label))[:2]
         about = ", ".join(f"{label} {labels.count(label) / len(labels):.0%}" for label in often)
-        table.add_row(site.name, str(len(labels)), str(site.rank), about)
+        add_row(table, (site.name, len(labels), site.rank, about))
     return table
 
 
@@ -41,8 +42,7 @@ def header(trial: Trial) -> str:
 def round_line(line: Round) -> str:
     """The adapter after so many rounds, measured by each site, and the loss of the round that starts from it."""
     cells = [f"{value:>{max(5, len(name))}.2f}" for name, value in with_summary(scores_of(line)).items()]
-    losses = [said["loss"] for said in line["sites"].values() if "loss" in said]
-    return "  ".join([f"{line['round']:>5}", *cells, f"{mean(losses):>13.2f}" if losses else ""])
+    return "  ".join([f"{line.round:>5}", *cells, "" if line.loss is None else f"{line.loss:>13.2f}"])
 
 
 def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
@@ -53,10 +53,10 @@ def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, po
     for name in columns:
         table.add_column(name, justify="right")
     for site, scores in alone.items():
-        table.add_row(f"{site} alone", *_cells(scores, columns))
+        add_row(table, (f"{site} alone", *_cells(scores, columns)))
     table.add_section()
-    table.add_row("federated", *_cells(federated, columns), style="bold")
-    table.add_row("pooled", *_cells(pooled, columns), style="dim")
+    add_row(table, ("federated", *_cells(federated, columns)), style="bold")
+    add_row(table, ("pooled", *_cells(pooled, columns)), style="dim")
     return table
 
 
@@ -67,6 +67,6 @@ def _cells(scores: Scores, columns: Sequence[str]) -> list[str]:
 def traffic(lines: Sequence[Round]) -> dict[str, int]:
     """Bytes of tensors over the whole federation: what the server sent to all sites, and what they sent back."""
     return {
-        "down": sum(line["bytes_down"] * len(line["asked"]) for line in lines),
-        "up": sum(said.get("bytes_up", 0) for line in lines for said in line["sites"].values()),
+        "down": sum(line.bytes_down * len(line.asked) for line in lines),
+        "up": sum(said.get("bytes_up", 0) for line in lines for said in line.sites.values()),
     }

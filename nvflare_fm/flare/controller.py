@@ -39,7 +39,7 @@ from .aggregator import AdapterAggregator
 from .arguments import A_YEAR, SITES, Arguments, Id, OptionalId
 from .ledger import Ledger
 from .persistor import REMEMBERED
-from .stats import PROGRESS
+from .stats import PROGRESS, let_be_seen
 
 
 class TooFewAnswers(Exception):
@@ -142,7 +142,9 @@ class FedPEFT(FedAvg):
             super().run()
             if not self.abort_signal.triggered:
                 self._evaluate_last()
+                let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
         except TooFewAnswers as reason:
+            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, at_first_s=3)
             self.panic(str(reason))
 
     def load_model(self) -> FLModel:
@@ -333,6 +335,7 @@ class FedPEFT(FedAvg):
         result = super()._get_aggregated_result()
         combined = self.aggregator.combined
         self.ledger.close(combined, self.aggregator.updates)
+        self.ledger.how = self.aggregator.how.model_dump(mode="json")
         self._close()
         if not combined.failed:
             self._need(len(combined.weights))
@@ -390,6 +393,16 @@ class FedPEFT(FedAvg):
         self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
         self._close()
         self._consider(self.ledger.medians)
+        self._tell_widgets()
+
+    def _tell_widgets(self) -> None:
+        """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""
+        if self.ledger.metrics:
+            last = FLModel(metrics=dict(self.ledger.metrics), current_round=self.ledger.round)
+            self._set_metrics_aggregation_info(last)
+            self.fire_event_with_data(
+                AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, last
+            )
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -10,8 +11,11 @@ from nvflare.apis.fl_constant import WorkspaceConstants
 from nvflare.job_config.api import FedJob
 from nvflare.recipe import sim_env
 
+from .. import rounds
+from ..errors import FmError
 from ..site.site_config import ANYONE, FILE_NAME, SiteConfig
 from . import allow_list
+from .simulation import Simulation
 
 
 class SimEnv(sim_env.SimEnv):
@@ -38,14 +42,38 @@ class SimEnv(sim_env.SimEnv):
         self.sites = {n: s if isinstance(s, SiteConfig) else SiteConfig.read(s, n) for n, s in sites.items()}
 
     def deploy(self, job: FedJob) -> str:
-        local = Path(self.workspace_root) / job.name / WorkspaceConstants.SITE_FOLDER_NAME
-        allow_list.allow(local)
-        for stale in local.glob(f"*.{FILE_NAME}"):
-            stale.unlink()
-        share = max(1, len(os.sched_getaffinity(0)) // len(self.sites))
-        for name, site in self.sites.items():
-            write_site(local / f"{name}.{FILE_NAME}", site, threads=share)
-        return str(super().deploy(job))
+        """Runs the job, and shows each round on the terminal; what NVFlare says goes to `<workspace_root>/<job>.log`.
+
+        Raises:
+            RuntimeError: the job failed; why.
+        """
+        workspace = Path(self.workspace_root) / job.name
+        set_up(workspace, self.sites)
+        with TemporaryDirectory() as exported:
+            job.export_job(exported)
+            run = Simulation(Path(exported) / job.name, workspace, list(self.sites), self.gpu_config, self.log_config)
+            try:
+                for line in run.run():
+                    print(*rounds.told(line), sep="\n")
+            except FmError as error:
+                self.last_run_failed = True
+                raise RuntimeError(str(error)) from None
+        self.last_run_failed = False
+        print(f"results: {run.results}\nlog: {run.log}")
+        return str(job.name)
+
+
+def set_up(workspace: Path, sites: Mapping[str, SiteConfig]) -> None:
+    """Write what each simulated site offers, and that jobs may use this package there. Sites that set no
+    `limits.threads` share the machine's cores evenly.
+    """
+    local = workspace / WorkspaceConstants.SITE_FOLDER_NAME
+    allow_list.allow(local)
+    for stale in local.glob(f"*.{FILE_NAME}"):
+        stale.unlink()
+    share = max(1, len(os.sched_getaffinity(0)) // len(sites))
+    for name, site in sites.items():
+        write_site(local / f"{name}.{FILE_NAME}", site, threads=share)
 
 
 def write_site(file: Path, site: SiteConfig, threads: int = 0) -> None:

@@ -38,6 +38,7 @@ class Job:
     rounds: range  # that it trains, counted on from those of the adapter where it resumes; empty: it only measures
     sites: Mapping[str, PeftExecutor]  # what runs where; `ALL` stands for every site
     adapter: Adapter | None  # that it starts from
+    min_sites: int  # without so many it does not start, or its first round stops it
 
 
 def read_job(folder: Path) -> Job:
@@ -55,13 +56,13 @@ def read_job(folder: Path) -> Job:
     adapter, manifest, made = saved or (None, None, export.Provenance())
     measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
     if measured:
-        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter)
+        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter, _min_sites(meta))
     controller = _only(FedPEFT, server)
     how, last = controller.aggregator.how, controller.total_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
-        for name in (ALL, *controller.overrides) if site == ALL else (site,):
-            _check_admitted(name, executor.overrides, terms(plan, how, name, controller.overrides), plan)
+        for each in (ALL, *controller.overrides) if site == ALL else (site,):
+            _check_admitted(each, executor.overrides, terms(plan, how, each, controller.overrides), plan)
     if manifest:
         _check_fits(plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
@@ -69,7 +70,14 @@ def read_job(folder: Path) -> Job:
         raise ConfigError(
             f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
         )
-    return Job(name, plan, how, range(first, last), sites, adapter)
+    return Job(name, plan, how, range(first, last), sites, adapter, max(_min_sites(meta), controller.min_responses))
+
+
+def _min_sites(meta: Mapping[str, Any]) -> int:
+    said = meta.get("min_clients", 1)
+    if not (isinstance(said, int) and said >= 1):
+        raise ConfigError("meta: min_clients must be a whole number of at least 1", repr(said), code="min_clients")
+    return said
 
 
 def _apps(folder: Path, meta: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Ledger:
     energy_lost: dict[str, float] = field(default_factory=dict)
     spectrum: dict[str, list[float]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
     effective_rank: dict[str, float] = field(default_factory=dict)  # layer → directions that carry its energy
+    how: dict[str, Any] = field(default_factory=dict)  # the job's `config.Aggregation`
     started: float = field(default_factory=time.monotonic)
 
     def usable(self) -> int:
@@ -72,7 +74,8 @@ class Ledger:
         self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
 
     def write(self, run_dir: Path) -> None:
-        line = asdict(self) | {"seconds": round(time.monotonic() - self.started, 3)}
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        line = asdict(self) | {"seconds": round(time.monotonic() - self.started, 3), "ended": ended}
         del line["started"]
         with (run_dir / FILE_NAME).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -4,9 +4,11 @@ A lead scientist may not read the sites' job logs; this is where the reasons rea
 """
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.app_constant import AppConstants
@@ -18,6 +20,8 @@ from nvflare.widgets.widget import Widget
 from . import wire
 
 PROGRESS = "nvflare_fm.progress"  # the controller leaves its account here
+TOLD = "nvflare_fm.told"  # when somebody last asked for it
+_ASKED_EVERY_S = 10.0  # by `nvflare job monitor`
 REFUSED = "cross_val_refused.json"  # beside NVFlare's cross_val_results.json, where a refusal is an empty entry
 
 
@@ -33,6 +37,7 @@ class RoundStats(Widget):
             self._note(fl_ctx)
 
     def _tell(self, fl_ctx: FLContext) -> None:
+        fl_ctx.set_prop(TOLD, time.monotonic(), private=True, sticky=True)
         collector = fl_ctx.get_prop(InfoCollector.CTX_KEY_STATS_COLLECTOR)
         refused = {f"refused by {site}": "; ".join(set(why.values())) for site, why in sorted(self._refused.items())}
         progress = {**(fl_ctx.get_prop(PROGRESS) or {}), **refused}
@@ -51,6 +56,22 @@ class RoundStats(Widget):
         folder = Path(workspace.get_run_dir(fl_ctx.get_job_id())) / AppConstants.CROSS_VAL_DIR
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REFUSED).write_text(json.dumps(self._refused, indent=2, sort_keys=True) + "\n")
+
+
+def let_be_seen(fl_ctx: FLContext, stop: Callable[[], bool], at_first_s: float = 0) -> None:
+    """Keep a job that is about to end until who watches it has been told the last account: a monitor is told nothing
+    of a job that has ended. Where nobody has asked lately, nobody is waited for.
+
+    Args:
+        stop: whether to give up waiting.
+        at_first_s: so long a job is kept that nobody has asked about yet; whoever submitted it may be about to.
+    """
+    if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
+        return
+    asked, now = fl_ctx.get_prop(TOLD), time.monotonic()
+    waits_s = at_first_s if asked is None else 1.2 * _ASKED_EVERY_S if now - asked < 2 * _ASKED_EVERY_S else 0
+    while time.monotonic() < now + waits_s and fl_ctx.get_prop(TOLD) == asked and not stop():
+        time.sleep(0.1)
 
 
 def _reason(result: Shareable | None) -> str | None:

@@ -119,7 +119,11 @@ class Post:
         task = wire.labelled(wire.read_task(message), self._labels)
         self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
-            return wire.write_metrics(worker.validate(task))
+            metrics = worker.validate(task)
+            if task.round == task.total_rounds:  # the last adapter; those of cross-site evaluation have no round
+                for metric, value in metrics.items():
+                    _report(f"before/{metric}", value, task.round)
+            return wire.write_metrics(metrics)
         update = worker.train(task)
         self._plan = task.plan
         return wire.write_update(update)

@@ -3,8 +3,8 @@
 What a job would be refused for is found here, by the same code, with what to do about it.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,18 +12,10 @@ from pathlib import Path
 from ..adapter import RoundTask
 from ..config import RoundPlan
 from ..errors import FmError
+from .finding import Finding
 from .site_config import FILE_NAME, SiteConfig, load_site
 
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the checkup. For the site's own eyes: it may hold paths."""
-
-    what: str
-    good: bool
-    said: str
 
 
 def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
@@ -58,6 +50,10 @@ def _tried(what: str, trial: Callable[[], Finding | str]) -> Finding:
         said = trial()
     except FmError as error:
         return Finding(what, False, str(error))
+    except Exception as error:  # a library's own: the line that raised it is what a report of the defect needs
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{type(error).__name__} at {at.filename}, line {at.lineno}: {error}"
+        return Finding(what, False, f"a defect of nvflare_fm or of a library it uses; please report it: {where}")
     return said if isinstance(said, Finding) else Finding(what, True, said)
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter import LORA_A, LORA_B
 from ..config import RoundPlan
-from ..errors import ModelError
+from ..errors import FmError, ModelError
 from ..plan import AdapterShape, BaseShape
 from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
@@ -90,7 +90,9 @@ def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
         check_head(kind, config, plan.task)
         with torch.device("meta"):
             return config, kind.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except FmError:
+        raise
+    except Exception as error:  # a folder may hold anything, and transformers lets it raise anything
         raise ModelError(
             f"no {plan.task} model can be made from the folder's config.json; is it a model that transformers knows "
             "without remote code?",

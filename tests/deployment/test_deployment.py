@@ -70,6 +70,7 @@ class Jobs:
     ids: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     results: dict[str, Path] = field(default_factory=dict)
+    watched: str = ""  # what the monitor showed of the job that all sites refuse
 
     def rounds(self, name: str) -> list[dict[str, Any]]:
         text = (self.results[name] / "workspace" / "rounds.jsonl").read_text()
@@ -148,6 +149,10 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
     }
     session = system.session()
     done.ids |= {name: session.submit_job(str(folder)) for name, folder in folders.items()}
+    watch = [BIN / "nvflare", "job", "monitor", "--metric", "sites_out", done.ids["names"], "--startup-kit"]
+    watched = subprocess.Popen(
+        [*watch, system.kits / LEAD], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for name, job_id in done.ids.items():
         deadline = time.monotonic() + 400
         while not (status := session.get_job_meta(job_id)["status"]).startswith(("FINISHED", "FAILED")):
@@ -157,6 +162,7 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
     for name in {*done.ids} - {"three_clinics", "weights"}:
         done.results[name] = Path(session.download_job_result(done.ids[name], str(folder)))
     session.close()
+    done.watched = watched.communicate(timeout=60)[0]
     tell(console, f"download_job {done.ids['three_clinics']}", "downloaded|Download")
     done.results["three_clinics"] = system.kits / LEAD / "transfer" / done.ids["three_clinics"]
     nvflare(system, "download", done.ids["weights"], "-o", str(folder))
@@ -237,6 +243,22 @@ def test_a_job_that_every_site_refuses_says_so(jobs: Jobs):
     for name in ("names", "terms", "files"):
         assert jobs.ended[name] == "FINISHED:EXECUTION_EXCEPTION"
         assert "0 of 3 sites gave a usable update" in jobs.errors(name)
+
+
+def test_the_monitor_shows_why_all_sites_refuse(jobs: Jobs):
+    for site, (_, reason) in REFUSED["names"].items():
+        assert f"{site}: refused: " in jobs.watched
+        assert reason in jobs.watched, jobs.watched
+
+
+def test_the_lead_is_told_why_no_site_counted_by_the_jobs_id(jobs: Jobs, system: System):
+    words = [BIN / "nvflare-fm", "explain", jobs.ids["names"], "--kit", system.kits / LEAD]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for site, (_, reason) in REFUSED["names"].items():
+        assert re.search(
+            f"^{site}: counted in 0 of 1 rounds\n  round 0: refused: .*{re.escape(reason)}", done.stdout, re.M
+        )
 
 
 def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system: System):

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from nvflare.recipe.utils import add_experiment_tracking
 from nvflare.tool.job.job_cli import _discover_job_download_artifacts
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from nvflare_fm import export
+from nvflare_fm.cli import app
 from nvflare_fm.flare import allow_list, components
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from tests.site import tiny
@@ -49,6 +53,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     recipe._job.set_app_packages(["nvflare_fm", "tests"])
     recipe.add_server_output_filter(Spy(str(folder / "spied")), tasks=TASKS)
     recipe._job.to_server(Held(str(folder / "held")))
+    add_experiment_tracking(recipe, "tensorboard")
     run = Federation(recipe, sites, folder / "runs")
     listed = allow_list.with_ours({}, components.OURS)
     listed["class_allow_list"].append("tests.integration.spy.")
@@ -108,9 +113,33 @@ def test_every_weight_loss_and_byte_is_on_record_at_the_server(federation: Feder
     assert last["metrics"]["loss"] < first["metrics"]["loss"]
 
 
+def test_all_that_shows_metrics_ends_with_the_last_adapters(federation: Federation) -> None:
+    """After the last round the adapter is measured once more, with no round that would tell of it."""
+    last = federation.rounds()[-1]
+    assert (last["round"], last["total_rounds"]) == (2, 2)
+    summary = json.loads((federation.server / "metrics" / "metrics_summary.json").read_text())
+    assert summary["final_round"] == 2
+    told = {metric["name"]: metric["value"] for metric in summary["final_aggregated_metrics"]}
+    assert told == pytest.approx(last["metrics"])
+    curve = EventAccumulator(str(federation.server / "tb_events" / "alder")).Reload().Scalars("before/loss")
+    assert [event.step for event in curve] == [0, 1, 2]
+    assert curve[-1].value == pytest.approx(last["sites"]["alder"]["before"]["loss"])
+
+
 def test_each_rounds_adapter_and_the_best_are_kept_with_their_round(federation: Federation) -> None:
     kept = {f.name: export.read_adapter(f)[2].round for f in (federation.server / "adapters").iterdir()}
     assert kept == {"round-000": 0, "round-001": 1, "last": 1, "best": 1}
+
+
+def test_why_two_sites_do_not_count_is_explained(federation: Federation) -> None:
+    said = CliRunner().invoke(app, ["explain", str(federation.root)]).stdout
+    assert "alder: counted in 3 of 3 rounds" in said
+    assert re.search(
+        r"^drift: counted in 0 of 3 rounds\n  round 0: .*trained base model.*\n  rounds? 1", said, re.MULTILINE
+    )
+    assert re.search(r"^hollow: counted in 0 of 3 rounds\n  rounds 0 to 2: refused: ", said, re.MULTILINE)
+    assert "alder: measured SRV_best: " in said
+    assert re.search("^hollow: did not measure SRV_last: ", said, re.MULTILINE)
 
 
 def test_cross_site_evaluation_measures_server_and_site_adapters_at_both_sites(federation: Federation) -> None:
