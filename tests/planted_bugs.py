@@ -537,6 +537,41 @@ BUGS = [
     Bug("flare/job.py", "if ours != theirs:", "if False:", "test_plan"),
     Bug("flare/locator.py", '"negotiable": ("rank",)', '"negotiable": ()', "flare/test_evaluation"),
     Bug("flare/new_job.py", "if folder.exists():", "if False:", "test_cli"),
+    # faults: files at rest, rows of any content, jobs whose server was killed
+    Bug("files.py", "os.O_NONBLOCK | ", "", "test_files"),
+    Bug("files.py", "if depth > _DEPTH:", "if False:", "test_files"),
+    Bug("files.py", "beside.replace(file)", "file.write_text(text)", "test_files"),
+    Bug(
+        "at_rest.py", "return old if old.exists() and not folder.exists() else folder", "return folder", "test_at_rest"
+    ),
+    Bug("at_rest.py", 'return "whole" if written ==', 'return "whole" if True or written ==', "test_at_rest"),
+    Bug("at_rest.py", "            folder.rename(old)", "            shutil.rmtree(folder)", "test_at_rest"),
+    Bug("at_rest.py", "            shutil.rmtree(old, ignore_errors=True)\n", "            pass\n", "test_at_rest"),
+    Bug("export.py", "at_rest.condition(folder, (*NEEDED, STEP))", "at_rest.condition(folder, NEEDED)", "test_at_rest"),
+    Bug("export.py", "or a[0] != b[1]", "", "test_at_rest"),
+    Bug("export.py", "if tensor.dtype not in _DTYPES:", "if False:", "test_at_rest"),
+    Bug("step_file.py", "_under(tensors, _SQUARE))", "{})", "test_at_rest"),
+    Bug("step_file.py", "{k: float(v) for k, v in scales.items()}", "dict.fromkeys(scales, 1.0)", "test_at_rest"),
+    Bug(
+        "flare/persistor.py",
+        "_write(model, LAST, fl_ctx, step, memory)",
+        "_write(model, LAST, fl_ctx)",
+        "flare/test_persistor",
+    ),
+    Bug("flare/controller.py", "if step == self.aggregator.how.step:", "if True:", "flare/test_persistor"),
+    Bug("site/rows.py", "if len(line) > ROW_LIMIT:\n        return", "if False:\n        return", "site/test_data"),
+    Bug("site/rows.py", "if limit and read > limit:", "if False:", "site/test_data"),
+    Bug("site/rows.py", "(ValueError, RecursionError)", "ValueError", "site/test_data"),
+    Bug("site/rows.py", "saved.data.validate(full=True)", "pass", "site/test_data"),
+    Bug("site/rows.py", "if count == ROWS_LIMIT:", "if False:", "site/test_data"),
+    Bug("site/data.py", "except Exception as error:", "except ZeroDivisionError as error:", "site/test_data"),
+    Bug("flare/recovery.py", "[RunStatus.RUNNING, RunStatus.DISPATCHED]", "[RunStatus.RUNNING]", "flare/test_recovery"),
+    Bug("flare/recovery.py", "WORKSPACE not in jobs.list_components(job_id, fl_ctx)", "True", "flare/test_recovery"),
+    Bug("flare/recovery.py", "event_type != EventType.SYSTEM_BOOTSTRAP", "False", "flare/test_recovery"),
+    Bug("flare/restarted.py", "token not in registered and", "", "flare/test_restarted"),
+    Bug("flare/restarted.py", "found - self._told", "found", "flare/test_restarted"),
+    Bug("flare/resume.py", '"resume": True', '"resume": False', "flare/test_resume"),
+    Bug("flare/resume.py", "export.read_adapter(last)", "pass", "flare/test_resume"),
 ]
 
 

@@ -97,9 +97,7 @@ def _read(
             bad.add(line, str(reason))
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # a tokenizer raises what it likes, and may repeat the row: half a surrogate is enough
+        except Exception as error:  # a tokenizer raises what it likes, and may repeat the row
             log.debug("line %d", line, exc_info=True)
             bad.add(line, f"the row cannot be tokenized ({type(error).__name__})")
     _report(f"data {plan.data!r} ({split})", len(good), bad, source.max_bad_rows)
