@@ -57,6 +57,7 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert "holds the weights" in found["model base"]["said"]
     assert found["data notes"]["said"].startswith("22 rows to train on; ")
     assert "MiB at its peak" in found["data notes"]["said"]
+    assert "not quantized" in found["data notes"]["said"]
 
 
 def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
