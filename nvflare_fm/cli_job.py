@@ -122,6 +122,8 @@ def resume(
         folder = output or Path(f"{name}_resumed")
         job = flare.write_resumed(result, folder)
     typer.echo(one_line(f"wrote {folder}: goes on with round {job.rounds.start} of rounds 0 to {job.rounds.stop - 1}"))
+    if job.plan.shares != "AB":
+        typer.echo("note: the factor that each site keeps to itself stays in the old job; it starts anew")
     if kit is None:
         typer.echo(one_line(f"next: nvflare job submit -j {folder}"))
         return

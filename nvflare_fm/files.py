@@ -6,11 +6,13 @@ A file's kind and size are checked before its content is read: a FIFO, a device 
 import json
 import os
 import stat
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+_DEPTH = 64  # levels of a configuration
 JSON_LIMIT = 8 * MIB  # a configuration that names every layer of a large model stays below 1 MiB
 
 
@@ -54,9 +56,19 @@ def read_json(file: Path, limit: int = JSON_LIMIT) -> Any:
         ValueError: as `read_bytes`, or it is no JSON, or nested too deeply.
     """
     try:
-        return json.loads(read_bytes(file, limit).decode())
+        content = json.loads(read_bytes(file, limit).decode())
     except RecursionError:
         raise ValueError(f"{file.name} is nested too deeply") from None
+    level, depth = [content], 0
+    while level := [part for value in level for part in _parts(value)]:
+        depth += 1
+        if depth > _DEPTH:  # what walks through it may need several calls a level
+            raise ValueError(f"{file.name} is nested more than {_DEPTH} levels deep")
+    return content
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def read_object(file: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:

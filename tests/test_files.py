@@ -40,6 +40,7 @@ def test_what_is_larger_than_it_may_be_is_not_read(tmp_path: Path) -> None:
 NO_JSON = {
     "brackets": b"[" * 10_000,
     "objects": b'{"a":' * 10_000,
+    "65 levels": b"[" * 65 + b"1" + b"]" * 65,
     "not UTF-8": b'{"a": "\xff"}',
     "empty": b"",
     "unfinished": b"{",
@@ -60,7 +61,7 @@ def test_a_text_that_is_no_json_of_a_sane_size_is_a_value_error(tmp_path: Path, 
 
 def test_what_json_can_say_is_read(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    for said in ({"a": [1, 2.5, None, "ü"]}, [], "x" * (JSON_LIMIT - 2)):
+    for said in (json.loads("[" * 64 + "1" + "]" * 64), {"a": [1, 2.5, None, "ü"]}, [], "x" * (JSON_LIMIT - 2)):
         file.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
         assert read_json(file) == said
     file.write_text("[1]")

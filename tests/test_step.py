@@ -1,6 +1,7 @@
 """Server steps act on products: what they do to a layer is what the paper's formula does to ΔW."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError
-from tests.strategies import MANIFEST, SINGLE, close, make_pair, rotated, update
+from nvflare_fm.export import Provenance, read_adapter, write_adapter
+from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, rotated, update
 
 
 def sites(*seeds: int, rank: int = 3, head: float = 1.0):
@@ -152,3 +154,26 @@ def test_the_step_a_job_leaves_open_follows_from_its_task_and_rule(task, merge, 
 )
 def test_a_step_tells_its_size_but_where_a_second_moment_sets_one_for_each_layer(entry, size):
     assert combine(Adapter(), None, sites(1, 2), Aggregation(step=entry), 3).step_size == size
+
+
+STEPS = [None, "plain", "fedexp", "adam", "yogi", {"rule": "momentum", "beta": 0.6}]
+
+
+@pytest.mark.parametrize("entry", STEPS, ids=str)
+@pytest.mark.parametrize("killed_after", range(3))
+def test_a_federation_that_goes_on_from_its_files_ends_where_it_would_have(entry, killed_after: int, tmp_path: Path):
+    """The server is killed after a round, and another goes on from the folder that the first one saved."""
+    rounds = [*ROUNDS, sites(7, 8)]
+    how = Aggregation(merge="svd", step=entry)
+    ends = []
+    for killed in (False, True):
+        state, manifest, memory = Adapter(), None, None
+        for number, updates in enumerate(rounds):
+            combined = combine(state, manifest, updates, how, 5, memory)
+            state, manifest, memory = combined.adapter, MANIFEST, combined.memory
+            if killed and number == killed_after:
+                folder = write_adapter(tmp_path / "last", state, MANIFEST, Provenance(number, None, how.step, memory))
+                state, _, found = read_adapter(folder)
+                memory = found.memory
+        ends.append(state)
+    assert identical(*ends)

@@ -92,7 +92,8 @@ class AdapterAggregator(ModelAggregator):
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
         began = began or self.task
-        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels)
+        names = began.adapter.descriptions()
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names)
         asked = terms(began.plan, self.how, update.site, self.sites)
         check_terms(update, asked, began.adapter, self.task.manifest)
         check_values(update)

@@ -173,7 +173,8 @@ class FedPEFT(FedAvg):
 
     def sample_clients(self, num_clients: int | None = None) -> list[str]:
         """The connected sites of this round that are not at an earlier one, in the order of their names."""
-        free = {client.name for client in self.engine.get_clients()} - self._behind()
+        there = {client.name for client in self.engine.get_clients()}
+        free = {site for site in there if not self.get_client_disconnect_time(site)} - self._behind()
         return drawn(free, self.sites_per_round, self.round_plan.seed, self.current_round)
 
     def get_num_standing_tasks(self) -> int:

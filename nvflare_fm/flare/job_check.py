@@ -16,7 +16,10 @@ _DEPLOYER, _VALIDATOR = SystemComponents.APP_DEPLOYER, "app_validator"
 _AT_SITE = {"components": [{"id": _DEPLOYER, "path": "nvflare_fm.flare.deployment.SiteDeployer"}]}
 _AT_SERVER = {
     _VALIDATOR: {"path": "nvflare_fm.flare.deployment.ServerValidator"},
-    "components": [{"id": "nvflare_fm_recovery", "path": "nvflare_fm.flare.recovery.JobRecovery"}],
+    "components": [
+        {"id": "nvflare_fm_recovery", "path": "nvflare_fm.flare.recovery.JobRecovery"},
+        {"id": "nvflare_fm_restarted", "path": "nvflare_fm.flare.restarted.RestartedSites"},
+    ],
 }
 
 

@@ -47,11 +47,11 @@ Before the first job
   2. Edit local/{site_file}; each setting is explained in it. Until it names whom it welcomes, every job is refused.
   3. nvflare-fm site check        loads the model, reads the data, trains one step, says what is wrong and what to do.
 
-What leaves this site: the adapter's tensors, metrics of enough rows, the counts that local/{site_file} lets out,
-settings and times of each round, and the reason when the site refuses. Never rows, texts, paths or host names. What an
-adapter tells all the same: docs/how_to/prepare_a_site.md.
-local/{secret} decides the order of the site's rows; it never leaves.
-Error logs may hold paths, and NVFlare sends them to the server unless told otherwise: allow_log_streaming is {streaming}.
+What leaves this site: the adapter's tensors, metrics of enough rows, the counts that local/{site_file} lets
+out, settings and times of each round, and the reason when the site refuses. Never rows, texts, paths or host names,
+nor local/{secret}, which decides the order of the rows. The package's page "Prepare a site" says what an adapter
+tells all the same. Error logs may hold paths, and NVFlare sends them to the server unless told otherwise:
+allow_log_streaming is {streaming}.
 The Python package "kernels" must not be installed here: with it, bitsandbytes fetches code from the Hugging Face hub
 when it is imported on a CPU with AVX512-BF16.
 Every job is in audit.log, and every decision on its tasks in the audit.log of the job's own folder, with the reason.

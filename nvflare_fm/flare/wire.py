@@ -5,7 +5,7 @@ Everything under one meta key, with a version; what is missing or of the wrong t
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Annotated, Any, TypeVar
@@ -116,11 +116,12 @@ def write_update(update: AdapterUpdate) -> FLModel:
     return _model(update.adapter, meta, metrics=dict(update.report.before) or None)
 
 
-def read_update(model: FLModel, site: str, labels: tuple[str, ...] = ()) -> AdapterUpdate:
+def read_update(model: FLModel, site: str, labels: tuple[str, ...] = (), names: Collection[str] = ()) -> AdapterUpdate:
     """The inverse of `write_update`. `site` is who NVFlare authenticated, whatever the message says.
 
     Args:
         labels: that the site was asked to train with.
+        names: that its tensors must have; empty: any.
 
     Raises:
         WireError: names the site and what is missing.
@@ -131,6 +132,14 @@ def read_update(model: FLModel, site: str, labels: tuple[str, ...] = ()) -> Adap
     manifest = _typed(_MANIFEST, content, "manifest", site)
     if not isinstance(model.params, Mapping) or not model.params:
         raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?", code="no_tensors")
+    if names and model.params.keys() != set(names):
+        missing, extra = set(names) - model.params.keys(), [name for name in model.params if name not in names]
+        shown = [printable(name, 80) for name in (*sorted(missing)[:3], *extra[:3])]
+        raise WireError(
+            f"{site}: layers differ: {len(missing)} tensors are missing and {len(extra)} unexpected, such as {shown}; "
+            "use the same target_modules and base model",
+            code="other_layers",
+        )
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
 
 
@@ -272,7 +281,7 @@ def _description(name: Any, value: Any, sender: str) -> Description:
 
 def _fetched(value: Any) -> Tensor:
     """NVFlare can leave a tensor on disk until it is asked for."""
-    return value if isinstance(value, Tensor) else value.materialize()
+    return value.detach() if isinstance(value, Tensor) else value.materialize()
 
 
 def _plan(content: Mapping[str, Any], sender: str) -> RoundPlan | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from nvflare.apis.workspace import Workspace
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.lighter.constants import CtxKey
 from nvflare.lighter.prov_utils import prepare_builders
@@ -16,9 +17,12 @@ from nvflare.lighter.provisioner import Provisioner
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare import allow_list, components, job_check
 from nvflare_fm.flare.provision import allow, remove, without_byoc
+from nvflare_fm.flare.recovery import JobRecovery
+from nvflare_fm.flare.restarted import RestartedSites
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
 from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
+from tests.flare.test_job import Builder
 
 SAID: dict[str, Any] = {
     "models": {"base": {"path": "/srv/models/llama", "fingerprint": "abc"}},
@@ -99,6 +103,15 @@ def test_a_project_that_does_not_ask_for_only_ours_keeps_nvflares_list(tmp_path:
     assert resources(kits / SERVER)["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *components.SERVER]
     assert resources(kits / "clinic-a")["class_allow_list"] == [*DEFAULT_CLASS_ALLOW_LIST, *components.SITE]
     assert "besides, 87 of NVFlare's" in (kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
+
+
+def test_what_sees_to_jobs_after_a_kill_is_part_of_the_servers_own_process_and_of_no_other(kits: Path):
+    workspace = Workspace(str(kits / SERVER), "server")
+    parent, job = ({*workspace.get_config_files_for_startup(True, for_job)} for for_job in (False, True))
+    (file,) = parent - job
+    built = [Builder().build_component(part) for part in json.loads(Path(file).read_text())["components"]]
+    assert [type(component) for component in built] == [JobRecovery, RestartedSites]
+    assert "Recovery" not in (kits / "clinic-a" / "local" / job_check.FILE).read_text()
 
 
 def test_the_site_file_says_what_project_yml_says(kits: Path):

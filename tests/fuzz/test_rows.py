@@ -1,0 +1,109 @@
+"""A site's file of rows mutated, and rows that hold anything: a bad row is counted, a bad file is an error of ours."""
+
+import csv
+import datetime
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvflare_fm.errors import DataError
+from nvflare_fm.site import data as site_data
+from nvflare_fm.site.site_config import DataSource
+from nvflare_fm.site.tasks import registry
+from tests.fuzz.mutations import Changes, changes, junk, mutated
+from tests.site import tiny
+
+WORDS = tiny.tokenizer()
+TASKS = ("causal_lm", "sequence_classification", "token_classification")
+PLANS = {task: tiny.plan(task, max_length=16) for task in TASKS}
+SECRET = "Quarantine-9"  # in every row: no message may repeat it
+CODES = ("data_unreadable", "data_bad_rows", "data_empty", "data_one_row")
+
+
+def rows(count: int = 4) -> list[dict[str, Any]]:
+    """Rows that every task can use."""
+    both = zip(tiny.rows("sequence_classification", count), tiny.rows("token_classification", count), strict=True)
+    return [{**text, **tokens, "ward": SECRET} for text, tokens in both]
+
+
+def files() -> dict[str, bytes]:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()).encode()
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ["text", "label", "ward"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows([*rows(), {"text": 'two\nlines, "quoted"', "label": "calm", "ward": SECRET}])
+    columns = io.BytesIO()
+    typed = {"at": datetime.datetime(2026, 1, 1), "raw": b"\x00\xff", "number": 1.5, "nested": {"a": [1, None]}}
+    Dataset.from_list([row | typed for row in rows()]).to_parquet(columns)
+    return {
+        "a.jsonl": lines,
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.csv": table.getvalue().encode(),
+        "a.parquet": columns.getvalue(),
+    }
+
+
+WHOLE = files()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+def outcome(file: Path, content: bytes, task: str) -> str:
+    """The code under which a site refuses the file, or "read"."""
+    file.write_bytes(content)
+    source = DataSource.model_validate({"train": str(file), "max_bad_rows": 0.99})
+    try:
+        read = site_data.load(source, PLANS[task], registry[task], WORDS)
+    except DataError as error:
+        assert SECRET not in error.message  # noqa: PT017
+        assert str(file.parent) not in error.message  # noqa: PT017
+        return error.code
+    assert len(read.train)
+    assert len(read.validation)
+    return "read"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_untouched_file_is_read(folder: Path, name: str) -> None:
+    assert outcome(folder / name, WHOLE[name], "sequence_classification") == "read"
+
+
+@given(name=st.sampled_from(["a.jsonl", "a.csv", "a.jsonl.gz"]), task=st.sampled_from(TASKS), how=changes)
+def test_mutated_lines_are_bad_rows_or_an_error_of_ours(folder: Path, name: str, task: str, how: Changes) -> None:
+    assert outcome(folder / name, mutated(WHOLE[name], how), task) in ("read", *CODES)
+
+
+@given(task=st.sampled_from(TASKS), how=changes)
+def test_a_mutated_parquet_file_is_rows_or_an_error_of_ours(folder: Path, task: str, how: Changes) -> None:
+    assert outcome(folder / "a.parquet", mutated(WHOLE["a.parquet"], how), task) in ("read", *CODES)
+
+
+turn = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant"]) | junk, "content": junk})
+row = st.fixed_dictionaries(
+    {},
+    optional={
+        "text": junk,
+        "label": junk,
+        "prompt": junk,
+        "completion": junk,
+        "messages": st.lists(turn, max_size=3) | junk,
+        "tokens": st.lists(st.text(max_size=5) | junk, max_size=4) | junk,
+        "labels": st.lists(st.sampled_from(tiny.LABELS) | junk, max_size=4) | junk,
+    },
+)
+
+
+@given(strange=st.lists(row | junk, max_size=3), task=st.sampled_from(TASKS))
+def test_rows_that_hold_anything_are_used_or_counted(folder: Path, strange: list[Any], task: str) -> None:
+    lines = "".join(json.dumps(line) + "\n" for line in [*rows(3), *strange])
+    assert outcome(folder / "a.jsonl", lines.encode(), task) in ("read", *CODES)
