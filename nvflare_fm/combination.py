@@ -11,6 +11,7 @@ from .aggregation.admit import Terms
 from .aggregation.asked import asked, named
 from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
 from .errors import ConfigError
+from .feasible import check_plan
 from .site.peft_methods import PeftMethod, check_training, complete, read
 
 CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
@@ -25,6 +26,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     Raises:
         ConfigError: an unknown name or setting, or choices that do not go together, with the reason.
     """
+    check_plan(plan, sites)
     rule, method = merge.registry[how.merge], read(plan.peft)
     check_training(method, plan.training)
     for entry in how.weigh:

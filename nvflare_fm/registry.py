@@ -14,9 +14,22 @@ from .errors import ConfigError
 T = TypeVar("T")
 
 
+_ELSEWHERE = {  # what a setting is called in other libraries, or for short
+    "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_rank": "rank", "alpha": "lora_alpha",
+    "dropout": "lora_dropout", "steps": "local_steps", "max_steps": "local_steps", "epochs": "local_epochs",
+    "num_epochs": "local_epochs", "num_train_epochs": "local_epochs", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size", "grad_accum": "gradient_accumulation_steps",
+    "max_seq_length": "max_length", "rounds": "num_rounds", "classes": "labels", "base_model": "model",
+    "dataset": "data", "strategy": "merge", "aggregation": "merge", "min_clients": "min_responses",
+    "wd": "weight_decay", "acc": "accuracy", "f1": "macro_f1", "macro_f1": "f1",
+}  # fmt: skip
+
+
 def nearest(name: str, known: list[str]) -> str:
-    """`'did you mean "examples"? '` where something known looks like `name`, else nothing."""
-    match = get_close_matches(name, known, n=1)
+    """`'did you mean "examples"? '` where something known looks like `name` or is what others call it, else nothing."""
+    habit = _ELSEWHERE.get(name.lower())
+    same = sorted((each for each in known if each.rpartition(".")[2] == habit), key=len)
+    match = same or get_close_matches(name, known, n=1)
     return f'did you mean "{match[0]}"? ' if match else ""
 
 

@@ -244,12 +244,16 @@ def test_the_sites_that_are_named_are_the_sites_of_the_job(job: Path) -> None:
 
 
 def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(job: Path, tmp_path: Path) -> None:
-    plan = RoundPlan.read({"peft": {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}}, "test")
+    peft = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
+    plan = RoundPlan.read({"peft": peft, "model": "small", "quantization": "bf16", "max_length": 77}, "test")
     earlier = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
     assert typed("new", "continue_from_adapter", "-o", job, f"adapter={earlier}").exit_code == 0
     made = read_job(job)
     assert made.adapter
     assert (made.plan.peft["rank"], made.plan.peft["target_modules"], made.how.max_rank) == (2, ("q_proj",), 3)
+    assert (made.plan.model, made.plan.quantization, made.plan.max_length) == ("small", "bf16", 77)
+    typed("new", "continue_from_adapter", "-o", job.parent / "c", f"adapter={earlier}", "max_length=99")
+    assert read_job(job.parent / "c").plan.max_length == 99
     for template in ("continue_from_adapter", "evaluate_adapter"):
         assert "add adapter=FOLDER" in str(typed("new", template, "-o", job.parent / "b").exception)
         gone = typed("new", template, "-o", job.parent / "b", f"adapter={tmp_path / 'none'}")

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "nvflare_fm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
-BRIDGES = {"combination", "legality", "simulate"}  # single files that bring the core and what a site does together
+BRIDGES = {"combination", "feasible", "legality", "simulate"}  # files that bring the core and what a site does together
 COMMANDS = {file.stem for file in PACKAGE.glob("cli*.py")}
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},

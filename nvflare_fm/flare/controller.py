@@ -33,6 +33,7 @@ from ..aggregation.step import Memory
 from ..combination import max_rank, of_round, settle
 from ..config import DERIVED, RoundPlan, SiteOverrides
 from ..errors import ConfigError, FmError
+from ..feasible import check_best
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
@@ -127,6 +128,7 @@ class FedPEFT(FedAvg):
         self.sites = dict(sites or {})
         self.overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
         self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
+        check_best(self.round_plan.task, key_metric, key_metric_mode)
         self.ledger = Ledger(0, num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the sites' median metrics known last
         self.best: float | None = None

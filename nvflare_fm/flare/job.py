@@ -16,6 +16,7 @@ from ..aggregation.admit import Terms
 from ..combination import CHECKED, settle, terms
 from ..config import Aggregation, RoundPlan, SiteOverrides
 from ..errors import ConfigError
+from ..feasible import check_sites
 from ..site.peft_methods import read
 from . import components
 from .controller import FedPEFT
@@ -54,10 +55,14 @@ def read_job(folder: Path) -> Job:
     persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
     saved = export.read_adapter(home / persistor.initial_adapter) if persistor.initial_adapter else None
     adapter, manifest, made = saved or (None, None, export.Provenance())
+    needed = _min_sites(meta)
+    check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
     measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
     if measured:
-        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter, _min_sites(meta))
+        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter, needed)
     controller = _only(FedPEFT, server)
+    needed = max(needed, controller.min_responses)
+    check_sites(set(sites) - {ALL}, needed)
     how, last = controller.aggregator.how, controller.total_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
@@ -70,13 +75,20 @@ def read_job(folder: Path) -> Job:
         raise ConfigError(
             f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
         )
-    return Job(name, plan, how, range(first, last), sites, adapter, max(_min_sites(meta), controller.min_responses))
+    return Job(name, plan, how, range(first, last), sites, adapter, needed)
 
 
 def _min_sites(meta: Mapping[str, Any]) -> int:
     said = meta.get("min_clients", 1)
     if not (isinstance(said, int) and said >= 1):
         raise ConfigError("meta: min_clients must be a whole number of at least 1", repr(said), code="min_clients")
+    return said
+
+
+def _mandatory(meta: Mapping[str, Any]) -> list[str]:
+    said = meta.get("mandatory_clients") or []
+    if not (isinstance(said, list) and all(isinstance(site, str) for site in said)):
+        raise ConfigError("meta: mandatory_clients must be a list of sites' names", code="mandatory_clients")
     return said
 
 

@@ -17,6 +17,8 @@ from ..errors import ConfigError
 from ..templates import ADAPTER, SITES, Template
 from .job import Job, read_job
 
+_KEPT = ("model", "data", "quantization", "double_quant", "compute_dtype", "max_length")  # of the plan
+
 
 def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> Job:
     """
@@ -52,7 +54,9 @@ def _of_sites(template: Template) -> dict[str, dict[str, Any]]:
 
 
 def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
-    """What of a job must be as it was when the adapter was trained: task, labels and PEFT settings."""
+    """What of a job is as it was when the adapter was trained: the task, labels and PEFT settings must be, and the base
+    model, data and how texts are cut are unless the job says otherwise.
+    """
     values, manifest, provenance = export.read_adapter(adapter)
     if provenance.plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
         return {}
@@ -62,7 +66,8 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
     widest = max((values.lora[layer].rank for layer in values.lora), default=0)
     peft = {f"plan.peft.{name}": _plain(value) for name, value in plan.peft.items()}
     labels = {"labels": list(plan.labels)} if plan.labels else {}
-    return {"plan.task": plan.task, **labels, "aggregator.max_rank": widest, **peft}
+    kept = {f"plan.{name}": getattr(plan, name) for name in _KEPT}
+    return {"plan.task": plan.task, **labels, "aggregator.max_rank": widest, **peft, **kept}
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from nvflare.recipe.spec import Recipe
 from .. import export
 from ..combination import CHECKED
 from ..config import RoundPlan, Rule, SiteOverrides
+from ..feasible import check_plan, check_sites
 from ..site import peft_methods
 from .aggregator import AdapterAggregator
 from .controller import FedPEFT
@@ -52,6 +53,7 @@ class AdapterRecipe(Recipe):
         brings: str | Path,
         components: Sequence[tuple[Any, str | None]],
     ) -> None:
+        check_sites(sites, min_sites)
         self.tasks, self.sites = list(tasks), dict(sites)
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
         job = BaseFedJob(name=name, min_clients=min_sites, key_metric="")  # FedPEFT selects the best itself
@@ -130,6 +132,7 @@ class FedPEFTRecipe(AdapterRecipe):
     ) -> None:
         overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in (sites or {}).items()}
         asked = RoundPlan.read(plan, "plan")
+        check_plan(asked, overrides)
         largest = max((o.rank for o in overrides.values() if o.rank), default=0)
         if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
             max_rank = largest

@@ -183,7 +183,7 @@ _KINDS = {"model": "model", "data": "data set"}  # a plan's setting, and what it
 
 def _offered(offers: Mapping[str, T], alias: str, setting: str) -> T:
     if alias not in offers:
-        if said := _not_an_alias(alias):
+        if said := not_an_alias(alias):
             raise PolicyError(
                 f"{setting} is {said}; a job names aliases, and the site what they stand for",
                 repr(alias),
@@ -211,7 +211,7 @@ _LOOKS = [  # the first that matches says what a name is that is no alias
 ]
 
 
-def _not_an_alias(name: str) -> str:
+def not_an_alias(name: str) -> str:
     """What `name` looks like, if it is no alias."""
     return next((kind for pattern, kind in _LOOKS if re.fullmatch(pattern, name, re.DOTALL)), "code or not a name")
 

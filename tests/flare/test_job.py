@@ -66,6 +66,8 @@ def test_what_the_recipe_says_comes_out_of_the_job_again(tmp_path: Path) -> None
         processes=2,
         cross_site_evaluation=True,
         disk_offload=True,
+        task="sequence_classification",
+        labels=["calm", "ill"],
         data="records",
         peft={"method": "lora", "rank": 4},
         training={"local_steps": 9},
