@@ -581,7 +581,7 @@ BUGS = [
     Bug("site/rows.py", "(ValueError, RecursionError)", "ValueError", "site/test_data"),
     Bug("site/rows.py", "saved.data.validate(full=True)", "pass", "site/test_data"),
     Bug("site/rows.py", "if count == ROWS_LIMIT:", "if False:", "site/test_data"),
-    Bug("site/data.py", "except Exception as error:", "except ZeroDivisionError as error:", "site/test_data"),
+    Bug("site/data.py", "except BaseException as error:", "except ZeroDivisionError as error:", "site/test_data"),
     Bug("flare/recovery.py", "[RunStatus.RUNNING, RunStatus.DISPATCHED]", "[RunStatus.RUNNING]", "flare/test_recovery"),
     Bug("flare/recovery.py", "WORKSPACE not in jobs.list_components(job_id, fl_ctx)", "True", "flare/test_recovery"),
     Bug("flare/recovery.py", "event_type != EventType.SYSTEM_BOOTSTRAP", "False", "flare/test_recovery"),
