@@ -107,8 +107,20 @@ def _findings(kit: Path, plan: "RoundPlan") -> "Iterator[Finding]":
         yield Finding("kit", False, said)
         return
     yield from machine(kit)
+    yield from _certificates(kit)
     yield from _kit(kit)
     yield from checkup(kit / "local" / FILE_NAME, plan)
+
+
+def _certificates(kit: Path) -> "Iterator[Finding]":
+    from .flare.certificate import expiry
+    from .site.finding import Finding
+
+    try:
+        if found := expiry(kit):
+            yield Finding("certificate", not found.over, str(found))
+    except FmError as error:
+        yield Finding("certificate", False, str(error))
 
 
 def _no_kit(kit: Path) -> str:

@@ -1,7 +1,12 @@
 """Startup kits as a hospital gets them: this package allowed and nothing else changed, and taken out again."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +21,26 @@ from nvflare.lighter.provisioner import Provisioner
 
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare import allow_list, components, job_check
+from nvflare_fm.flare.certificate import expiry
 from nvflare_fm.flare.provision import allow, remove, without_byoc
 from nvflare_fm.flare.recovery import JobRecovery
 from nvflare_fm.flare.restarted import RestartedSites
 from nvflare_fm.site.site_config import SiteConfig, load_site
 from nvflare_fm.site.site_file import render
-from tests.deployment.system import EXAMPLE, LEAD, PROJECT, SERVER, project, provision, provision_file
+from tests.deployment.system import (
+    BIN,
+    ENVIRONMENT,
+    EXAMPLE,
+    LEAD,
+    PROJECT,
+    SERVER,
+    project,
+    provision,
+    provision_file,
+)
 from tests.flare.test_job import Builder
 
+OPERATE = Path(__file__).parents[2] / "docs" / "how_to" / "operate_a_site.md"
 SAID: dict[str, Any] = {
     "models": {"base": {"path": "/srv/models/llama", "fingerprint": "abc"}},
     "data": {"notes": {"folder": "/srv/data", "train": "notes.jsonl", "columns": {"text": "note"}}},
@@ -150,15 +167,63 @@ def test_no_role_may_bring_code_and_every_other_right_is_as_before(kits: Path):
     }
 
 
-def test_a_client_can_be_added_later_and_the_others_kits_come_out_as_before(kits: Path, described: dict[str, Any]):
-    folder = kits.parents[2]
-    late = {"name": "clinic-d", "org": "clinic_d", "fm_site": {"limits": {"max_rank": 2}}}
-    (folder / "late.yml").write_text(yaml.safe_dump(late))
-    newer = provision(folder, described, "--add-client", "late.yml")
-    assert newer != kits
-    assert load_site(newer / "clinic-d" / "local" / "fm_site.yaml").limits.max_rank == 2
-    for file in ("local/fm_site.yaml", "local/resources.json.default", "readme_nvflare_fm.txt"):
-        assert (newer / "clinic-a" / file).read_text() == (kits / "clinic-a" / file).read_text()
+@pytest.fixture(scope="module")
+def newer(example_kits: Path) -> Path:
+    """After the how-to's commands: one hospital has a new certificate, and another one has come."""
+    folder = example_kits.parents[2]
+    (folder / "workspace").symlink_to(folder / "kits")
+    page = OPERATE.read_text(encoding="utf-8")
+    (hospital,) = re.findall(r"```yaml\n# (hospital\.yml\n.*?)```", page, re.DOTALL)
+    name, _, content = hospital.partition("\n")
+    (folder / name).write_text(content)
+    (renewal,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    added, again = re.findall(r"^    (nvflare provision .*)$", page, re.MULTILINE)
+    assert added.startswith(again)  # one run does for both
+    for command in ([sys.executable, "-c", renewal], [BIN / "nvflare", *added.split()[1:]]):
+        subprocess.run(command, cwd=folder, env=ENVIRONMENT, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    return sorted((folder / "workspace" / PROJECT).glob("prod_*"))[-1]
+
+
+def test_a_hospital_can_be_added_later_and_the_others_kits_come_out_as_before(example_kits: Path, newer: Path):
+    assert newer != example_kits
+    assert load_site(newer / "coast" / "local" / "fm_site.yaml").limits.max_rank == 8
+    for name in ("lake", SERVER):
+        for file in (file for folder in ("local", "startup") for file in (example_kits / name / folder).iterdir()):
+            same = newer / name / file.relative_to(example_kits / name)
+            assert same.read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_certificate_that_is_taken_out_of_the_state_is_made_anew(example_kits: Path, newer: Path):
+    for file, same in (("rootCA.pem", True), ("client.crt", False), ("client.key", False)):
+        old, new = ((kits / "north" / "startup" / file).read_bytes() for kits in (example_kits, newer))
+        assert (old == new) is same, file
+
+
+def test_the_first_certificate_to_expire_is_the_one_that_openssl_says(example_kits: Path, tmp_path: Path):
+    """And the project's outlives those of the participants."""
+    (command,) = re.findall(r"```sh\n(openssl .*?)\n```", OPERATE.read_text(encoding="utf-8"))
+    kit = example_kits / "north"
+    said = {}
+    for file in ("client.crt", "rootCA.pem"):
+        words = command.replace("north/kit/startup/client.crt", str(kit / "startup" / file)).split()
+        shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        said[file] = datetime.strptime(shown.strip().partition("=")[2], "%b %d %H:%M:%S %Y %Z").replace(tzinfo=UTC)
+    assert said["rootCA.pem"] > said["client.crt"] + timedelta(days=3000)
+    found = expiry(kit)
+    assert found
+    assert (found.file, found.at, found.over) == ("client.crt", said["client.crt"], False)
+    assert str(found) == f"the kit's certificate is valid until {said['client.crt'].date()}"
+    soon = replace(found, at=datetime.now(UTC) + timedelta(days=20))
+    assert str(soon).endswith("ask the project's admin for a new kit now")
+    past = replace(found, at=datetime.now(UTC) - timedelta(days=1), file="rootCA.pem")
+    assert past.over
+    assert str(past).startswith("the project's root certificate expired on ")
+    assert expiry(tmp_path) is None
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "client.crt").write_bytes(b"\xff")
+    with pytest.raises(ConfigError) as caught:
+        expiry(tmp_path)
+    assert caught.value.code == "bad_certificate"
 
 
 def test_a_faulty_project_is_refused_by_name(tmp_path: Path, described: dict[str, Any]):
