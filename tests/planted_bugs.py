@@ -194,7 +194,7 @@ BUGS = [
     Bug("aggregation/admit.py", "n: found[n].shape for n", "n: () for n", "test_admit"),
     Bug("aggregation/admit.py", "rank != update.report.rank:", "False:", "test_admit"),
     Bug("aggregation/admit.py", "if not math.isclose(scale, asked", "if not math.isclose(scale, scale", "test_admit"),
-    Bug("aggregation/admit.py", "update.report.steps not in terms.steps", "False", "test_admit"),
+    Bug("aggregation/admit.py", "(taken := update.report.steps) not in terms.steps", "(taken := 0)", "test_admit"),
     Bug("aggregation/admit.py", "if bool(update.adapter.lora) != terms.pairs", "if False", "test_admit"),
     Bug("aggregation/admit.py", "if (sent.task, sent.peft) !=", "if (sent.task, terms.peft) !=", "test_admit"),
     Bug("aggregation/admit.py", "if manifest else terms.base)", "if manifest else '')", "test_admit"),
