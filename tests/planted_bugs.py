@@ -395,7 +395,7 @@ BUGS = [
     Bug("site/worker.py", "if enough else None", "", "site/test_floors"),
     Bug("site/worker.py", "if name in told}", "}", "site/test_floors"),
     Bug("site/worker.py", 'self.log if "steps" in told else None', "self.log", "site/test_floors"),
-    Bug("site/worker.py", "if self._different(job) >= self.config", "if True or self.config", "site/test_floors"),
+    Bug("site/worker.py", "if different >= self.config", "if True or self.config", "site/test_floors"),
     Bug(
         "site/worker.py",
         "check_trained(*trained_modules(model, base.heads), self.config.limits)",

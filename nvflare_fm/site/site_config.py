@@ -74,7 +74,7 @@ class Limits(Settings):
     max_rank: int = Field(64, ge=1, le=WIDEST)
     max_batch_size: int = Field(1024, ge=1, le=ROWS, description="examples in memory at once, in training or measuring")
     max_rows_per_step: int = Field(
-        4096, ge=1, le=MANY, description="batch_size × gradient_accumulation_steps × processes"
+        1024, ge=1, le=MANY, description="batch_size × gradient_accumulation_steps × processes"
     )
     max_steps_per_round: int = Field(10_000, ge=1, le=STEPS)
     max_seconds_per_round: float = Field(

@@ -77,7 +77,7 @@ class Worker:
             FmError: the site may not, cannot or was told not to.
         """
         job = self._job(task, trains=True)
-        plan, method, base, told = job.plan, job.method, job.base, self._told(job.plan)
+        plan, method, base = job.plan, job.method, job.base
         task = replace(task, plan=plan)
         with training.memory_explained(plan), base.lent(), self._within_time() as stop:
             before = self._measured("before", task, self._measure(job, task, stop)) if plan.evaluation.before else {}
@@ -90,7 +90,7 @@ class Worker:
                 job.chosen,
                 training.dropout_seed(task, self.site, self.secret),
                 stop,
-                self.log if "steps" in told else None,
+                self.log if "steps" in self._told(plan) else None,
                 self._steps_between_logs(job),
                 method.scale,
             )
@@ -109,22 +109,7 @@ class Worker:
             self.own.keep(adapter, manifest, task)
             adapter = whole = shared_half(adapter)
         self._last = whole, manifest
-        counts = {"examples": len(job.data.train), "tokens": done.tokens, "steps": done.steps}
-        counts |= {"bad_rows": job.data.bad_rows}
-        report = Report(
-            **{name: count for name, count in counts.items() if name in told},
-            loss=done.loss if self._different(job) >= self.config.privacy.min_metric_rows else math.nan,
-            seconds=done.seconds,
-            peak_memory_mib=done.peak_memory_mib,
-            rank=plan.rank,
-            quantization=plan.quantization,
-            before=before,
-            after=after,
-            label_skew=self._label_skew(job) if "skew" in plan.label_statistics else None,
-            max_weight=self.config.limits.max_weight,
-            lowered=job.lowered,
-        )
-        return AdapterUpdate(self.site, adapter, manifest, report)
+        return AdapterUpdate(self.site, adapter, manifest, self._report(job, done, before, after))
 
     def validate(self, task: RoundTask) -> dict[str, float]:
         """The metrics of the task's whole adapter on this site's validation rows.
@@ -240,13 +225,32 @@ class Worker:
         check_trained(*trained_modules(model, base.heads), self.config.limits)
         return model
 
+    def _report(self, job: Job, done: training.Trained, before: dict[str, float], after: dict[str, float]) -> Report:
+        """What is told of a round: no count that the site keeps, and no loss of fewer rows than metrics may be of."""
+        counts = {
+            "examples": len(job.data.train),
+            "tokens": done.tokens,
+            "steps": done.steps,
+            "bad_rows": job.data.bad_rows,
+        }
+        told, different = self._told(job.plan), len({job.data.contents[0][row] for row in job.chosen})
+        return Report(
+            **{name: count for name, count in counts.items() if name in told},
+            loss=done.loss if different >= self.config.privacy.min_metric_rows else math.nan,
+            seconds=done.seconds,
+            peak_memory_mib=done.peak_memory_mib,
+            rank=job.plan.rank,
+            quantization=job.plan.quantization,
+            before=before,
+            after=after,
+            label_skew=self._label_skew(job) if "skew" in job.plan.label_statistics else None,
+            max_weight=self.config.limits.max_weight,
+            lowered=job.lowered,
+        )
+
     def _told(self, plan: RoundPlan) -> set[str]:
         """The counts that may leave. Steps are no count of the site's where the plan itself says how many."""
         return {*self.config.privacy.counts, *(["steps"] if plan.training.local_steps else [])}
-
-    def _different(self, job: Job) -> int:
-        """Rows behind an update."""
-        return len({job.data.contents[0][row] for row in job.chosen})
 
     def _steps_between_logs(self, job: Job) -> int:
         steps = training.steps_per_round(job.plan, len(job.data.train), distributed.processes()[1])

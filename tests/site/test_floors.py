@@ -56,7 +56,8 @@ def test_the_floors_of_these_tests_are_those_of_a_site_that_says_nothing():
 
 def test_rows_that_are_there_twice_count_once(llama: Path, tmp_path: Path):
     plan = tiny.plan(evaluation=QUIET)
-    assert code(worker(tmp_path, llama, ROWS[:9] * 20, validation=9).train, plan) == "few_rows"
+    few = worker(tmp_path, llama, ROWS[:9] * 20, validation=9, privacy={"min_update_rows": 1})
+    assert code(few.train, plan) == code(few.validate, plan) == "few_rows"
     one_pass = tiny.plan(training={"local_steps": 5, "batch_size": 4}, evaluation=QUIET)
     assert worker(tmp_path, llama, ROWS[:10] * 2, validation=9).train(RoundTask(one_pass)).report.steps == 5
 

@@ -22,10 +22,10 @@ def file(tmp_path: Path) -> Path:
 def refused(file: Path, content: str | bytes | None = None) -> ConfigError:
     if content is not None:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as error:
         load_site(file)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert str(file.parent) not in error.value.message
     return error.value
 
@@ -52,6 +52,7 @@ def refused(file: Path, content: str | bytes | None = None) -> ConfigError:
         ("- " * 10_000, MALFORMED),
         ("\n".join(" " * i + "a:" for i in range(500)), MALFORMED),
         ("a" * 20_000_000, MALFORMED),
+        ("# all well\n" * 2_000_000, MALFORMED),
         ("x: " + "y" * 200_000, WRONG),
         ("".join(f"k{i}: 1\n" for i in range(20_000)), WRONG),
         ("1: 2", WRONG),
