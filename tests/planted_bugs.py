@@ -589,6 +589,37 @@ BUGS = [
     Bug("flare/restarted.py", "found - self._told", "found", "flare/test_restarted"),
     Bug("flare/resume.py", '"resume": True', '"resume": False', "flare/test_resume"),
     Bug("flare/resume.py", "export.read_adapter(last)", "pass", "flare/test_resume"),
+    # what a job may say, and build
+    Bug("hocon.py", "if unseen := _UNSEEN.search(text)", "if unseen := None", "test_hocon"),
+    Bug("hocon.py", "if key in values:", "if False:", "test_hocon"),
+    Bug("hocon.py", 'if written.lower() == "include":', "if False:", "test_hocon"),
+    Bug("hocon.py", "if self.depth > MAX_DEPTH:", "if False:", "test_hocon"),
+    Bug("hocon.py", 'values[-1] is None or values[-1] == ""', "False", "test_hocon"),
+    Bug("job_files.py", 're.search("[{}]", value)', 're.search("{", value)', "test_job_files"),
+    Bug("job_files.py", "if _PASSED_ON in path and", "if False and", "test_job_files"),
+    Bug("job_files.py", 'or ".." in name.split("/")', "", "test_job_files"),
+    Bug("job_files.py", "str(PurePosixPath(name)) for name", "name for name", "test_job_files"),
+    Bug("job_files.py", 'folder == "config" and file in', "file in", "test_job_files"),
+    Bug("job_files.py", "object_pairs_hook=_unique, ", "", "test_job_files"),
+    Bug(
+        "flare/components.py",
+        '"nvflare_fm.flare.executor.PeftExecutor",',
+        '"nvflare_fm.flare.executor",',
+        "flare/test_components",
+    ),
+    Bug(
+        "flare/allow_list.py",
+        "if not _is_ours(entry)]\n    if nvflares",
+        "if True]\n    if nvflares",
+        "flare/test_provision",
+    ),
+    Bug("flare/deployment.py", "check_archive(app_data, job_files.CLIENT)", "pass", "flare/test_deployment"),
+    Bug("flare/deployment.py", "        plain_jobs_only()\n", "        pass\n", "flare/test_deployment"),
+    Bug("flare/deployment.py", "if not _record(job_id, job_meta, refused):", "if False:", "flare/test_deployment"),
+    Bug("flare/executor.py", "if task and task == request", "if task and request", "flare/test_call_off"),
+    Bug("flare/executor.py", "engine.aux_runner.topic_table.pop(ReservedTopic.DO_TASK)", "pass", "flare/test_call_off"),
+    Bug("flare/controller.py", "fetched[site])", "next(iter(fetched.values())))", "flare/test_call_off"),
+    Bug("flare/persistor.py", "initial_adapter: OptionalId", "initial_adapter: str", "flare/test_job"),
 ]
 
 

@@ -108,6 +108,8 @@ def test_a_refusal_names_the_line_and_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"config_fed_client.conf, line 3: .*write the value itself") as error:
         hocon.parse("a = 1\n# c\nb = ${HOME}\n", "config_fed_client.conf")
     assert error.value.code == "not_plain_hocon"
+    with pytest.raises(ConfigError, match="line 1: nothing is included; write the settings here"):
+        hocon.parse('Include "other.conf"')
 
 
 @pytest.mark.parametrize("mark", ["{ a = ", "["])

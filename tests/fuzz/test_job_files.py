@@ -20,7 +20,7 @@ from nvflare_fm.errors import ConfigError, FmError
 from nvflare_fm.flare.job import read_job
 from tests.texts import PIECES, texts
 
-SOON_S, LITTLE = 5.0, 64 * 2**20
+SOON_S, LITTLE = 5.0, 64 * 2**20  # of CPU time, and bytes
 PARTS = ("meta", "config/config/config_fed_server", "config/config/config_fed_client")
 HOSTILE = (
     *(None, True, -1, 0, 10**9, 10**30, 0.5, 1e308, "", "exact", "lora", "../../etc/passwd", "{$HOME}", "x" * 10_000),
@@ -42,10 +42,10 @@ def job() -> Iterator[Path]:
 
 
 def read(job: Path) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with suppress(FmError):
         read_job(job)
-    assert time.monotonic() - began < SOON_S
+    assert time.process_time() - began < SOON_S
 
 
 def with_file(job: Path, part: str, data: bytes, ending: str = ".conf") -> None:
@@ -100,10 +100,10 @@ def test_a_job_with_any_bytes(job: Path, part: str, data: bytes, ending: str) ->
 def test_what_repeats_is_read_in_little_time_and_memory(pieces: list[str], times: int) -> None:
     data = ("".join(pieces) * times)[: job_files.MAX_BYTES].encode()[: job_files.MAX_BYTES]
     for name in ("a.conf", "a.json"):
-        began = time.monotonic()
+        began = time.process_time()
         with suppress(ConfigError):
             job_files.read_config(name, data)
-        assert time.monotonic() - began < SOON_S
+        assert time.process_time() - began < SOON_S
 
 
 @pytest.mark.parametrize("pattern", ["a=", "[", '"', "# c\n"])
