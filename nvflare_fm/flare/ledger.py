@@ -99,7 +99,6 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
 
 
 def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
-    report = asdict(update.report)
-    numbers = {k: v for k, v in report.items() if not isinstance(v, float) or math.isfinite(v)}
-    ours = {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes()}
-    return {**ours, **numbers, "tokens_per_s": update.report.tokens_per_s}
+    told = asdict(update.report) | {"tokens_per_s": update.report.tokens_per_s}
+    numbers = {k: v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
+    return {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes(), **numbers}

@@ -1,0 +1,46 @@
+"""How far apart honest sites' changes are: what the guard `clip_norm` must leave alone.
+
+    python tests/benchmarks/clipping.py banking77-0.1 medquad-lm
+    python tests/benchmarks/clipping.py medquad-lm medquad-types --epochs 0.05 --rounds 6
+
+Each study of heterogeneity.py at its tuned rate, one seed: in each round the longest change over the median, of
+products and of dense tensors. `--rate-times 4` trains too fast on purpose; with `--epochs` sites take as many steps as
+they have rows for.
+"""
+
+from statistics import median
+
+import torch
+import typer
+from bench import Bench, study
+from heterogeneity import tuned
+from methods import METHODS, OURS
+
+from nvflare_fm.adapter import Adapter
+from nvflare_fm.aggregation.cohort import Cohort
+
+
+def main(
+    names: list[str], method: str = OURS, seed: int = 0, rounds: int = 20, rate_times: float = 1.0, epochs: float = 0.0
+) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        data = study(name)
+        bench = Bench(data, tuned(name, data.lower_is_better)[method] * rate_times)
+        if epochs:
+            training = bench.plan.training.model_copy(update={"local_steps": 0, "local_epochs": epochs})
+            bench.plan = bench.plan.model_copy(update={"training": training})
+        found, state = {"products": 0.0, "dense": 0.0}, Adapter()
+        for done in bench.rounds(METHODS[method], bench.workers(METHODS[method]), seed):
+            moved = Cohort(done.updates, state, "tail").moved
+            for of, lengths in (("products", [m.products for m in moved]), ("dense", [m.dense for m in moved])):
+                found[of] = max(found[of], max(lengths) / (median(lengths) or 1.0))
+            state = done.combined.adapter
+            if done.number + 1 == rounds:
+                break
+        said = ", ".join(f"{of} {ratio:.2f}" for of, ratio in found.items())
+        print(f"{name}, {method}, {done.number + 1} rounds: {said}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
