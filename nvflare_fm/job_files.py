@@ -22,7 +22,7 @@ FORMATS = (".json", ".conf")
 CLIENT, SERVER = "config_fed_client", "config_fed_server"
 _READ_AS_CONFIG = re.compile(r"\.(json|conf|yml|yaml)(\.default)?$", re.IGNORECASE)
 _BROUGHT = {"adapter_config.json", "provenance.json"}  # of an adapter; see `export`
-_SIGNED = ".__nvfl_sig.json"  # by NVFlare
+_SIGNATURE = ".__nvfl_sig.json"  # NVFlare puts one into each folder
 _ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 _PASSED_ON = "events_to_convert"  # an argument of NVFlare's ConvertToFedEvent, which a log line is an event for, too
 METRICS = "analytix_log_stats"  # the event of a metric
@@ -72,7 +72,7 @@ def _is_configuration(name: str) -> bool:
         return False
     if folder == "config" and file in {f"{stem}{format_}" for stem in (CLIENT, SERVER) for format_ in FORMATS}:
         return True
-    if (file in _BROUGHT and re.fullmatch("config/[^/]+", folder)) or name == _SIGNED:
+    if (file in _BROUGHT and re.fullmatch("config/[^/]+", folder)) or file == _SIGNATURE:
         return False
     raise ConfigError(
         f"{name[:80]!r} is no file that a job may bring; its configuration is config/{CLIENT} and config/{SERVER}, as "

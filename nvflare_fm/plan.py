@@ -48,6 +48,9 @@ class BaseShape:
     inner: int  # width of its widest layer
     heads: int  # of attention whose scores are kept, as dropout on them forces it where there is no fused kernel
     answers: int  # logits for each position, or for each text
+    positions: int | None = None  # that it has a row for; None: it looks none up
+    context: int = 0  # positions it was trained for; 0: not known
+    stacked: int = 0  # numbers of several layers in one tensor, such as experts: those are never quantized
 
     def size(self, plan: RoundPlan) -> int:
         """Bytes of the frozen weights."""
@@ -58,6 +61,28 @@ class BaseShape:
             return self.quantized + FLOAT32 * self.rows + width * self.kept
         constants = 1 / _BLOCK + FLOAT32 / _BLOCK / _SECOND_BLOCK if plan.double_quant else FLOAT32 / _BLOCK
         return ceil(self.quantized * (0.5 + constants)) + width * self.kept
+
+
+def remarks(base: BaseShape, plan: RoundPlan) -> list[str]:
+    """What of a base model a plan does not treat as one may think.
+
+    Args:
+        plan: as a site is to carry it out.
+    Returns:
+        A sentence each: what is not quantized, and texts longer than those the model was trained for.
+    """
+    found = []
+    if plan.quantization in ("nf4", "fp4", "int8") and base.quantized + base.kept:
+        share = base.kept / (base.quantized + base.kept)
+        found.append(f"{share:.0%} of the base model's numbers are not quantized: embeddings, norms and heads")
+        if base.stacked:
+            gib = number_width(plan) * base.stacked / 2**30
+            found[-1] += f", and its experts, which are not adapted either ({gib:.2g} GiB)"
+    if base.positions is None and 0 < base.context < plan.max_length:
+        found.append(
+            f"the base model was trained for texts of {base.context} tokens, max_length {plan.max_length} is more"
+        )
+    return found
 
 
 def number_width(plan: RoundPlan) -> int:

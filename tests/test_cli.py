@@ -65,6 +65,7 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert found["device"]["said"]
     assert re.search(r"[\d.]+ GB free", found["disk"]["said"])
     assert "no metric would leave" in found["data notes"]["said"]  # two rows are held out
+    assert "not quantized" in found["data notes"]["said"]
     assert found["welcome"]["said"] == "anyone of company"
 
 

@@ -160,7 +160,8 @@ def test_sigma_reaches_the_result():
 
 def test_the_federations_manifest_stays_and_the_first_round_takes_the_sites():
     updates = [update("a", Adapter({"q": make_pair(4, 3, 2, seed=0).to(SINGLE)}))]
-    kept = replace(MANIFEST, labels=("yes",))
+    kept = replace(MANIFEST)
+    assert kept is not MANIFEST
     assert combine(Adapter(), kept, updates, EXACT, 2).manifest is kept
     assert combine(Adapter(), None, updates, EXACT, 2).manifest is MANIFEST
 

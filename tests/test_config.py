@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
+from inspect import signature
 from typing import Any, get_args
 
 import pydantic
@@ -14,6 +16,8 @@ from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, Settings, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.export import ProvenanceFile
+from nvflare_fm.flare import components
+from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.site_config import SiteConfig
@@ -78,7 +82,23 @@ def test_no_group_of_settings_is_left_out_of_that_law():
     ours = {kind for kind in under(Settings) if kind.__module__.startswith("nvflare_fm.")}
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for
-    assert ours - of_rules - held == {Settings, peft_methods.PeftMethod}
+    arguments = {kind for kind in ours if issubclass(kind, Arguments)}
+    assert ours - of_rules - held - arguments == {Settings, peft_methods.PeftMethod}
+
+
+@pytest.mark.parametrize("name", components.OURS)
+def test_every_argument_of_a_component_has_a_type_and_every_number_bounds(name):
+    module = import_module(name.rpartition(".")[0])
+    kind = getattr(module, "_Arguments", None)
+    fields = kind.model_fields if kind else {}
+    for argument, field in fields.items():
+        if field.annotation in (int, float):
+            limits = {type(each).__name__.lower() for each in field.metadata}
+            assert limits & {"ge", "gt"}, argument
+            assert limits & {"le", "lt"}, argument
+    taken = set(signature(components.load(name)).parameters)
+    settings = {*Aggregation.model_fields, *SiteOverrides.model_fields}
+    assert taken <= {*fields} | settings
 
 
 @pytest.mark.parametrize("name", GROUPS)

@@ -85,7 +85,7 @@ def test_json_means_what_it_says(said: dict[str, Any]) -> None:
 def test_a_job_of_ours_is_accepted() -> None:
     adapter = "config/initial_adapter/adapter_config.json"
     check({"config/": "", CLIENT: "{}", SERVER: "a = 1", adapter: "{", "config/initial_adapter/x.safetensors": b"\0"})
-    check({CLIENT: "{}", ".__nvfl_sig.json": "{"}, job_files.CLIENT)
+    check({CLIENT: "{}", ".__nvfl_sig.json": "{", "config/.__nvfl_sig.json": "{"}, job_files.CLIENT)
     check({CLIENT: "{}", "custom/net.yaml": "a: ${oc.env:HOME}"})  # code is a right of its own
 
 
@@ -124,7 +124,7 @@ UNEXPECTED = (
     *("config/resources.json", "resources.json", "config/comm_config.json", "x/fed_client.json.default", "a.conf"),
     *("config/config_fed_client.yml", "config/config_fed_client.yaml.default", "config/config_fed_client.json.default"),
     *("config/sub/config_fed_client.json", "config_fed_client.json", "config/CONFIG_FED_CLIENT.JSON", "config/.json"),
-    *("config/adapter_config.json", "config/a/b/provenance.json", "config/a/resources.json", "a/.__nvfl_sig.json"),
+    *("config/adapter_config.json", "config/a/b/provenance.json", "config/a/resources.json"),
 )
 
 

@@ -128,6 +128,7 @@ def test_each_site_is_told_its_own_cost(tmp_path: Path, models: dict[str, Path])
     assert alder.base_bytes
     assert birch.base_bytes
     assert alder.base_bytes > 2 * birch.base_bytes
+    assert any("not quantized" in note for note in told(job, models["llama"]).notes)
 
 
 def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
         raise WireError(f"{site} {_other_base(sent.base, base)}", code="other_base")
     if manifest and (other := _other_words(sent, manifest)):
         raise WireError(f"{site}: {other}", code="other_tokenization")
-    if terms.steps is not None and update.report.steps not in terms.steps:
+    if terms.steps is not None and (taken := update.report.steps) not in terms.steps:
         raise WireError(
-            f"{site} reports {update.report.steps} steps, the plan asks for {_span(terms.steps)}; where its job gives "
-            "it local_steps of its own, list them under the controller's `sites`",
+            f"{site} reports {taken or 'no'} steps, the plan asks for {_span(terms.steps)}; where its job gives it "
+            "local_steps of its own, list them under the controller's `sites`",
             code="steps_not_in_plan",
         )
     if state and (theirs := _shapes(update.adapter)) != (ours := _shapes(state)):

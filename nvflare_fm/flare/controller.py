@@ -59,6 +59,7 @@ class _Arguments(Arguments):
     key_metric_mode: Literal["min", "max"]
     disk_offload: bool
     sites_per_round: int = Field(ge=0, le=SITES)
+    sites: Mapping[str, Mapping[str, Any]] | None = Field(max_length=SITES)
 
 
 class FedPEFT(FedAvg):

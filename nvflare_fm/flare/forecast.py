@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plan import AdapterShape, BaseShape, Cost, cost, global_rank
+from ..plan import AdapterShape, BaseShape, Cost, cost, global_rank, remarks
 from .job import ALL, Job, read_job
 
 EVERY = "every site"
@@ -111,6 +111,10 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
             notes.append(
                 "compute_dtype auto is counted as bf16 under quantization; most CPUs compute in fp32, for more"
             )
+        for site in sorted(job.sites):
+            base, _ = _shapes(job, site, model)
+            said = remarks(base, job.sites[site].overrides.applied(job.plan)) if base else []
+            notes += [note for note in said if note not in notes]
     if not job.rounds:
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]
     first = costs[0].bytes_down_first

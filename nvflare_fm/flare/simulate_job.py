@@ -3,13 +3,19 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
+from ..config import Count, Statistic
 from ..errors import ConfigError
 from ..registry import nearest
-from ..site.site_config import DataSource, ModelSource, SiteConfig
+from ..site.site_config import DataSource, ModelSource, Privacy, SiteConfig
 from .environments import set_up
 from .job import ALL, Job, read_job
 from .simulation import Simulation
+
+OWN_ROWS = Privacy(
+    min_examples=1, min_update_rows=1, min_metric_rows=1, counts=get_args(Count), label_statistics=get_args(Statistic)
+)  # they are all the user's, on the user's machine: nothing has to be kept from anyone
 
 
 def prepare(
@@ -64,4 +70,5 @@ def _check_sites(job: Job, data: Mapping[str, Path], validation: Mapping[str, Pa
 def _offer(job: Job, site: str, model: Path, train: Path, validation: Path | None) -> SiteConfig:
     plan = job.sites[site if site in job.sites else ALL].overrides.applied(job.plan)
     rows = DataSource(train=str(train.resolve()), validation=str(validation.resolve()) if validation else "")
-    return SiteConfig(models={plan.model: ModelSource(path=str(model.resolve()))}, data={plan.data: rows})
+    models = {plan.model: ModelSource(path=str(model.resolve()))}
+    return SiteConfig(models=models, data={plan.data: rows}, privacy=OWN_ROWS)

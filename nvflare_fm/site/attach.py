@@ -17,6 +17,7 @@ from ..adapter import BaseClass, own_class
 from ..config import Factors
 from ..errors import ConfigError, WireError
 from ..registry import nearest
+from .probe import stacked
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -34,6 +35,7 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
         ConfigError: the settings do not fit this model, for example no module is called as `target_modules` says.
     """
     _keep_known(base.model, config)
+    _keep_reached(base, config)
     try:
         model = get_peft_model(base.model, config, adapter_name=LOCAL)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
@@ -73,6 +75,22 @@ def _keep_known(model: nn.Module, config: "PeftConfig") -> None:
             )
         if known:
             setattr(config, setting, known)
+
+
+def _keep_reached(base: "BaseModel", config: "PeftConfig") -> None:
+    """Leaves out what no text goes through.
+
+    Raises:
+        ConfigError: not all that a text goes through can be adapted, and the plan does not say which it wants.
+    """
+    if getattr(config, "target_modules", None) == "all-linear" and (beyond := stacked(base.model, base.unreached)):
+        raise ConfigError(
+            f"the base model keeps weights of several layers in one tensor ({beyond[0]}), and all-linear does not "
+            "reach them; name target_modules, such as q_proj, and only those are adapted",
+            code="experts_not_adapted",
+        )
+    if base.unreached and hasattr(config, "exclude_modules"):
+        config.exclude_modules = set(base.unreached)
 
 
 def trained_modules(model: "PeftModel", heads: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -5,7 +5,7 @@ After QLoRA (arXiv:2305.14314): NF4 with double quantization. Weights are safete
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
-from .fingerprint import fingerprint, model_config
-from .probe import TOKENS, check_causal
+from .fingerprint import fingerprint, model_config, read_config
+from .probe import TOKENS, check_causal, check_ids, counts_from_padding, unreached
 from .site_config import ModelSource
 from .tasks import Task
-from .tokenization import chat_template_digest, tokenizer_digest
+from .tokenization import PROBES, chat_template_digest, tokenizer_digest
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MAY_LACK = 0.1  # of the numbers below a head
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a hub repository: weights, tokenizer, no code
 
 
@@ -39,6 +40,7 @@ class BaseModel:
     compute_dtype: torch.dtype
     heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
     fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
+    unreached: frozenset[str] = frozenset()  # modules that no text goes through
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @cached_property
@@ -176,22 +178,30 @@ def _fetch(source: ModelSource) -> Path:
 def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        dtype = compute_dtype(plan.compute_dtype, plan.quantization, getattr(config, "hidden_size", 0))
+        width = getattr(config.get_text_config(), "hidden_size", 0)
+        dtype = compute_dtype(plan.compute_dtype, plan.quantization, width)
         tokenizer = load_tokenizer(folder)
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)
         config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
         model, fresh, heads = _load_weights(folder, config, plan, task, dtype, kept)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
         raise ModelError(
             "the base model cannot be loaded; is it a whole model that transformers knows without remote code?",
             f"{folder}: {error}",
         ) from error
     model.requires_grad_(False).eval()
     keep_packing(model)
+    beside = unreached(model)
     if not task.trains_head:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the base model's tokenizer has no token that ends a text, so no answer would end; name one as "
+                "eos_token in tokenizer_config.json",
+                code="no_end_token",
+            )
         check_causal(model, ordinary_ids(tokenizer, TOKENS), plan.quantization)
-    return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh))
+    return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh), beside)
 
 
 def _load_weights(
@@ -216,6 +226,7 @@ def _load_weights(
             ignore_mismatched_sizes=True,  # a head for other labels is a fresh head
             output_loading_info=True,
         )
+        _check_fit(bare, info, on_top)
         fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
         lacking = {name.rpartition(".")[0] for name in fresh}
         if plan.quantization in DTYPES or lacking <= skipped:
@@ -230,6 +241,24 @@ def _load_weights(
         )
     heads = {*(on_top if task.trains_head else ()), *lacking}
     return model, fresh, tuple(sorted(h for h in heads if not any(h.startswith(f"{o}.") for o in heads)))
+
+
+def _check_fit(bare: PreTrainedModel, info: Mapping[str, Any], on_top: set[str]) -> None:
+    """Heads may be new, and a layer or two such as a pooler; more than that, and the weights are another model's.
+
+    Raises:
+        ModelError: weights below the head have another shape than config.json says, or are not there.
+    """
+    below = {name: p.numel() for name, p in bare.named_parameters() if name.split(".")[0] not in on_top}
+    unlike = [name for name, *_ in info["mismatched_keys"] if name in below]
+    missing = sorted(below.keys() & set(info["missing_keys"]))
+    if unlike or sum(below[name] for name in missing) > _MAY_LACK * sum(below.values()):
+        name = (unlike or missing)[0]
+        raise ModelError(
+            f"the base model's weights do not fit its config.json: {name!r} "
+            f"{'has another shape' if unlike else 'is not there'}; fetch the model again",
+            code="weights_do_not_fit",
+        )
 
 
 def check_head(model_class: Any, config: Any, task: str) -> None:
@@ -284,7 +313,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a base model, with a token to pad with.
 
     Raises:
-        ModelError: it cannot be read, or is not a fast one, so which characters a token stands for is not known.
+        ModelError: it cannot be read, is not a fast one, so which characters a token stands for is not known, or is not
+            the model's.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True, use_fast=True)
@@ -296,10 +326,41 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
     if not tokenizer.is_fast:
         raise ModelError("the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder))
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    config = read_config(folder)
+    tokenizer.pad_token = _padding(tokenizer, config)
+    check_ids(used_ids(tokenizer), vocabulary(config))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, config: Any) -> str:
+    """The token to pad with: the tokenizer's, or the model's where positions are counted from it.
+
+    Raises:
+        ModelError: there is none.
+    """
+    token = tokenizer.pad_token or tokenizer.eos_token or tokenizer.unk_token
+    models = getattr(config, "pad_token_id", None)
+    if models is not None and models != tokenizer.convert_tokens_to_ids(token or "") and counts_from_padding(config):
+        token = tokenizer.convert_ids_to_tokens(models)
+    if token is None:
+        raise ModelError(
+            "the base model's tokenizer has no token to pad with; name a pad_token, eos_token or unk_token in "
+            "tokenizer_config.json",
+            code="no_padding_token",
+        )
+    return str(token)
+
+
+def vocabulary(config: Any) -> int | None:
+    """How many tokens a model has rows for, by its configuration."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def used_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that a tokenizer gives to all kinds of texts, and that we add."""
+    added = {i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None}
+    return added.union(*(tokenizer(text, verbose=False)["input_ids"] for text in PROBES))
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:

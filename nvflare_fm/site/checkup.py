@@ -12,6 +12,7 @@ from pathlib import Path
 from ..adapter import RoundTask
 from ..config import RoundPlan
 from ..errors import FmError
+from ..plan import remarks
 from .finding import Finding
 from .site_config import FILE_NAME, SiteConfig, load_site
 
@@ -72,6 +73,8 @@ def _hashed(site: SiteConfig, alias: str) -> Finding | str:
 
 
 def _trained(site: SiteConfig, plan: RoundPlan) -> str:
+    from .base_model import locate
+    from .shapes import shapes
     from .worker import Worker
 
     training = plan.training.model_copy(update={"local_steps": STEPS})
@@ -84,7 +87,9 @@ def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     report = Worker("this site", site).train(RoundTask(trial)).report
     bad = f", {report.bad_rows} rows that cannot be used" if report.bad_rows else ""
     few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
+    base, _ = shapes(locate(site.model(plan.model)), plan)
+    beside = "".join(f"; {remark}" for remark in remarks(base, plan))
     return (
         f"{report.examples} rows to train on{bad}; {report.seconds / STEPS:.2f} s a step of "
-        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}"
+        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}{beside}"
     )

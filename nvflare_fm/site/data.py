@@ -43,17 +43,22 @@ class SiteData:
         return _contents(self.train), _contents(self.validation)
 
 
-def load(source: DataSource, plan: RoundPlan, task: Task, tokenizer: PreTrainedTokenizerBase) -> SiteData:
+def load(
+    source: DataSource, plan: RoundPlan, task: Task, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None
+) -> SiteData:
     """Reads and tokenizes the site's files. Where the site names no validation file, a tenth of the rows is held out.
 
     The rows held out depend on their place in the file alone, so no later job trains on what an earlier one measured.
 
+    Args:
+        vocabulary: how many tokens the base model has rows for.
+
     Raises:
         DataError: a file cannot be read, holds no usable row, or too many bad ones.
     """
-    train, bad = _read(source, source.train, "train", plan, task, tokenizer)
+    train, bad = _read(source, source.train, "train", plan, task, tokenizer, vocabulary)
     if source.validation:
-        validation, more = _read(source, source.validation, "validation", plan, task, tokenizer)
+        validation, more = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary)
         return SiteData(Dataset.from_list(train), Dataset.from_list(validation), bad + more)
     if len(train) < 2:
         raise DataError(
@@ -84,7 +89,13 @@ def measured(count: int, asked: int, least: int) -> int:
 
 
 def _read(
-    source: DataSource, file: str, split: str, plan: RoundPlan, task: Task, tokenizer: PreTrainedTokenizerBase
+    source: DataSource,
+    file: str,
+    split: str,
+    plan: RoundPlan,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int | None,
 ) -> tuple[list[dict[str, Any]], int]:
     good: list[dict[str, Any]] = []
     bad = _BadRows()
@@ -92,15 +103,16 @@ def _read(
         try:
             if isinstance(row, BadRow):
                 raise row
-            good.append(task.encode(_mapped(row, source.columns), tokenizer, plan))
+            encoded = task.encode(_mapped(row, source.columns), tokenizer, plan)
+            if vocabulary is not None and max(encoded["input_ids"]) >= vocabulary:
+                raise BadRow("it has a token that the base model has no row for")
+            good.append(encoded)
         except BadRow as reason:
             bad.add(line, str(reason))
-        except MemoryError:
+        except (MemoryError, KeyboardInterrupt, SystemExit):
             raise
-        except (
-            Exception
-        ) as error:  # a tokenizer raises what it likes, and may repeat the row: half a surrogate is enough
-            log.debug("line %d", line, exc_info=True)
+        except BaseException as error:  # half an emoji is enough, and what is written in Rust panics with no Exception
+            log.debug("line %d", line, exc_info=True)  # its words may repeat the row
             bad.add(line, f"the row cannot be tokenized ({type(error).__name__})")
     _report(f"data {plan.data!r} ({split})", len(good), bad, source.max_bad_rows)
     return good, bad.count

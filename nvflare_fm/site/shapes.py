@@ -19,7 +19,8 @@ from ..errors import FmError, ModelError
 from ..plan import AdapterShape, BaseShape
 from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
-from .base_model import BaseModel, check_head, compute_dtype, parts_on_top
+from .base_model import BaseModel, check_head, compute_dtype, load_tokenizer, parts_on_top
+from .probe import check_length, positions, stacked, unreached
 from .tasks import registry as tasks
 
 
@@ -31,10 +32,12 @@ def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
 
     Raises:
         ModelError: transformers cannot build a model from it.
-        ConfigError: PEFT cannot put the plan's adapter on it.
+        ConfigError: PEFT cannot put the plan's adapter on it, or texts may be too long for it.
     """
     decisive = {"task", "labels", "peft", "quantization", "double_quant", "compute_dtype"}
-    return _shapes(folder, plan.model_dump_json(include=decisive))
+    base, adapter = _shapes(folder, plan.model_dump_json(include=decisive))
+    check_length(base.positions, plan.max_length, peft_methods.read(plan.peft).virtual_tokens)
+    return base, adapter
 
 
 @lru_cache(maxsize=32)
@@ -43,6 +46,8 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's to each other
     task, method = tasks[plan.task], peft_methods.read(plan.peft)
     config, model = _built(folder, plan)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        load_tokenizer(folder)  # is refused where it is not the model's
     on_top = parts_on_top(model)
     skipped = {*on_top, *method.trained_whole}
     quantized = [
@@ -50,21 +55,24 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and not any(f".{part}." in f".{name}." for part in skipped)
     ]
-    numbers = sum(weight.numel() for weight in quantized)
+    numbers, beside, text = sum(weight.numel() for weight in quantized), unreached(model), config.get_text_config()
     base = BaseShape(
         quantized=numbers,
         rows=sum(weight.shape[0] for weight in quantized),
         kept=sum(p.numel() for p in model.parameters()) - numbers,
-        depth=_number(config, "num_hidden_layers", "n_layer"),
-        hidden=_number(config, "hidden_size", "n_embd", "d_model"),
+        depth=_number(text, "num_hidden_layers", "n_layer"),
+        hidden=_number(text, "hidden_size", "n_embd", "d_model"),
         inner=max((max(weight.shape) for weight in quantized), default=0),
-        heads=_number(config, "num_attention_heads", "n_head") if _drops_scores(config) else 0,
-        answers=len(plan.labels) or _number(config, "vocab_size"),
+        heads=_number(text, "num_attention_heads", "n_head") if _drops_scores(text) else 0,
+        answers=len(plan.labels) or _number(text, "vocab_size"),
+        positions=positions(model, beside),
+        context=_number(text, "max_position_embeddings"),
+        stacked=sum(p.numel() for name in stacked(model, beside) for p in model.get_submodule(name).parameters()),
     )
     heads = tuple(sorted(on_top)) if task.trains_head else ()
     dtype = compute_dtype(plan.compute_dtype, plan.quantization, base.hidden)
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]  # no method asks for it
-    lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset())
+    lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset(), beside)
     with torch.device("meta"):
         wrapped = wrap(lent, method.config(lent), plan.seed)
     whole, embeddings = trained_modules(wrapped, heads)

@@ -20,6 +20,7 @@ from . import base_model, data, distributed, evaluation, peft_methods, training
 from .attach import base_class, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
+from .fingerprint import read_config
 from .own_adapter import OwnAdapter, shared_half
 from .peft_methods import PeftMethod
 from .policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
@@ -275,8 +276,8 @@ class Worker:
     def _tokenized(self, plan: RoundPlan, kind: Task, source: ModelSource, folder: Path) -> SiteData:
         key = (plan.data, plan.task, plan.labels, plan.max_length, source)
         if key not in self._data:
-            tokenizer = base_model.load_tokenizer(folder)
-            self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer)
+            tokenizer, rows = base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
+            self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer, rows)
         return self._data[key]
 
 

@@ -112,9 +112,9 @@ def job(job_folders: Path) -> Callable[..., Path]:
     return export
 
 
-def edited(job: Path, file: str, edit: Callable[[Any], None]) -> Path:
+def edited(job: Path, file: str, edit: Callable[[Any], None], app: str = "*") -> Path:
     """The job with one of its configurations changed by hand."""
-    [config] = job.glob(f"*/config/{file}")
+    [config] = job.glob(f"{app}/config/{file}")
     values = json.loads(config.read_text())
     edit(values)
     config.write_text(json.dumps(values))

@@ -20,6 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "job_templates" / "project.yml"
 PROJECT, SERVER = "oncology", "server.company.example"  # as in the example
 LEAD, ADMIN = "lead@company.example", "admin@company.example"
 SITES = {"clinic-a": "clinic_a", "clinic-b": "clinic_b", "clinic-c": "clinic_c"}  # with their organisations
+CANARY = "hf_Quarantine9SiteToken"  # in the environment of each site and of the server, where no job may read it
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
@@ -75,6 +76,7 @@ class System:
             tap = self.taps / name
             tap.mkdir(parents=True)
             environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parent / "tap"), "FM_TAP": str(tap)}
+            environment |= {"FM_CANARY": CANARY}
             with (self.kits / name / "console.txt").open("w") as console:
                 subprocess.run(
                     [self.kits / name / "startup" / "start.sh"],
@@ -159,7 +161,7 @@ class System:
         finally:
             session.close()
 
-    def audit(self, site: str, job: str) -> str:
+    def audit(self, site: str, job: str = "") -> str:
         return (self.kits / site / job / "audit.log").read_text()
 
     def log(self, site: str, job: str = "") -> str:

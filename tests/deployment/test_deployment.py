@@ -14,13 +14,14 @@ from typing import Any
 import pexpect
 import pytest
 import torch
+from nvflare.fuel.flare_api.api_spec import InvalidJobDefinition
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.deployment import faults
 from tests.deployment.conftest import LABELS, SECRET, UNKNOWN, edited, rows, visits
-from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SERVER, SITES, System
+from tests.deployment.system import BIN, CANARY, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
 
 pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file: run with --dist loadfile
@@ -71,6 +72,7 @@ class Jobs:
     ended: dict[str, str] = field(default_factory=dict)
     results: dict[str, Path] = field(default_factory=dict)
     watched: str = ""  # what the monitor showed of the job that all sites refuse
+    deployed: dict[str, str] = field(default_factory=dict)  # what the server and the sites said when they got it
 
     def rounds(self, name: str) -> list[dict[str, Any]]:
         text = (self.results[name] / "workspace" / "rounds.jsonl").read_text()
@@ -91,6 +93,66 @@ def bring_code(job: Path) -> Path:
     return job
 
 
+def slip_in(**component: Any) -> Callable[[Any], None]:
+    return lambda config: config["components"].append({"id": "extra", **component})
+
+
+def smuggle(job: Path, marks: Path) -> Path:
+    """Each site is to build something that would leave a file there: by name, and inside what it may build."""
+    shell = {"execution_mode": "external_process", "command": ["touch", str(marks / "shell")]}
+    saved = {"path": "nvflare_fm.export.save_file", "args": {"tensors": {}, "filename": str(marks / "saved")}}
+    started = {"path": "subprocess.Popen", "args": {"args": ["touch", str(marks / "started")]}}
+
+    def replace(config: Any) -> None:
+        config["executors"][0]["executor"] = {"path": "nvflare_fm.flare.executor.ClientAPIExecutor", "args": shell}
+
+    def nest(config: Any) -> None:
+        config["executors"][0]["executor"]["args"]["data"] = started
+
+    for site, edit in {"clinic-a": replace, "clinic-b": slip_in(**saved), "clinic-c": nest}.items():
+        edited(job, "config_fed_client.json", edit, f"app_{site}")
+    return job
+
+
+def read_here(job: Path, outside: Path) -> Path:
+    """Each site is to read what is its own: its environment, a file, and a file for one of its own."""
+
+    def ask(config: Any) -> None:
+        config["executors"][0]["executor"]["args"]["data"] = "{$FM_CANARY}"
+
+    edited(job, "config_fed_client.json", ask, "app_clinic-a")
+    config = next(job.glob("app_clinic-b/config/config_fed_client.json"))
+    config.rename(config.with_suffix(".conf"))
+    with config.with_suffix(".conf").open("a") as text:
+        text.write(f'\ninclude file("{outside}")\n')
+    (job / "app_clinic-c" / "config" / "resources.json").write_text('{"class_allow_list": ["*"]}')
+    return job
+
+
+def of_nvflare_alone(job: Path, marks: Path) -> Path:
+    """A job that uses none of our components, and one at the server that it may not."""
+    trainer = {"path": "nvflare.app_common.np.np_trainer.NPTrainer", "args": {}}
+    saved = {"path": "nvflare_fm.export.save_file", "args": {"tensors": {}, "filename": str(marks / "server")}}
+    workflow = {
+        "id": "flow",
+        "path": "nvflare.app_common.workflows.cross_site_model_eval.CrossSiteModelEval",
+        "args": {},
+    }
+    empty = {"format_version": 2, "task_data_filters": [], "task_result_filters": []}
+    client = empty | {"executors": [{"tasks": ["train"], "executor": trainer}], "components": []}
+    server = empty | {"workflows": [workflow], "components": [{"id": "extra", **saved}]}
+    edited(job, "config_fed_client.json", lambda config: (config.clear(), config.update(client)))
+    return edited(job, "config_fed_server.json", lambda config: (config.clear(), config.update(server)))
+
+
+def as_hocon(job: Path, line: str) -> Path:
+    """The job with its meta in HOCON, and one line more."""
+    meta = json.loads((job / "meta.json").read_text())
+    (job / "meta.json").unlink()
+    (job / "meta.conf").write_text("\n".join([*(f"{key} = {json.dumps(value)}" for key, value in meta.items()), line]))
+    return job
+
+
 def by_hand(job: Callable[..., Path], name: str) -> Path:
     """The job as its author would have it: what the recipe refuses is written into the configuration of the site."""
     sites = asked(name)
@@ -101,10 +163,6 @@ def by_hand(job: Callable[..., Path], name: str) -> Path:
     config["executors"][0]["executor"]["args"]["model"] = path
     file.write_text(json.dumps(config))
     return folder
-
-
-def slip_in(config: Any) -> None:
-    config["components"].append({"id": "extra", "path": "subprocess.Popen", "args": {"args": ["true"]}})
 
 
 def ask_for_remote_code(config: Any) -> None:
@@ -142,9 +200,16 @@ def nvflare(system: System, *command: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_path_factory: Any) -> Jobs:
+def marks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty folder, in which jobs would leave a file if they could."""
+    return tmp_path_factory.mktemp("marks")
+
+
+@pytest.fixture(scope="session")
+def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], marks: Path, tmp_path_factory: Any) -> Jobs:
     """Every job of this file, submitted side by side by all three routes, ended and downloaded."""
     done, folder = Jobs(), tmp_path_factory.mktemp("results")
+    each: dict[str, Any] = {site: {} for site in SITES}
     shutil.copytree(job("three_clinics", rounds=2, min_sites=3), system.kits / LEAD / "transfer" / "three_clinics")
     said = tell(console, "submit_job three_clinics", r"Submitted job: [0-9a-f-]{36}")
     done.ids["three_clinics"] = said.split()[2]
@@ -154,9 +219,12 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
         "names": by_hand(job, "names"),
         "files": job("files", sites=asked("files")),
         "terms": job("terms", sites=asked("terms"), template="lora_text_classification"),
-        "labels": job("labels", sites=asked("labels"), rounds=2, logs=True, **CLASSIFICATION),
+        "labels": job("labels", sites=asked("labels"), rounds=2, **CLASSIFICATION),
         "code": bring_code(job("code")),
-        "component": edited(job("component"), "config_fed_client.json", slip_in),
+        "logs": job("logs", logs=True),
+        "smuggled": smuggle(job("smuggled", sites=each), marks),
+        "reads": read_here(job("reads", sites=each), system.kits / "clinic-b" / "local" / "fm_site.yaml"),
+        "foreign": of_nvflare_alone(job("foreign"), marks),
         "remote": edited(job("remote"), "config_fed_server.json", ask_for_remote_code),
     }
     session = system.session()
@@ -171,6 +239,7 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], tmp_p
             assert time.monotonic() < deadline, f"{name} has not ended: {status}"
             time.sleep(1)
         done.ended[name] = status
+        done.deployed[name] = str(session.get_job_meta(job_id).get("job_deploy_detail"))
     for name in {*done.ids} - {"three_clinics", "weights"}:
         done.results[name] = Path(session.download_job_result(done.ids[name], str(folder)))
     session.close()
@@ -288,10 +357,75 @@ def test_a_job_that_brings_code_is_not_deployed(jobs: Jobs, system: System):
     assert not any((system.kits / site / jobs.ids["code"]).exists() for site in SITES)
 
 
-def test_a_component_that_is_not_on_the_allow_list_is_not_built(jobs: Jobs, system: System):
-    assert jobs.ended["component"] == "FINISHED:ABNORMAL"
-    said = "Component 'subprocess.Popen' at config path 'components.#2' is not in allow_list"
-    assert any(said in system.log(site, jobs.ids["component"]) for site in SITES)
+BUILT = {
+    "clinic-a": "'nvflare_fm.flare.executor.ClientAPIExecutor' at config path 'executors.#1.executor'",
+    "clinic-b": "'nvflare_fm.export.save_file' at config path 'components.#2'",
+    "clinic-c": "'subprocess.Popen' at config path 'executors.#1.executor.args.data'",
+}
+
+
+def test_what_is_not_on_the_allow_list_is_not_built_whatever_holds_it(jobs: Jobs, system: System):
+    """The first site that refuses ends the job at the others, too."""
+    logs = {site: system.log(site, jobs.ids["smuggled"]) for site in SITES}
+    assert jobs.ended["smuggled"] == "FINISHED:ABNORMAL"
+    assert any(f"Component {BUILT[site]} is not in allow_list" in log for site, log in logs.items())
+    assert not any("synced to" in log for log in logs.values())
+
+
+def test_nothing_a_job_named_has_run_at_a_site_or_the_server(jobs: Jobs, marks: Path):
+    said = "Component 'nvflare_fm.export.save_file' at config path 'components.#1' is not in allow_list"
+    assert said in jobs.errors("foreign")
+    assert not list(marks.iterdir())
+
+
+SAID = {
+    "clinic-a": "'executors.0.executor.args.data' has { or } in it",
+    "clinic-b": "config/config_fed_client.conf, line ",
+    "clinic-c": "'config/resources.json' is no file that a job may bring",
+}
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_a_job_that_would_read_a_sites_environment_or_files_is_refused_before_that(
+    jobs: Jobs, system: System, site: str
+):
+    assert jobs.ended["reads"] == "FINISHED:FAILED_TO_RUN"
+    assert SAID[site] in jobs.deployed["reads"]  # what the submitter sees
+    assert not (system.kits / site / jobs.ids["reads"]).exists()
+    assert CANARY not in jobs.deployed["reads"]
+
+
+READS = ("told = ${FM_CANARY}", 'FM_CANARY += "x"', 'include "/etc/passwd"')
+
+
+@pytest.mark.parametrize("line", READS)
+def test_a_job_that_would_read_the_servers_environment_or_files_is_not_taken(
+    system: System, job: Callable[..., Path], line: str
+):
+    folder = as_hocon(job("meta"), line)
+    session = system.session()
+    try:
+        with pytest.raises(InvalidJobDefinition, match="not_plain_hocon") as error:
+            session.submit_job(str(folder))
+    finally:
+        session.close()
+        shutil.rmtree(folder)
+    assert CANARY not in str(error.value)
+    assert "root:" not in str(error.value)
+
+
+@pytest.mark.parametrize("site", list(SITES))
+def test_each_job_that_reached_a_site_is_in_its_audit_log_with_who_submitted_it(jobs: Jobs, system: System, site: str):
+    lines = {
+        name: re.findall(rf"^.*\[R:{number}\].*nvflare_fm.job.*$", system.audit(site), re.MULTILINE)
+        for name, number in jobs.ids.items()
+    }
+    assert {name: len(found) for name, found in lines.items()} == dict.fromkeys(jobs.ids, 1) | {"code": 0}
+    for name, (line, *_) in [(name, found) for name, found in lines.items() if found]:
+        outcome = "refused: " if name == "reads" else "accepted "
+        assert f"[U:'{LEAD}'][A:nvflare_fm.job]{outcome}" in line
+        assert line.endswith(f"[job '{name}', of 'company']")
+        assert name != "reads" or SAID[site] in line.replace("\\'", "'")
 
 
 def test_remote_code_cannot_be_asked_for(jobs: Jobs):
@@ -300,15 +434,9 @@ def test_remote_code_cannot_be_asked_for(jobs: Jobs):
     assert "trust_remote_code" in jobs.errors("remote")
 
 
-@pytest.mark.parametrize("site", list(SITES))
-def test_a_job_that_asks_for_a_sites_logs_gets_none(jobs: Jobs, system: System, job_folders: Path, site: str):
-    asked, deployed = (
-        next(folder.glob(f"app_{site}/config/config_fed_client.json")).read_text()
-        for folder in (job_folders / "labels", system.kits / site / jobs.ids["labels"])
-    )
-    assert "JobLogStreamer" in asked
-    assert "JobLogStreamer" not in deployed  # NVFlare takes it out where allow_log_streaming is off
-    assert not [file for file in jobs.results["labels"].rglob("*log*") if site in str(file)]
+def test_a_job_that_asks_for_the_sites_logs_does_not_run(jobs: Jobs):
+    assert jobs.ended["logs"].startswith(("FINISHED:EXECUTION_EXCEPTION", "FINISHED:ABNORMAL"))
+    assert "JobLogReceiver' at config path 'components.#5' is not in allow_list" in jobs.errors("logs")
 
 
 @pytest.mark.parametrize("site", list(SITES))
@@ -320,7 +448,7 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     mine = [row for shift in (0, 9, 18) for row in (*rows(shift), *visits(shift))]
     texts = {row[column] for row in mine for column in ("prompt", "completion", "text") if column in row}
     folders = {str(system.kits), str(system.kits.parents[2]), str(base), str(Path.home())}
-    private = {*texts, *folders, *LABELS, SECRET, "walks", "Quarantine", UNKNOWN, "Syringomyelia"}
+    private = {*texts, *folders, *LABELS, SECRET, CANARY, "walks", "Quarantine", UNKNOWN, "Syringomyelia"}
     assert not [text for text in private if text.strip().encode() in sent]
     assert b"id2label" not in sent
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}

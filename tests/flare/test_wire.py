@@ -129,6 +129,24 @@ def test_an_update_from_no_examples_or_from_more_than_there_can_be_is_refused(ex
         wire.read_update(wire.write_update(update("alder", 1, examples=examples)), "alder")
 
 
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (["x" * 10**7], "tensor_name"),
+        ([7], "tensor_name"),
+        (["a\nb"], "tensor_name"),
+        (range(200_000), "too_many_tensors"),
+    ],
+    ids=["long", "no text", "two lines", "many"],
+)
+def test_in_the_first_round_names_are_bounded_in_number_length_and_letters(names: Any, code: str) -> None:
+    model = wire.write_update(update("alder", 1))
+    model.params.update(dict.fromkeys(names, torch.ones(2)))
+    with pytest.raises(WireError) as refused:
+        wire.read_update(model, "alder")
+    assert refused.value.code == code
+
+
 def test_something_that_is_not_a_tensor_is_refused_by_name() -> None:
     model = wire.write_update(update("alder", 1))
     model.params["head"] = [1.0, 2.0]

@@ -12,9 +12,11 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import BitsAndBytesConfig
 
-from nvflare_fm.adapter import Manifest, RoundTask
+from nvflare_fm.adapter import RoundTask
+from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.config import Aggregation, SiteOverrides
 from nvflare_fm.export import write_adapter
+from nvflare_fm.peft_config import adapter_config
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.base_model import keep_packing
 from nvflare_fm.site.tasks import collate, registry
@@ -55,15 +57,15 @@ def test_every_family_learns_every_task_and_plain_peft_finds_the_same_loss(
     assert measured["loss"] < first.reports["site-0"].before["loss"]
     plain = loss_under_plain_peft(
         write_adapter(tmp_path / "adapter", second.combined.adapter, second.combined.manifest),
-        base=zoo.plain(offered(family), task, **four_bits(second.combined.manifest) if quantization == "nf4" else {}),
-        batch=collate(list(workers["site-0"]._job(RoundTask(plan)).data.validation), pad_id=0),
+        base=zoo.plain(offered(family), task, **four_bits(second.combined) if quantization == "nf4" else {}),
+        batch=collate(list(workers["site-0"]._job(RoundTask(plan), trains=False).data.validation), pad_id=0),
         task=task,
     )
     assert plain == pytest.approx(measured["loss"], rel=1e-4)
 
 
-def four_bits(manifest: Manifest) -> dict[str, Any]:
-    heads = manifest.adapter_config["modules_to_save"] or ()
+def four_bits(made: Combined) -> dict[str, Any]:
+    heads = adapter_config(made.adapter, made.manifest).get("modules_to_save") or ()
     kept = [*heads, "lm_head", "embed_out"]
     bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=kept

@@ -88,7 +88,7 @@ def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp
     training = {"local_steps": 30, "batch_size": 1, "learning_rate": 1e-2}
     peft = {"method": "lora", "rank": 16, "lora_alpha": 16}
     plan = tiny.plan(training=training, evaluation={"before": False, "after": False}, peft=peft)
-    update, job = worker.train(RoundTask(plan)), worker._job(RoundTask(plan))
+    update, job = worker.train(RoundTask(plan)), worker._job(RoundTask(plan), trains=True)
     ids, labels = job.data.train[0]["input_ids"], job.data.train[0]["labels"]
     begins = next(i for i, label in enumerate(labels) if label != IGNORED)
     with job.base.lent():

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaModel
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
@@ -116,17 +115,6 @@ def test_other_methods_train_no_embedding_by_default(llama: Path, method: str):
     _, adapter = shapes(llama, tiny.plan(peft={"method": method}))
     assert (adapter.whole, adapter.embeddings) == ((), ())
     assert adapter.dense > 0
-
-
-def test_a_head_that_the_weights_lack_answers_with_words_all_the_same(tmp_path: Path):
-    """Found only once the weights are there: a language model saved without its head would get one to train whole."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    LlamaModel(LlamaConfig(vocab_size=320, **sizes)).save_pretrained(tmp_path / "m")
-    tiny.tokenizer().save_pretrained(tmp_path / "m")
-    rows = tiny.jsonl(tmp_path / "rows.jsonl", tiny.rows("causal_lm"))
-    with pytest.raises(PolicyError) as refused:
-        Worker("site-1", tiny.site(tmp_path / "m", rows)).train(RoundTask(asks("llama")))
-    assert refused.value.code == "embeddings"
 
 
 @pytest.mark.usefixtures("unloaded")

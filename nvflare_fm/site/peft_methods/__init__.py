@@ -38,6 +38,11 @@ class PeftMethod(Settings):
         """Modules that are trained beside the method's own parameters, so they must stay out of quantization."""
         return ()
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions it takes up before a text."""
+        return 0
+
     def config(self, base: "BaseModel") -> "PeftConfig":
         """PEFT's configuration of the trained adapter."""
         raise NotImplementedError

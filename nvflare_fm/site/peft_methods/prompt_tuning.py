@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 class PromptTuning(PeftMethod):
     num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
 
+    @property
+    def virtual_tokens(self) -> int:
+        return self.num_virtual_tokens
+
     def config(self, base: "BaseModel") -> "PeftConfig":
         from peft import PromptTuningConfig
 
