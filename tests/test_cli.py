@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from transformers import MistralConfig
 from typer.testing import CliRunner, Result
 
 from nvflare_fm import templates
@@ -296,3 +297,25 @@ def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch:
         said = next((reason for begins, reason in stops.items() if command.startswith(begins)), None)
         assert (done.exit_code == 0) == (said is None), f"{command}: {done.exception}"
         assert said is None or said in str(done.exception)
+
+
+def test_the_commands_of_the_readme_do_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need data are run elsewhere; here they find none. What 7B takes is told from a configuration alone."""
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "base").symlink_to(tiny.save(tmp_path / "bert", "bert"))
+    MistralConfig().save_pretrained(tmp_path / "models" / "mistral-7b")
+    commands = re.findall(r"^nvflare-fm (.*)$", page, re.MULTILINE)
+    assert len(commands) == 6
+    stops = {"simulate": "there is no north.jsonl", "export": "cannot be read"}
+    for command in commands:
+        done = typed(*command.split())
+        said = stops.get(command.split()[0])
+        assert (done.exit_code == 0) == (said is None), f"{command}: {done.exception}"
+        assert said is None or said in str(done.exception)
+    (cost,) = json.loads(typed("plan", "seven_b", "--model", "models/mistral-7b", "--memory", "24", "--json").stdout)[
+        "sites"
+    ]
+    assert cost["memory_bytes"] < 24 * 2**30
+    assert cost["rank_that_fits"] >= 16
