@@ -17,6 +17,7 @@ from ..adapter import BaseClass, own_class
 from ..config import Factors
 from ..errors import ConfigError, WireError
 from ..registry import nearest
+from .evaluation import autocast
 from .probe import stacked
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def trained_modules(model: "PeftModel", heads: Sequence[str]) -> tuple[tuple[str
 
 
 @torch.inference_mode()
-def check_fits(model: "PeftModel") -> None:
+def check_fits(model: "PeftModel", base: "BaseModel") -> None:
     """Tries what PEFT puts before or between a model's layers: not every model takes it.
 
     Raises:
@@ -132,7 +133,8 @@ def check_fits(model: "PeftModel") -> None:
         return
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with autocast(base):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -70,7 +70,7 @@ class PeftMethod(Settings):
         self.initialise(model, plan.seed)
         if start:
             put(model, start.tensors())
-        check_fits(model)
+        check_fits(model, base)
         return model
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:

@@ -60,6 +60,10 @@ class Lora(PeftMethod):
     ) -> "PeftModel":
         from ..attach import freeze, put, wrap
 
+        if self.use_dora and base.quantization == "int8" and base.model.device.type == "cpu":
+            raise ConfigError(  # PEFT reads the weights, and takes them from their scales
+                "DoRA does not work on an int8 base model on a CPU; use nf4, plain LoRA, or a GPU", code="dora_on_int8"
+            )
         model = wrap(base, self.config(base), plan.seed)
         blank = self.extract(model)
         if plan.shares == "A" and start:
