@@ -63,6 +63,15 @@ def test_the_reference_is_what_the_code_says(page: str, writer: ModuleType) -> N
     assert written == writer.PAGES[page](), "run: python docs/reference/write.py"
 
 
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    text = (ROOT / "docs" / "explanation" / "threat_model.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 30
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert not test or f"def {test}(" in source, f"{file}::{test}"
+
+
 def test_every_make_target_in_the_docs_exists() -> None:
     rules = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

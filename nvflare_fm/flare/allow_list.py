@@ -50,7 +50,7 @@ def without_ours(resources: Mapping[str, Any]) -> dict[str, Any]:
         return dict(resources)
     listed = [entry for entry in _listed(resources) if not _is_ours(entry)]
     theirs = {entry for entry in listed if entry.startswith(_NVFLARE)}
-    if theirs and theirs <= {*components.NVFLARE_SERVER, *components.NVFLARE_SITE}:
+    if theirs and theirs <= {*components.NVFLARE_SERVER, *components.NVFLARE_STREAMING_SITE}:
         listed = [*DEFAULT_CLASS_ALLOW_LIST, *(entry for entry in listed if entry not in theirs)]
     return {**resources, CLASS_ALLOW_LIST: listed}
 

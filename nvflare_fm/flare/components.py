@@ -26,6 +26,8 @@ NVFLARE_SERVER = (
     "nvflare.app_opt.tracking.tb.tb_receiver.TBAnalyticsReceiver",
 )
 NVFLARE_SITE = ("nvflare.app_common.widgets.convert_to_fed_event.ConvertToFedEvent",)
+# NVFlare puts it into every job at a site that streams its logs, and the job would be refused without it.
+NVFLARE_STREAMING_SITE = (*NVFLARE_SITE, "nvflare.app_common.logging.job_log_streamer.JobLogStreamer")
 
 
 def load(name: str) -> Any:

@@ -106,9 +106,8 @@ class FmBuilder(Builder):
 
 
 def _allowing(resources: Mapping[str, Any], is_site: bool, only_ours: bool) -> dict[str, Any]:
-    ours, nvflares = (
-        (components.SITE, components.NVFLARE_SITE) if is_site else (components.SERVER, components.NVFLARE_SERVER)
-    )
+    at_site = components.NVFLARE_STREAMING_SITE if streams_logs(resources) else components.NVFLARE_SITE
+    ours, nvflares = (components.SITE, at_site) if is_site else (components.SERVER, components.NVFLARE_SERVER)
     return allow_list.with_ours(resources, ours, nvflares if only_ours else None)
 
 
@@ -181,15 +180,13 @@ def allow(kit: Path, only_ours: bool = False) -> list[Path]:
     """
     local, is_site = _local(kit), is_of_site(kit)
     _, before = allow_list.read(local)
+    if is_site and CAPABILITIES not in before:
+        before[PropKey.ALLOW_LOG_STREAMING] = False
     check = job_check.install(local, is_site)
     written = allow_list.write(local / allow_list.OWN, _allowing(before, is_site, only_ours))
     if not is_site:
         return [written, check]
     prepare_site(local, {}, kit.name)
-    _, resources = allow_list.read(local)
-    if CAPABILITIES not in before:
-        resources[PropKey.ALLOW_LOG_STREAMING] = False
-        allow_list.write(written, resources)
     write_readme(kit / README, kit.name)
     secret.make(local / FILE_NAME)  # here and not by the builder: whoever makes the kits would know it
     return [written, check, local / FILE_NAME, local / secret.NAME, kit / README]

@@ -151,6 +151,8 @@ def test_error_logs_stay_at_the_site_unless_project_yml_says_otherwise(kits: Pat
     asked["participants"][1]["allow_log_streaming"] = True
     open_kits = quickly(tmp_path, asked)
     assert resources(open_kits / "clinic-a")["allow_log_streaming"] is True
+    listed = [resources(made / "clinic-a")["class_allow_list"] for made in (kits, open_kits)]
+    assert {*listed[1]} - {*listed[0]} == {*components.NVFLARE_STREAMING_SITE} - {*components.NVFLARE_SITE}
     assert (
         "allow_log_streaming is on: they go to the server"
         in (open_kits / "clinic-a" / "readme_nvflare_fm.txt").read_text()
