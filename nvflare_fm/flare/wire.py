@@ -23,7 +23,6 @@ from ..errors import ConfigError, WireError
 from ..untrusted import Metrics, printable, usable
 
 KEY, VERSION = "nvflare_fm", 1
-ROUNDS = 1_000_000  # no federation has more
 ROUND_OVER = "nvflare_fm.round_over"  # the server's word to sites that are still at a round it has ended
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -90,9 +89,10 @@ def read_task(model: FLModel) -> RoundTask:
     saved = read_saved(model.params, model.meta, "the server")
     if saved.plan is None:
         raise WireError("the server sent no plan; update nvflare_fm there")
-    number, total = model.current_round or 0, model.total_rounds or 1
-    if not (isinstance(number, int) and isinstance(total, int) and 0 <= number <= total <= ROUNDS):
-        raise WireError(f"the server sent a round that is none of 0 to {ROUNDS}", code="no_round")
+    number = _typed(_ROUND, {"round": model.current_round}, "round", "the server") or 0
+    total = _typed(_ROUND, {"total_rounds": model.total_rounds}, "total_rounds", "the server") or 1
+    if number > total:
+        raise WireError(f"the server sent round {number} of {total}", code="no_round")
     return RoundTask(saved.plan, saved.adapter, saved.manifest, number, total)
 
 

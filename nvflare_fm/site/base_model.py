@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint, model_config, read_config
-from .lending import remembered
 from .probe import TOKENS, check_causal, check_ids, counts_from_padding, unreached
 from .site_config import ModelSource
 from .tasks import Task
@@ -52,13 +51,22 @@ class BaseModel:
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
-        """The model, to put an adapter on; afterwards it is bare and frozen again, whatever was put on it."""
+        """The model, to put an adapter on; afterwards it is bare and frozen again, whatever was put on it.
+
+        PEFT wraps layers in place. Every module gets its own children back, so nothing of the adapter stays.
+        """
         with self.lock:
-            put_back = remembered(self.model)
+            children = [(module, dict(module._modules)) for module in self.model.modules()]
             try:
                 yield self.model
             finally:
-                put_back()
+                for module, own in children:
+                    module._modules.clear()
+                    module._modules.update(own)
+                for trace in ("peft_config", "_hf_peft_config_loaded"):
+                    self.model.__dict__.pop(trace, None)
+                if self.model.supports_gradient_checkpointing:
+                    self.model.activation_checkpointing_disable()
                 self.model.requires_grad_(False).eval()
 
 

@@ -24,7 +24,7 @@ WORDS = tiny.tokenizer()
 TASKS = ("causal_lm", "sequence_classification", "token_classification")
 PLANS = {task: tiny.plan(task, max_length=16) for task in TASKS}
 SECRET = "Quarantine-9"  # in every row: no message may repeat it
-CODES = ("data_unreadable", "data_bad_rows", "data_empty", "data_one_row")
+CODES = ("data_unreadable", "bad_rows", "no_rows")
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:
