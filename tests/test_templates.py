@@ -250,6 +250,7 @@ CHANGED = {
     "lora_text_classification": [*SMALL, "labels=calm,ill,well"],
     "lora_token_classification": [*SMALL, "labels=[calm, ill, well]"],
 }
+SIMULATED = "lora_mixed_hardware"  # in every run of the suite; the others by make test-all
 TASK = {"lora_text_classification": "sequence_classification", "lora_token_classification": "token_classification"}
 
 
@@ -282,7 +283,9 @@ def earlier(folder: Path, model: Path) -> Path:
     return write_adapter(folder / "earlier", trained, manifest, Provenance(3, plan))
 
 
-@every_template
+@pytest.mark.parametrize(
+    "template", [pytest.param(name, marks=[] if name == SIMULATED else [pytest.mark.slow]) for name in TEMPLATES]
+)
 def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: Path) -> None:
     """Only what a user must change is changed: labels, sites, the adapter, and fewer and smaller steps."""
     task = TASK.get(template, "causal_lm")

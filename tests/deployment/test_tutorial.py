@@ -12,7 +12,7 @@ import pytest
 
 from tests.deployment.system import ENVIRONMENT, EXAMPLE, SERVER, free_port
 
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.timeout(500), pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs" / "tutorials" / "three_hospitals.md"
