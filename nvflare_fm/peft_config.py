@@ -44,7 +44,7 @@ def _lora(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
     shared = [
         name.removesuffix(LORA_A) for name in adapter.dense if name.endswith(LORA_A)
     ]  # whose B stays at the sites
-    scales = {**dict.fromkeys(shared, 1.0), **adapter.scales()}
+    scales = {**dict.fromkeys(shared, _asked_scale(asked)), **adapter.scales()}
     ranks = {_module(layer): found[layer + LORA_A].shape[0] for layer in scales}
     alphas = {_module(layer): scale * ranks[_module(layer)] for layer, scale in scales.items()}
     rank, alpha = _usual(ranks), _usual(alphas)
@@ -59,6 +59,14 @@ def _lora(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": _targets(asked.get("target_modules"), list(ranks)),
         "modules_to_save": _trained_whole(adapter, asked),
     }
+
+
+def _asked_scale(asked: Mapping[str, Any]) -> float:
+    """α/r, or α/√r with rsLoRA, of the pairs that a plan asks for; 1 where it says nothing of them."""
+    if "lora_alpha" not in asked or "rank" not in asked:
+        return 1.0
+    rank = float(asked["rank"])
+    return float(asked["lora_alpha"]) / (rank**0.5 if asked.get("use_rslora") else rank)
 
 
 def _ia3(adapter: Adapter) -> dict[str, Any]:
