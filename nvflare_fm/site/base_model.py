@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import RoundPlan
@@ -51,23 +52,32 @@ class BaseModel:
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
-        """The model, to put an adapter on; afterwards it is bare and frozen again, whatever was put on it.
+        """The model, to put an adapter on; afterwards it is bare, frozen and bit for bit as it was, whatever was done.
 
-        PEFT wraps layers in place. Every module gets its own children back, so nothing of the adapter stays.
+        PEFT wraps layers in place and leaves hooks; to read an int8 layer's numbers on a CPU, as DoRA does, replaces
+        the parameter and drops its scales. So all that a module or a quantized weight holds is put back.
         """
         with self.lock:
-            children = [(module, dict(module._modules)) for module in self.model.modules()]
+            held = [(inner, dict(inner)) for inner in _holders(self.model)]
             try:
                 yield self.model
             finally:
-                for module, own in children:
-                    module._modules.clear()
-                    module._modules.update(own)
-                for trace in ("peft_config", "_hf_peft_config_loaded"):
+                for inner, before in held:  # the same dict: handles of hooks refer to it
+                    inner.clear()
+                    inner.update(before)
+                for trace in ("peft_config", "_hf_peft_config_loaded", "_require_grads_hook", "_require_grads_hooks"):
                     self.model.__dict__.pop(trace, None)
                 if self.model.supports_gradient_checkpointing:
                     self.model.activation_checkpointing_disable()
                 self.model.requires_grad_(False).eval()
+
+
+def _holders(model: nn.Module) -> Iterator[dict[Any, Any]]:
+    """Where a model's modules keep their children, parameters, buffers and hooks, and 8-bit ones their scales."""
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, dict))
+        if hasattr(state := getattr(module, "state", None), "SCB"):
+            yield vars(state)
 
 
 def device() -> torch.device:

@@ -1,6 +1,7 @@
 """An adapter goes on and comes off without a trace, and every site starts a round at exactly the global adapter."""
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nvflare_fm.export import Provenance, write_adapter
 from nvflare_fm.lora import shorten
 from nvflare_fm.peft_config import TASK_TYPES, adapter_config
 from nvflare_fm.site import base_model, peft_methods
+from nvflare_fm.site.attach import wrap
 from nvflare_fm.site.base_model import BaseModel
 from nvflare_fm.site.peft_methods import PeftMethod
 from nvflare_fm.site.site_config import ModelSource
@@ -131,14 +133,63 @@ def test_the_base_is_byte_identical_and_bare_after_an_adapter_came_off(
     assert not base.model.training
 
 
-def test_dora_on_an_int8_base_is_refused_where_it_would_ruin_the_base(llama: Path, tmp_path: Path) -> None:
-    base = base_of(llama, "causal_lm", "int8")
-    answers = logits(base.model)
-    plan = tiny.plan(peft={"method": "lora", "rank": 2, "use_dora": True}, quantization="int8")
-    with pytest.raises(ConfigError) as raised:
-        tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(plan))
-    assert raised.value.code == "dora_on_int8"
-    assert torch.equal(logits(base_of(llama, "causal_lm", "int8").model), answers)
+def everything(base: BaseModel) -> dict[str, Any]:
+    """All that a base model and what is quantized in it consist of: values by their bytes, the rest as it is."""
+    found: dict[str, Any] = {"config": base.model.config.to_dict()}
+
+    def note(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            numbers = value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            found[name] = (value.dtype, tuple(value.shape), type(value), value.requires_grad, numbers)
+        elif isinstance(value, int | float | str | bool | None) and value is not False:  # a flag is off or not there
+            found[name] = value
+        elif type(value).__module__.startswith("bitsandbytes") and not isinstance(value, torch.nn.Module):
+            for key, inner in vars(value).items():
+                note(f"{name}.{key}", inner)
+
+    for path, module in base.model.named_modules():
+        hooks = [value for key, value in vars(module).items() if key.endswith("hooks")]
+        found[f"{path}/kind"] = (type(module), sum(map(len, hooks)))
+        for key, value in vars(module).items():
+            note(f"{path}/{key}", value)
+        for key, value in (*module._parameters.items(), *module._buffers.items()):
+            note(f"{path}.{key}", value)
+            for own, inner in vars(value).items() if value is not None else ():
+                note(f"{path}.{key}/{own}", inner)
+    return found
+
+
+LENT: list[dict[str, Any]] = [
+    {"method": "lora", "rank": 2, "lora_dropout": 0.1},
+    {"method": "lora", "rank": 2, "use_dora": True},
+    {"method": "ia3"},
+    {"method": "prompt_tuning", "num_virtual_tokens": 3},
+    {"method": "prefix_tuning", "num_virtual_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
+@pytest.mark.parametrize("peft", LENT, ids=lambda peft: f"{peft['method']}{'-dora' if 'use_dora' in peft else ''}")
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_what_was_lent_is_given_back_as_it_was_to_the_last_bit(
+    llama: Path, tmp_path: Path, quantization: str, peft: dict[str, Any], task: str
+) -> None:
+    base = base_of(llama, task, quantization)
+    answers, before = logits(base.model), everything(base)
+    training = {"local_steps": 1, "batch_size": 2, "gradient_checkpointing": peft["method"] != "prefix_tuning"}
+    plan = tiny.plan(task, peft=peft, quantization=quantization, training=training, evaluation={"after": False})
+    if "use_dora" in peft and quantization == "int8":
+        with pytest.raises(ConfigError) as raised:
+            tiny.worker(tmp_path, llama, task).train(RoundTask(plan))
+        assert raised.value.code == "dora_on_int8"
+        with suppress(AttributeError), base.lent():  # as if it were not refused
+            logits(wrap(base, peft_methods.read(peft).config(base), 0))
+    else:
+        tiny.worker(tmp_path, llama, task).train(RoundTask(plan))
+    assert base_of(llama, task, quantization) is base
+    now = everything(base)
+    assert sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)) == []
+    assert torch.equal(logits(base.model), answers)
 
 
 def test_the_base_is_bare_again_after_a_failure(llama: Path) -> None:
