@@ -149,6 +149,8 @@ class FedPEFT(FedAvg):
         except TooFewAnswers as reason:
             let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, at_first_s=3)
             self.panic(str(reason))
+        except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
+            self.panic(str(reason))
 
     def load_model(self) -> FLModel:
         model = super().load_model()

@@ -17,9 +17,9 @@ import torch
 from ..adapter import AdapterUpdate
 from ..aggregation.combine import Combined
 from ..aggregation.metrics import mean, medians
+from ..errors import ModelError
 from ..lora import effective_rank
-
-FILE_NAME = "rounds.jsonl"
+from ..rounds import FILE_NAME
 
 
 @dataclass
@@ -74,11 +74,23 @@ class Ledger:
         self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
 
     def write(self, run_dir: Path) -> None:
+        """Add the round's line to the job's file.
+
+        Raises:
+            ModelError: the disk is full, or the folder may not be written to; the adapters are where they were.
+        """
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         line = asdict(self) | {"seconds": round(time.monotonic() - self.started, 3), "ended": ended}
         del line["started"]
-        with (run_dir / FILE_NAME).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (run_dir / FILE_NAME).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ModelError(
+                f"{FILE_NAME} cannot be written: {error.strerror}; make room for it and go on with nvflare-fm resume",
+                str(error),
+                code="rounds_not_written",
+            ) from None
 
     def progress(self, latest: Mapping[str, float]) -> dict[str, Any]:
         """Flat, because `nvflare job monitor` looks for `round` and for metrics by name."""

@@ -1,11 +1,16 @@
 """The account of a round says what each site did, in numbers."""
 
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
+from nvflare_fm.errors import ModelError
 from nvflare_fm.flare.ledger import Ledger
+from nvflare_fm.rounds import FILE_NAME
 from tests.flare import messages
 
 
@@ -19,3 +24,10 @@ def test_a_round_s_account_holds_each_site_s_weight_speed_and_bytes():
     assert (ledger.sites["alder"]["weight"], ledger.sites["birch"]["weight"]) == (0.25, 0.75)
     assert ledger.sites["alder"]["tokens_per_s"] == 150.0
     assert ledger.sites["alder"]["bytes_up"] == sum(t.numel() * 4 for t in first.adapter.tensors().values())
+
+
+def test_an_account_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(ModelError) as raised:
+        Ledger(0, 1, ["alder"], 0).write(tmp_path)
+    assert raised.value.code == "rounds_not_written"
