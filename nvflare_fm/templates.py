@@ -18,7 +18,15 @@ from .registry import nearest
 _KNOB = re.compile(r"(?P<indent>\s+)(?P<off># )?(?P<name>\w+) = (?P<value>.*?) (?P<gap> +)# (?P<meaning>.+)")
 _PLAIN = re.compile(r"\s+(?P<name>\w+) = (?P<value>[^#]+)")  # a line of NVFlare's own, which no user sets
 _OPENS, _CLOSES = re.compile(r"\s*([\w-]*) ?=? ?[{\[](  #.*)?"), re.compile(r"\s*[}\]]")
-_SILENT = {"", "args", "workflows", "executors", "components", "controller"}  # blocks that no knob is named after
+_SILENT = {
+    "",
+    "args",
+    "settings",
+    "workflows",
+    "executors",
+    "components",
+    "controller",
+}  # blocks that no knob is named after
 _SITE_APP, _CLIENT = "app_", "config/config_fed_client.conf"  # where sites differ, app_<site> is the folder of each
 _NO_KNOBS = {"config", "events_to_convert", "initial_adapter"}  # nor what ends in _id: they hold a job together
 SITES, ADAPTER = "sites", "adapter"  # the words of `nvflare-fm new` that are no knob's

@@ -20,6 +20,7 @@ from nvflare_fm.site.peft_methods import read as read_method
 from tests.strategies import MANIFEST, SINGLE, make_pair, update
 
 LAYER = "base_model.model.layers.0.q_proj"
+OWN_CLASS = "nvflare_fm.site.mean_pooling.MeanPooledForSequenceClassification"
 
 
 def adapter(rank: int = 2, shape: tuple[int, int] = (4, 3), layer: str = LAYER, head: int = 2) -> Adapter:
@@ -82,8 +83,10 @@ def test_another_base_model_is_refused_by_name():
     assert "base-1" in refused["hospital-b"]
 
 
-@pytest.mark.parametrize("field", [{"task": "token_classification"}, {"peft": "ia3"}, {"labels": ("yes", "no")}])
-def test_another_task_method_or_label_list_is_refused_by_name(field):
+@pytest.mark.parametrize(
+    "field", [{"task": "token_classification"}, {"peft": "ia3"}, {"labels": ("yes", "no")}, {"base_class": OWN_CLASS}]
+)
+def test_another_task_method_label_list_or_class_is_refused_by_name(field):
     stranger = update("hospital-b", adapter(), manifest=replace(MANIFEST, **field))
     accepted, refused = admit(adapter(), MANIFEST, [update("hospital-a", adapter()), stranger])
     assert [u.site for u in accepted] == ["hospital-a"]
@@ -284,9 +287,9 @@ def test_the_names_after_the_first_round_are_those_of_the_global_adapter_and_a_f
     flood, on = sent(names=names), asked()
     described = flood.adapter.descriptions()  # which came with the message
     flood = replace(flood, adapter=replace(flood.adapter, described=Described(described, flood.adapter.scales())))
-    began = time.perf_counter()
+    began = time.process_time()
     assert code_of(flood, on, state) == "other_layers"
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 2  # 23 s once
     assert code_of(sent(), on, state) == ""
 
 

@@ -174,7 +174,7 @@ def test_values_are_set_where_they_belong_and_every_comment_stays(job: Path) -> 
     assert (plan.labels, plan.training.learning_rate) == (("calm", "very ill"), 3e-3)
     assert (plan.peft["target_modules"], plan.peft["rank"]) == (("q_proj", "v_proj"), 8)
     assert (plan.training.gradient_checkpointing, plan.template) == (True, "lora_text_classification")
-    assert (read_job(job).name, read_job(job).sites["@ALL"].rank) == ("mine", 4)
+    assert (read_job(job).name, read_job(job).sites["@ALL"].overrides.rank) == ("mine", 4)
     before, after = (
         [text for f in sorted(folder.rglob("*.conf")) for text in re.findall("  # (.*)", f.read_text())]
         for folder in (templates.folder() / "lora_text_classification", job)

@@ -174,6 +174,17 @@ def test_a_round_in_which_nobody_fits_says_why_for_every_site():
         combine(Adapter(), MANIFEST, [], EXACT, 2)
 
 
+def test_a_rule_that_gives_what_is_no_number_gives_no_adapter(monkeypatch):
+    def breaks(start, pairs, weights):
+        return replace(pairs[0], B=pairs[0].B * float("nan"))
+
+    monkeypatch.setitem(merge.registry._entries, "factor_mean", replace(merge.registry["factor_mean"], merge=breaks))
+    sites = [update("a", Adapter({"q": make_pair(4, 3, 2, seed=0).to(SINGLE)}))]
+    with pytest.raises(WireError) as raised:
+        combine(Adapter(), None, sites, Aggregation(merge="factor_mean"), 4)
+    assert raised.value.code == "merge_not_finite"
+
+
 def test_an_unknown_merge_rule_is_refused_with_the_nearest_known_one():
     with pytest.raises(ConfigError, match='did you mean "exact"'):
         combine(Adapter(), None, [], Aggregation(merge="exakt"), 2)

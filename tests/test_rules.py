@@ -1,5 +1,6 @@
 """Each merge rule against a dense computation of its paper's formula, written without the rule's own code."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import of_round, settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import WireError
-from nvflare_fm.lora import head
+from nvflare_fm.lora import head, zero
 from tests.strategies import MANIFEST, SINGLE, close, layers, make_pair, update
 
 FROZEN = [name for name in merge.registry if merge.registry[name].factors != ("AB",)]
@@ -58,6 +59,13 @@ def test_ffa_lora_does_not_take_another_a_from_a_site():
     strange = make_pair(6, 5, 3, seed=1)
     merged = merge.registry["freeze_a"].merge(start, [strange], [1.0])
     assert torch.equal(merged.A, start.A)
+
+
+def test_in_the_first_round_ffa_lora_takes_the_a_that_most_sites_hold():
+    ours, strange = make_pair(6, 5, 3, seed=0), make_pair(6, 5, 3, seed=1)
+    others = [replace(ours, B=ours.B * k) for k in (1.0, 2.0)]
+    merged = merge.registry["freeze_a"].merge(zero(6, 5), [strange, *others], [1 / 3] * 3)
+    close(merged.A, ours.A, 1e-10)
 
 
 @given(layer=layers(mixed_ranks=False, frozen="B"))

@@ -76,7 +76,8 @@ def said(component: Any) -> str:
     """What it is and was made with, defaults written out."""
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
-    values = {name: getattr(component, name) for name in names if ours and name not in ("plan", "aggregator")}
+    held = {"plan": "round_plan", "settings": "how" if hasattr(component, "how") else "overrides"}
+    values = {name: getattr(component, held.get(name, name)) for name in names if ours and name != "aggregator"}
     return f"{type(component).__name__} {values}"
 
 
@@ -168,7 +169,7 @@ def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecip
     for client in (FOLDER / template).glob("app_*/config/config_fed_client.conf"):
         (executor,) = [c for c in built(client.parent) if isinstance(c, PeftExecutor)]
         sites[client.parts[-3].removeprefix("app_")] = executor.overrides.model_dump(exclude_none=True)
-    how = {"max_rank": server["FedPEFT"]["aggregator"]["args"]["max_rank"]}
+    how = {"max_rank": server["FedPEFT"]["aggregator"]["args"]["settings"]["max_rank"]}
     initial = {"initial_adapter": brought} if template in FROM_ADAPTER else {}
     return FedPEFTRecipe(template, min_sites=2, sites=sites, **how, **initial, **asked, **plan)
 
@@ -179,8 +180,6 @@ def test_a_template_is_the_job_that_the_recipe_exports(template: str, tmp_path: 
     recipe(template, brought).export(str(tmp_path))
     ours, theirs = built(FOLDER / template), built(tmp_path / template)
     assert sorted(map(said, ours)) == sorted(map(said, theirs))
-    if template in TRAINING:
-        assert only(FedPEFT, ours).round_plan == only(FedPEFT, theirs).round_plan
     served = [tasks_of(folder) for folder in (FOLDER / template, tmp_path / template)]
     assert served[0] == served[1]
     carried = sorted(f.relative_to(tmp_path / template).parent.name for f in (tmp_path / template).rglob("adapter_*"))

@@ -4,6 +4,7 @@ The same for every merge and weight rule. It loads neither the base model nor tr
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from nvflare.apis.event_type import EventType
@@ -23,43 +24,35 @@ from ..aggregation.salvage import without_the_largest
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
 from ..combination import terms
-from ..config import Aggregation, RoundPlan, Rule, SiteOverrides
+from ..config import Aggregation, RoundPlan, SiteOverrides
 from ..errors import FmError
 from ..lora import effective_rank
 from ..untrusted import printable
 from . import wire
+from .arguments import Arguments
 from .ledger import received
 
 
+class _Arguments(Arguments):
+    settings: Mapping[str, Any] | None
+
+
 class AdapterAggregator(ModelAggregator):
-    """How many adapters become one. The arguments are those of `config.Aggregation`.
+    """How many adapters become one.
+
+    Args:
+        settings: a `config.Aggregation`.
 
     Raises:
         ConfigError: a rule or setting nobody knows; the job is refused while it loads.
     """
 
-    def __init__(
-        self,
-        merge: str = "exact",
-        weigh: Sequence[Rule] = ("uniform",),
-        max_weight: float = 1.0,
-        guard: Sequence[Rule] = ("clip_norm",),
-        normalize_steps: bool = False,
-        step: Rule | None = None,
-        max_rank: int = 0,
-        max_staleness: int = 0,
-        keep_energy: float = 1.0,
-        sigma: str = "B",
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        _Arguments.check(locals(), "aggregator")
         FLComponent.__init__(self)
         super().__init__()
-        self.how = Aggregation.read({k: v for k, v in locals().items() if k in Aggregation.model_fields}, "aggregator")
-        self.merge, self.weigh, self.max_weight = merge, [weigh] if isinstance(weigh, str) else list(weigh), max_weight
-        self.guard = [guard] if isinstance(guard, str) else list(guard)
-        self.normalize_steps, self.step = normalize_steps, step
-        self.max_rank, self.max_staleness = max_rank, max_staleness
-        self.keep_energy, self.sigma, self.seed = keep_energy, sigma, seed
+        self.settings = dict(settings or {})  # as given: NVFlare writes it into the job
+        self.how = Aggregation.read(self.settings, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
         self.memory = Memory()  # of the server step

@@ -62,6 +62,10 @@ class _Arguments(Arguments):
     sites: Mapping[str, Mapping[str, Any]] | None = Field(max_length=SITES)
 
 
+_BUILT = ("plan", "aggregator", "persistor_id", "sites", "min_responses")
+ROUND_SETTINGS = tuple(name for name in _Arguments.model_fields if name not in _BUILT)  # a recipe passes them on
+
+
 class FedPEFT(FedAvg):
     """
     Args:
@@ -307,7 +311,7 @@ class FedPEFT(FedAvg):
     ) -> bool:
         """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
         code = result.get_return_code()
-        if type(code) is not str or code != ReturnCode.OK:
+        if code != ReturnCode.OK:
             why = f"stopped: its trainer ended or could not start ({printable(code, 80)})"
         else:
             why = self._unreadable(client_name, partial(FLModelUtils.from_shareable, result))
@@ -319,7 +323,7 @@ class FedPEFT(FedAvg):
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
         code = result.get_return_code()
-        if type(code) is str and code == ReturnCode.OK:
+        if code == ReturnCode.OK:
             self._too_late(client.name)
 
     def _too_late(self, site: str) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,38 +42,28 @@ _STOPS_WITHIN_S = 10.0  # from SIGTERM to SIGKILL
 class _Arguments(Arguments):
     processes: int = Field(ge=1, le=64)
     launch_timeout_s: float = Field(gt=0, le=A_YEAR)
+    settings: Mapping[str, Any] | None
 
 
 class PeftExecutor(ClientAPIExecutor):
-    """Serves train, validate and submit_model. Arguments left at None are as the plan says.
+    """Serves train, validate and submit_model.
 
     Args:
         processes: trainer processes at the site, one GPU each; more than one run under `torch.distributed.run`.
-        rank, lora_alpha, quantization, batch_size, local_steps, model, data: see `config.SiteOverrides`.
         launch_timeout_s: for the trainer to report for duty; it loads the base model only after that.
+        settings: a `config.SiteOverrides`: what the site does differently from the plan.
 
     Raises:
         ConfigError: a value that is out of range.
     """
 
     def __init__(
-        self,
-        processes: int = 1,
-        rank: int | None = None,
-        lora_alpha: float | None = None,
-        quantization: str | None = None,
-        batch_size: int | None = None,
-        local_steps: int | None = None,
-        model: str | None = None,
-        data: str | None = None,
-        launch_timeout_s: float = 600.0,
+        self, processes: int = 1, launch_timeout_s: float = 600.0, settings: Mapping[str, Any] | None = None
     ) -> None:
         _Arguments.check(locals(), "executor")
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
-        self.rank, self.lora_alpha, self.quantization = rank, lora_alpha, quantization
-        self.batch_size, self.local_steps, self.model, self.data = batch_size, local_steps, model, data
-        given = {name: getattr(self, name) for name in SiteOverrides.model_fields}
-        self.overrides = SiteOverrides.read(given, "executor")
+        self.settings = dict(settings or {})  # as given: NVFlare writes it into the job
+        self.overrides = SiteOverrides.read(self.settings, "executor")
         self._at: tuple[str | None, Signal] = None, Signal()  # the task we work at, and what stops it
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,

@@ -15,11 +15,13 @@ from nvflare.recipe.spec import Recipe
 
 from .. import export
 from ..combination import CHECKED
-from ..config import RoundPlan, Rule, SiteOverrides
+from ..config import Aggregation, RoundPlan, SiteOverrides
+from ..errors import ConfigError
 from ..feasible import check_plan, check_sites
+from ..registry import nearest
 from ..site import peft_methods
 from .aggregator import AdapterAggregator
-from .controller import FedPEFT
+from .controller import ROUND_SETTINGS, FedPEFT
 from .executor import PeftExecutor
 from .locator import AdapterLocator
 from .persistor import AdapterPersistor
@@ -73,7 +75,7 @@ class AdapterRecipe(Recipe):
             self._job.to(self._executor(values), site, tasks=self.tasks)
 
     def _executor(self, values: Mapping[str, Any]) -> PeftExecutor:
-        return PeftExecutor(processes=self.processes, launch_timeout_s=self.launch_timeout_s, **values)
+        return PeftExecutor(self.processes, self.launch_timeout_s, dict(values))
 
 
 class FedPEFTRecipe(AdapterRecipe):
@@ -81,11 +83,7 @@ class FedPEFTRecipe(AdapterRecipe):
 
     Args:
         name: of the job.
-        num_rounds, deadline_s, grace_s, key_metric, key_metric_mode, disk_offload, sites_per_round: see `FedPEFT`.
         min_sites: sites the job needs to start, and usable updates it needs in every round.
-        merge, weigh, max_weight, guard, normalize_steps, step, max_rank, max_staleness, keep_energy, sigma: see
-            `config.Aggregation`;
-            max_rank 0 is the largest rank any site trains.
         sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
             these sites take part.
         processes, launch_timeout_s: see `PeftExecutor`.
@@ -93,7 +91,9 @@ class FedPEFTRecipe(AdapterRecipe):
         initial_adapter: a folder as nvflare_fm writes them, copied into the job.
         resume: continue the round count and the schedule after the initial adapter's round.
         cross_site_evaluation: measure every site's and the server's adapters at every site at the end.
-        plan: the settings of `config.RoundPlan` (task, model, data, peft, training, …).
+        settings: those of `config.RoundPlan` (task, model, data, peft, training, …), of `config.Aggregation` (merge,
+            weigh, step, max_rank, …; max_rank 0 is the largest rank any site trains) and of `FedPEFT` (num_rounds,
+            deadline_s, grace_s, key_metric, …).
 
     Raises:
         ConfigError: an unknown setting or a combination that cannot work.
@@ -103,64 +103,29 @@ class FedPEFTRecipe(AdapterRecipe):
         self,
         name: str,
         *,
-        num_rounds: int = 5,
         min_sites: int = 1,
-        merge: str = "exact",
-        weigh: Sequence[Rule] = ("uniform",),
-        max_weight: float = 1.0,
-        guard: Sequence[Rule] = ("clip_norm",),
-        normalize_steps: bool = False,
-        step: Rule | None = None,
-        max_rank: int = 0,
-        max_staleness: int = 0,
-        keep_energy: float = 1.0,
-        sigma: str = "B",
         sites: Mapping[str, Mapping[str, Any]] | None = None,
         processes: int = 1,
         launch_timeout_s: float = 600.0,
-        deadline_s: float = 0,
-        grace_s: float = 0,
-        key_metric: str = "loss",
-        key_metric_mode: str = "min",
         keep_rounds: bool = False,
         initial_adapter: str | Path = "",
         resume: bool = False,
         cross_site_evaluation: bool = False,
-        disk_offload: bool = False,
-        sites_per_round: int = 0,
-        **plan: Any,
+        **settings: Any,
     ) -> None:
         overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in (sites or {}).items()}
+        plan, aggregation, rounds = sorted_out(settings)
         asked = RoundPlan.read(plan, "plan")
         check_plan(asked, overrides)
         largest = max((o.rank for o in overrides.values() if o.rank), default=0)
-        if not max_rank and largest > peft_methods.complete(asked.peft).get("rank", largest):
-            max_rank = largest
-        aggregator = AdapterAggregator(
-            merge=merge,
-            weigh=weigh,
-            max_weight=max_weight,
-            guard=guard,
-            normalize_steps=normalize_steps,
-            step=step,
-            max_rank=max_rank,
-            max_staleness=max_staleness,
-            keep_energy=keep_energy,
-            sigma=sigma,
-            seed=asked.seed,
-        )
+        if not aggregation.get("max_rank") and largest > peft_methods.complete(asked.peft).get("rank", largest):
+            aggregation["max_rank"] = largest
         controller = FedPEFT(
-            num_rounds=num_rounds,
             min_responses=min_sites,
-            deadline_s=deadline_s,
-            grace_s=grace_s,
             plan=plan,
-            aggregator=aggregator,
-            key_metric=key_metric,
-            key_metric_mode=key_metric_mode,
-            disk_offload=disk_offload,
-            sites_per_round=sites_per_round,
+            aggregator=AdapterAggregator(aggregation),
             sites=held_to(overrides),
+            **rounds,
         )
         components: list[tuple[Any, str | None]] = [(controller, None)]
         if cross_site_evaluation:
@@ -169,6 +134,22 @@ class FedPEFTRecipe(AdapterRecipe):
         super().__init__(
             name, min_sites, TASKS, sites or {}, processes, launch_timeout_s, persistor, initial_adapter, components
         )
+
+
+def sorted_out(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Settings by whose they are: the plan's, the aggregation's and the controller's. The seed is of the first two.
+
+    Raises:
+        ConfigError: nobody's.
+    """
+    owners = (set(RoundPlan.model_fields), set(Aggregation.model_fields), set(ROUND_SETTINGS))
+    known = sorted(set().union(*owners))
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ConfigError(
+            f"recipe: unknown setting {unknown[0]!r}; {nearest(unknown[0], known)}known: {known}", code="wrong_setting"
+        )
+    plan, aggregation, rounds = ({k: v for k, v in settings.items() if k in owner} for owner in owners)
+    return plan, aggregation, rounds
 
 
 class EvaluateAdapterRecipe(AdapterRecipe):

@@ -35,7 +35,7 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
     Raises:
         ConfigError: the settings do not fit this model, for example no module is called as `target_modules` says.
     """
-    _keep_known(base.model, config)
+    _check_known(base.model, config)
     _keep_reached(base, config)
     try:
         model = get_peft_model(base.model, config, adapter_name=LOCAL)
@@ -53,12 +53,12 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
     return model
 
 
-def _keep_known(model: nn.Module, config: "PeftConfig") -> None:
-    """Takes names that are no module's out of the settings, so that an adapter's own configuration holds none: of
-    target_modules, which may name those of several architectures, as long as any is left.
+def _check_known(model: nn.Module, config: "PeftConfig") -> None:
+    """Holds the names in the settings against the model's modules. target_modules may name those of several
+    architectures.
 
     Raises:
-        ConfigError: none is left, or a module that is to be trained whole is not there.
+        ConfigError: none of them is there, or one of those to be trained whole is not.
     """
     names = [f".{name}" for name, _ in model.named_modules()]
     for setting in ("target_modules", "feedforward_modules", "modules_to_save"):
@@ -74,8 +74,6 @@ def _keep_known(model: nn.Module, config: "PeftConfig") -> None:
                 repr(unknown),
                 code="no_such_module",
             )
-        if known:
-            setattr(config, setting, known)
 
 
 def _keep_reached(base: "BaseModel", config: "PeftConfig") -> None:

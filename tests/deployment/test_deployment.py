@@ -107,7 +107,7 @@ def smuggle(job: Path, marks: Path) -> Path:
         config["executors"][0]["executor"] = {"path": "nvflare_fm.flare.executor.ClientAPIExecutor", "args": shell}
 
     def nest(config: Any) -> None:
-        config["executors"][0]["executor"]["args"]["data"] = started
+        config["executors"][0]["executor"]["args"]["settings"] = started
 
     for site, edit in {"clinic-a": replace, "clinic-b": slip_in(**saved), "clinic-c": nest}.items():
         edited(job, "config_fed_client.json", edit, f"app_{site}")
@@ -118,7 +118,7 @@ def read_here(job: Path, outside: Path) -> Path:
     """Each site is to read what is its own: its environment, a file, and a file for one of its own."""
 
     def ask(config: Any) -> None:
-        config["executors"][0]["executor"]["args"]["data"] = "{$FM_CANARY}"
+        config["executors"][0]["executor"]["args"].setdefault("settings", {})["data"] = "{$FM_CANARY}"
 
     edited(job, "config_fed_client.json", ask, "app_clinic-a")
     config = next(job.glob("app_clinic-b/config/config_fed_client.json"))
@@ -160,7 +160,7 @@ def by_hand(job: Callable[..., Path], name: str) -> Path:
     folder = job(name, sites=sites)
     [file] = folder.glob("app_clinic-b/config/config_fed_client.json")
     config = json.loads(file.read_text())
-    config["executors"][0]["executor"]["args"]["model"] = path
+    config["executors"][0]["executor"]["args"].setdefault("settings", {})["model"] = path
     file.write_text(json.dumps(config))
     return folder
 

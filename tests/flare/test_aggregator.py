@@ -27,7 +27,7 @@ from .messages import MANIFEST, PLAN, adapter, same, update
 def opened(
     task: RoundTask | None = None, sites: dict[str, SiteOverrides] | None = None, **settings: Any
 ) -> AdapterAggregator:
-    aggregator = AdapterAggregator(**settings)
+    aggregator = AdapterAggregator(settings)
     aggregator.begin(task or RoundTask(PLAN), rank=3, sites=sites)
     return aggregator
 
@@ -108,11 +108,11 @@ def test_a_round_starts_without_the_updates_of_the_last() -> None:
 @pytest.mark.parametrize("settings", [{"merge": "exakt"}, {"weigh": ["example"]}, {"sigma": "C"}, {"max_rank": -1}])
 def test_an_unknown_rule_is_refused_while_the_job_loads(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        FedPEFT(plan={}, aggregator=AdapterAggregator(**settings))
+        FedPEFT(plan={}, aggregator=AdapterAggregator(settings))
 
 
 def test_nobody_can_be_late_where_a_round_waits_for_all() -> None:
-    how = AdapterAggregator(max_staleness=1)
+    how = AdapterAggregator({"max_staleness": 1})
     with pytest.raises(ConfigError, match="set grace_s"):
         FedPEFT(plan={}, aggregator=how)
     FedPEFT(plan={}, aggregator=how, deadline_s=9)
@@ -125,7 +125,7 @@ def test_an_answer_counts_while_it_is_not_too_old_there_was_an_adapter_and_a_rou
     sent_in: int, now: int, counts: bool
 ) -> None:
     """Five rounds, two of which an answer may be late; with the sixth number the last adapter is only measured."""
-    controller = FedPEFT(num_rounds=5, aggregator=AdapterAggregator(max_staleness=2), grace_s=1)
+    controller = FedPEFT(num_rounds=5, aggregator=AdapterAggregator({"max_staleness": 2}), grace_s=1)
     began = RoundTask(PLAN, adapter(1) if sent_in else Adapter(), MANIFEST, sent_in, 5)
     controller.fl_ctx = FLContext()
     controller.aggregator.begin(RoundTask(PLAN, adapter(2), MANIFEST, now, 5), rank=3)

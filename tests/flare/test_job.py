@@ -11,7 +11,7 @@ from nvflare.fuel.utils.component_builder import ComponentBuilder
 from nvflare_fm import export
 from nvflare_fm.at_rest import SUMS
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.flare import components
+from nvflare_fm.flare import components, job
 from nvflare_fm.flare.allow_list import allow
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
@@ -88,6 +88,26 @@ def test_what_the_recipe_says_comes_out_of_the_job_again(tmp_path: Path) -> None
     assert all("torch.distributed.run" in e._command for e in executors)
 
 
+@pytest.mark.parametrize(
+    ("own", "more"), [({"lora_alpha": 7.0}, {}), ({"local_steps": 3}, {"normalize_steps": True}), ({"rank": 2}, {})]
+)
+def test_what_a_site_is_to_train_differently_must_be_listed_where_the_server_would_refuse_it(
+    tmp_path: Path, own: dict[str, Any], more: dict[str, Any]
+) -> None:
+    exported(tmp_path, sites={"alder": own, "birch": {}}, **more)
+    job.read_job(tmp_path / "job")
+    (file,) = (tmp_path / "job").rglob("config_fed_server.json")
+    config = json.loads(file.read_text())
+    assert config["workflows"][0]["args"]["sites"].pop("alder") == own
+    file.write_text(json.dumps(config))
+    if "rank" in own:  # a lower rank is what any site may have
+        job.read_job(tmp_path / "job")
+    else:
+        with pytest.raises(ConfigError) as raised:
+            job.read_job(tmp_path / "job")
+        assert raised.value.code == "site_not_listed"
+
+
 def test_a_job_brings_no_code(tmp_path: Path) -> None:
     exported(tmp_path, sites={"alder": {}, "birch": {}})
     assert not list(tmp_path.rglob("custom"))
@@ -160,11 +180,12 @@ def test_a_site_setting_nobody_knows_is_refused() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"quantization": "nf3"},
-        {"rank": 0},
+        {"settings": {"quantization": "nf3"}},
+        {"settings": {"rank": 0}},
+        {"settings": "rank"},
         {"processes": 0},
         {"processes": "2; rm"},
-        {"batch_size": "${secret:HOME}"},
+        {"settings": {"batch_size": "${secret:HOME}"}},
     ],
 )
 def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[str, Any]) -> None:
@@ -174,13 +195,13 @@ def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[
 
 def test_a_name_that_is_no_alias_reaches_the_site_unresolved_to_be_refused_there() -> None:
     for name in ("${secret:HOME}", "$${secret:file:/etc/passwd}", "--help", "/srv/other"):
-        argv = PeftExecutor(data=name)._argv("/site/local/fm_site.yaml", "/site/job")
+        argv = PeftExecutor(settings={"data": name})._argv("/site/local/fm_site.yaml", "/site/job")
         assert not any("${" in part for part in argv)
         assert json.loads(argv[-1]) == {"data": name}
 
 
 def test_the_command_is_fixed_but_for_checked_values() -> None:
-    argv = PeftExecutor(rank=4, data="notes")._argv("/site/local/fm_site.yaml", "/site/job")
+    argv = PeftExecutor(settings={"rank": 4, "data": "notes"})._argv("/site/local/fm_site.yaml", "/site/job")
     assert argv[1:] == [
         *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml", "--job-folder", "/site/job"),
         *("--overrides", '{"rank": 4, "data": "notes"}'),

@@ -45,7 +45,7 @@ def fl_ctx(tmp_path: Path) -> Iterator[FLContext]:
 
 
 def controller(fl_ctx: FLContext, step: object, persistor: AdapterPersistor) -> FedPEFT:
-    made = FedPEFT(num_rounds=9, aggregator=AdapterAggregator(step=step))  # type: ignore[arg-type]
+    made = FedPEFT(num_rounds=9, aggregator=AdapterAggregator({"step": step}))
     made.fl_ctx, made.engine, made.persistor = fl_ctx, fl_ctx.get_engine(), persistor
     return made
 

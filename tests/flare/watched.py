@@ -24,7 +24,7 @@ from nvflare.apis.fl_context import FLContext, FLContextManager
 from nvflare.apis.workspace import Workspace
 from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
 
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import components
 from nvflare_fm.flare.aggregator import AdapterAggregator
@@ -113,7 +113,13 @@ def hostile(canary: str) -> dict[type, tuple[Any, ...]]:
 def args_of(kind: type, pool: dict[type, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
     """Some arguments hostile, half of them of the right type; the others left as they are."""
     anything = st.sampled_from([value for values in pool.values() for value in values])
-    settings = {**RoundPlan.model_fields, **Measurement.model_fields, "x": None}
+    settings = {
+        **RoundPlan.model_fields,
+        **Measurement.model_fields,
+        **Aggregation.model_fields,
+        **SiteOverrides.model_fields,
+        "x": None,
+    }
     mapping = st.dictionaries(st.sampled_from(sorted(settings)), anything, max_size=2)
     fitting = {
         name: st.one_of(

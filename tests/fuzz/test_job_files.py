@@ -25,7 +25,10 @@ PARTS = ("meta", "config/config/config_fed_server", "config/config/config_fed_cl
 HOSTILE = (
     *(None, True, -1, 0, 10**9, 10**30, 0.5, 1e308, "", "exact", "lora", "../../etc/passwd", "{$HOME}", "x" * 10_000),
     *([], {}, [[[]]], {"path": "subprocess.Popen", "args": {}}, {"path": [], "args": []}, ["@ALL"], {"rule": "loss"}),
-    *({"path": "nvflare_fm.flare.executor.PeftExecutor", "args": {"rank": "4"}}, "nvflare_fm.flare.stats.RoundStats"),
+    *(
+        {"path": "nvflare_fm.flare.executor.PeftExecutor", "args": {"settings": {"rank": "4"}}},
+        "nvflare_fm.flare.stats.RoundStats",
+    ),
 )
 
 

@@ -250,7 +250,7 @@ class Said(logging.Handler):
 
 
 SERVERS = {
-    place: FedPEFT(num_rounds=9, plan={"peft": dict(PLAN.peft)}, aggregator=AdapterAggregator(**how))
+    place: FedPEFT(num_rounds=9, plan={"peft": dict(PLAN.peft)}, aggregator=AdapterAggregator(how))
     for place, how in enumerate(JOBS)
 }
 LOGGERS = {
