@@ -1,6 +1,7 @@
 """`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted; `resume` after."""
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -134,9 +135,12 @@ def resume(
 def _by_site(option: str, text: str) -> tuple[str, float]:
     site, _, value = text.rpartition("=")
     try:
-        return site, float(value)
+        number = float(value)
     except ValueError:
-        raise ConfigError(f"{option} {text!r} is no number; write 0.8 or SITE=0.8") from None
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{option} {text!r} is no number above 0; write 0.8 or SITE=0.8", code="no_number")
+    return site, number
 
 
 def _show(told: "Forecast") -> None:

@@ -269,7 +269,11 @@ def test_a_plan_is_shown_to_people_and_to_programs(job: Path, base: Path) -> Non
     told = json.loads(typed("plan", job, "--model", base, "--json").stdout)
     assert told["sites"][0]["bytes_up"] > 0
     assert "--model" in typed("plan", job).stdout
-    assert "--seconds-per-step 'quick' is no number" in str(typed("plan", job, "--seconds-per-step", "quick").exception)
+    for option in ("--seconds-per-step", "--memory"):
+        for number in ("quick", "-3", "0", "nan", "inf", "birch="):
+            assert "[no_number]" in str(typed("plan", job, "--model", base, option, number).exception)
+    for folder in (job, job / "nowhere"):
+        assert "[no_model]" in str(typed("plan", job, "--model", folder).exception)
     assert "--model" in str(typed("plan", job, "--measure").exception)
 
 
