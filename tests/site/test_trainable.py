@@ -8,7 +8,7 @@ import pytest
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site import base_model
+from nvflare_fm.site import base_model, worker
 from nvflare_fm.site.shapes import shapes
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
@@ -76,6 +76,25 @@ def test_embeddings_and_whole_modules_are_not_trained_unless_the_site_says_so(
     assert refused.value.code == code
 
 
+def test_the_model_that_is_trained_is_looked_at_besides_the_one_made_of_its_configuration(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(worker, "check_shapes", lambda *_: None)
+    for setting, name, code in ((TARGETS, "lm_head", "embeddings"), (WHOLE, "embed_tokens", "not_trainable")):
+        with pytest.raises(PolicyError) as refused:
+            site(request, tmp_path, "llama").train(RoundTask(asks("llama", **{setting: [name]})))
+        assert refused.value.code == code
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["q_proj", "embed_tokens"]])
+def test_factors_of_an_embedding_are_refused_where_a_site_allows_them_as_no_rule_adds_them_up(
+    request: pytest.FixtureRequest, tmp_path: Path, names: list[str]
+):
+    with pytest.raises(ConfigError) as refused:
+        site(request, tmp_path, "llama", train_embeddings=True).train(RoundTask(asks("llama", **{TARGETS: names})))
+    assert refused.value.code == "embedding_factors"
+
+
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("kind", "names"),
@@ -97,7 +116,7 @@ def test_a_module_that_a_site_lists_is_trained_whole_but_for_an_embedding(
         ("bert", {}, {}),
         ("bert", {WHOLE: ["classifier"]}, {}),  # the task's own head, which is trained anyway
         ("llama", {WHOLE: ["model.norm"]}, {"trainable_modules": ["model.norm"]}),
-        ("llama", {TARGETS: ["lm_head", "embed_tokens"]}, {"train_embeddings": True}),
+        ("llama", {TARGETS: ["lm_head", "q_proj"]}, {"train_embeddings": True}),
         ("bert", {WHOLE: ["bert.embeddings"]}, {"train_embeddings": True, "trainable_modules": "bert.embeddings"}),
     ],
 )

@@ -66,6 +66,12 @@ class Lora(PeftMethod):
             )
         model = wrap(base, self.config(base), plan.seed)
         blank = self.extract(model)
+        if any("lora_embedding_" in name for name in blank.dense):
+            raise ConfigError(
+                "peft.target_modules: LoRA on an embedding has factors that no merge rule adds up; name linear layers, "
+                "or train the embedding whole (modules_to_save)",
+                code="embedding_factors",
+            )
         if plan.shares == "A" and start:
             start = joined(start, own or blank)
         start = start or Adapter({layer: zero(*blank.lora[layer].shape) for layer in blank.lora}, blank.dense)
