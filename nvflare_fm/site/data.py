@@ -9,7 +9,6 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import RoundPlan
 from ..errors import DataError
-from .rows import rows
+from .columns import Found, mapped
+from .rows import how_to_read, rows
 from .site_config import DataSource, held_in
 from .tasks import BadRow, Task
 
@@ -98,12 +98,15 @@ def _read(
     vocabulary: int | None,
 ) -> tuple[list[dict[str, Any]], int]:
     good: list[dict[str, Any]] = []
-    bad = _BadRows()
-    for line, row in rows(held_in(Path(file), source.folder), source.format, split):
+    bad, columns, where = _BadRows(), Found(), f"data {plan.data!r} ({split})"
+    reading = how_to_read(held_in(Path(file), source.folder), source, split)
+    log.info("%s is read as %s", where, reading)
+    for line, row in rows(reading):
         try:
             if isinstance(row, BadRow):
                 raise row
-            encoded = task.encode(_mapped(row, source.columns), tokenizer, plan)
+            columns.add(row)
+            encoded = task.encode(mapped(row, source.columns), tokenizer, plan)
             if vocabulary is not None and max(encoded["input_ids"]) >= vocabulary:
                 raise BadRow("it has a token that the base model has no row for")
             good.append(encoded)
@@ -114,12 +117,9 @@ def _read(
         except BaseException as error:  # half an emoji is enough, and what is written in Rust panics with no Exception
             log.debug("line %d", line, exc_info=True)  # its words may repeat the row
             bad.add(line, f"the row cannot be tokenized ({type(error).__name__})")
-    _report(f"data {plan.data!r} ({split})", len(good), bad, source.max_bad_rows)
+    columns.check(source.columns, plan.task, where, is_used=bool(good))
+    _report(where, len(good), bad, source.max_bad_rows)
     return good, bad.count
-
-
-def _mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    return {**row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
 
 
 @dataclass
