@@ -29,6 +29,7 @@ class _Layout:
     token: int
     label: int
     tabs: bool
+    tagged: bool = False  # whether labels are O, B-PER and the like
 
     def cells(self, line: str) -> list[str]:
         return line.rstrip("\r\n").split("\t") if self.tabs else line.split()
@@ -61,7 +62,7 @@ def _layout(start: Sequence[str]) -> _Layout | None:
         token, label = width - 1, tags[0]
     else:
         label = names.index("upos") if "upos" in names else width - 1
-    return _Layout(names, token, label, tabs) if len(names) == width and token != label else None
+    return _Layout(names, token, label, tabs, bool(tags)) if len(names) == width and token != label else None
 
 
 def _are_tags(column: Sequence[str]) -> bool:
@@ -117,7 +118,8 @@ class _Sentence:
     def add(self, number: int, line: str) -> None:
         cells, layout = self._layout.cells(line), self._layout
         fits = len(cells) == len(layout.names) and all(cells[place] for place in (layout.token, layout.label))
-        if line.startswith("#") and not fits or line.startswith(_START_OF_DOCUMENT):
+        is_remark = line.startswith("#") and not (fits and (_TAG.fullmatch(cells[layout.label]) or not layout.tagged))
+        if is_remark or line.startswith(_START_OF_DOCUMENT):
             return
         self.line, self._size = self.line or number, self._size + len(line)
         if self._size > ROW_LIMIT:

@@ -13,7 +13,7 @@ from ...files import MIB, open_file
 from . import Format, Reading, Row, registry, small
 
 _EXPANDS, _ALWAYS = 200, 64 * MIB  # a workbook holds at most so many times its size, or so many bytes
-_COLUMNS = 1000
+_COLUMNS, _LAST = 200, 2**20  # columns that are read, and the last row that Excel has
 
 
 def _rows(reading: Reading) -> Iterator[Row]:
@@ -25,7 +25,9 @@ def _rows(reading: Reading) -> Iterator[Row]:
         sheet.reset_dimensions()  # what a sheet says of its size need not be so
         names: list[str] = []
         for number, cells in enumerate(sheet.iter_rows(max_col=_COLUMNS, values_only=True), start=1):
-            if not any(cell is not None and str(cell).strip() for cell in cells):
+            if number > _LAST:
+                raise ValueError(f"it has a row beyond {_LAST}")
+            if cells.count(None) == len(cells) or not any(str(cell).strip() for cell in cells if cell is not None):
                 continue
             if names:
                 yield number, small({name: cell for name, cell in zip(names, cells, strict=False) if name})

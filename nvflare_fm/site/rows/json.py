@@ -39,8 +39,8 @@ class _Extent:
     def go_on(self, held: str, at: int) -> tuple[bool, int]:
         """Whether the value ends in `held`, read from `at` on, and where reading stopped."""
         if self.scalar or (not self.depth and not self.inside and held[at] not in '"{['):
-            blank = _SCALAR.match(held, at)
-            end = max(blank.end() if blank else at, at if self.scalar else at + 1)
+            found = _SCALAR.match(held, at)
+            end = max(found.end() if found else at, at if self.scalar else at + 1)
             self.scalar = True
             return end < len(held), end
         while at < len(held):
@@ -66,22 +66,25 @@ class _Scanner:
         self._pieces = text.pieces(reading.file, reading.encoding)
         self._held, self._at = "", 0
         self.line = 1
-        self.indent: str | None = None  # what stands in the next value's line before it, where that is blank
+        self.indent: str | None = ""  # what stands in the next value's line before it, where that is blank
 
     def advance(self, count: int = 1) -> None:
         self.line += self._held.count("\n", self._at, self._at + count)
         self._at += count
+        self.indent = None
 
     def peek(self) -> str:
         """The first character of the next value, or of what ends a list or an object; nothing at the end."""
-        gap = ""
+        indent = self.indent
         while True:
-            end = _end(_BLANK, self._held, self._at)
-            gap = (gap + self._held[self._at : end])[-_NEAR:]
-            self.advance(end - self._at)
-            if end < len(self._held):
-                self.indent = gap.rpartition("\n")[2] if "\n" in gap else None
-                return self._held[end]
+            blank = _BLANK.match(self._held, self._at)
+            gap = blank[0] if blank else ""
+            self.advance(len(gap))
+            if "\n" in gap or indent is not None:
+                indent = (gap if "\n" in gap else f"{indent}{gap}").rpartition("\n")[2][-_NEAR:]
+            if self._at < len(self._held):
+                self.indent = indent
+                return self._held[self._at]
             if not self._more():
                 return ""
 
@@ -131,11 +134,6 @@ class _Scanner:
         piece = next(self._pieces, "")
         self._held, self._at = self._held[self._at :] + piece, 0
         return bool(piece)
-
-
-def _end(pattern: re.Pattern[str], held: str, at: int) -> int:
-    found = pattern.match(held, at)
-    return found.end() if found else at
 
 
 def _rows(reading: Reading) -> Iterator[Row]:
@@ -212,8 +210,14 @@ def _list(scanner: _Scanner, encoding: str) -> Iterator[Row]:
 
 
 def _values(scanner: _Scanner, encoding: str, end: str) -> Iterator[Row]:
-    while scanner.peek() not in (end, ""):
-        yield from _value(scanner, encoding)
+    bad_line = 0
+    while (first := scanner.peek()) not in (end, ""):
+        if scanner.line == bad_line and first != "{":
+            scanner.skip()  # what is left of a row that its own fault has cut up
+            continue
+        for line, row in _value(scanner, encoding):
+            bad_line = line if isinstance(row, BadRow) else 0
+            yield line, row
 
 
 def _value(scanner: _Scanner, encoding: str) -> Iterator[Row]:
