@@ -22,12 +22,12 @@ READ: dict[str, tuple[tuple[str, ...], ...]] = {  # by task: columns of which on
     "token_classification": (("tokens", "labels"),),
 }
 _OFTEN = {  # by column: what others call it
-    "text": "sentence utterance content body note question query title document input review tweet message description",
-    "label": "category class intent target labels topic sentiment tag code department final_decision section_header",
+    "text": "sentence utterance content body note question query document input review message dialogue description",
+    "label": "category class intent target topic sentiment tag code department diagnosis final_decision section_header",
     "tokens": "words token form sentence",
     "labels": "ner_tags tags ner label ner_tag upos",
     "prompt": "question instruction input dialogue source query context user article",
-    "completion": "answer response output target summary note section_text assistant highlights",
+    "completion": "answer response output target summary note section_text assistant highlights long_answer",
 }
 
 
@@ -67,15 +67,13 @@ class Found:
         if absent := [theirs for theirs in columns.values() if theirs not in self.names]:
             told = "; ".join(f"no column {name!r}, {nearest(name, found)}" for name in absent)
             raise DataError(
-                f"{where}: no row has a column that the site file names under columns; the site's log lists those found",
+                f"{where}: no row has a column that the site file names under columns; the site's log has those found",
                 f"{where}: {told}found: {found}",
                 code="column_missing",
             )
-        groups = READ.get(task, ())
-        known = {*mapped(self.names, columns)}
-        if is_used or not groups or any(known.issuperset(group) for group in groups):
+        if is_used or readable(task, mapped(self.names, columns)):
             return
-        wanted = " or ".join(" and ".join(map(repr, group)) for group in groups)
+        wanted = " or ".join(" and ".join(map(repr, group)) for group in READ[task])
         remedy = f"; perhaps: columns: {written(proposal)}" if (proposal := proposed(task, found)) else ""
         raise DataError(
             f"{where} has not the columns that the task reads, {wanted}; the site file names others under columns",
@@ -84,16 +82,22 @@ class Found:
         )
 
 
+def readable(task: str, names: Collection[str]) -> bool:
+    """Whether columns of these names are enough for a task."""
+    return task not in READ or any(set(group) <= set(names) for group in READ[task])
+
+
 def proposed(task: str, names: Collection[str]) -> dict[str, str]:
     """What `columns` could say for a file whose columns have these names: nothing where it need not, or none fits."""
-    for group in READ.get(task, ()):
-        found = {ours: _called(ours, names) for ours in group}
+    for group in () if readable(task, names) else READ[task]:
+        found = {ours: called(ours, names) for ours in group}
         if all(found.values()):
             return {ours: theirs for ours, theirs in found.items() if theirs and ours != theirs}
     return {}
 
 
-def _called(ours: str, names: Collection[str]) -> str:
+def called(ours: str, names: Collection[str]) -> str:
+    """The name under which a file may have the column that a task calls `ours`; empty where none fits."""
     folded = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(list(names))}
     return next((folded[name] for name in (ours, *_OFTEN.get(ours, "").split()) if name in folded), "")
 

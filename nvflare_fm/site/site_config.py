@@ -8,7 +8,7 @@ import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
@@ -39,7 +39,8 @@ Identity = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _nobody = BeforeValidator(lambda v: () if v is None else v)
 Listed = Annotated[Annotated[tuple[Identity, ...], Field(max_length=1000)] | None, one, _nobody]
 Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], Field(max_length=3), one]
-FILE_NAME, ANYONE, AUTO = "fm_site.yaml", "*", "auto"
+FILE_NAME, ANYONE = "fm_site.yaml", "*"
+AUTO: Final = "auto"
 
 
 def _codec(name: Any) -> Any:

@@ -5,9 +5,11 @@ import datetime
 import gzip
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -24,7 +26,7 @@ WORDS = tiny.tokenizer()
 TASKS = ("causal_lm", "sequence_classification", "token_classification")
 PLANS = {task: tiny.plan(task, max_length=16) for task in TASKS}
 SECRET = "Quarantine-9"  # in every row: no message may repeat it
-CODES = ("data_unreadable", "bad_rows", "no_rows")
+CODES = ("data_unreadable", "data_format_unknown", "column_missing", "bad_rows", "no_rows")
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:
@@ -39,18 +41,35 @@ def files() -> dict[str, bytes]:
     writer = csv.DictWriter(table, ["text", "label", "ward"], extrasaction="ignore")
     writer.writeheader()
     writer.writerows([*rows(), {"text": 'two\nlines, "quoted"', "label": "calm", "ward": SECRET}])
+    german = table.getvalue().replace(",", ";").replace("€", "").encode("cp1252", "ignore")
+    words = ["\n".join(f"{w} NN {t}" for w, t in zip(r["tokens"], r["labels"], strict=True)) for r in rows()]
+    book = openpyxl.Workbook()
+    for line in csv.reader(io.StringIO(table.getvalue(), newline="")):
+        book.active.append(line)
+    sheets = io.BytesIO()
+    book.save(sheets)
     columns = io.BytesIO()
     typed = {"at": datetime.datetime(2026, 1, 1), "raw": b"\x00\xff", "number": 1.5, "nested": {"a": [1, None]}}
     Dataset.from_list([row | typed for row in rows()]).to_parquet(columns)
     return {
         "a.jsonl": lines,
         "a.jsonl.gz": gzip.compress(lines),
+        "a.json": json.dumps(rows(), indent=1).encode(),
+        "b.json": json.dumps({str(i): row for i, row in enumerate(rows())}).encode(),
+        "c.json": json.dumps({name: [row[name] for row in rows()] for name in rows()[0]}).encode(),
         "a.csv": table.getvalue().encode(),
+        "b.csv": german,
+        "a.tsv": table.getvalue().replace(",", "\t").encode("utf-16"),
+        "a.conll": "\n\n".join(words).encode(),
+        "a.xlsx": sheets.getvalue(),
         "a.parquet": columns.getvalue(),
     }
 
 
 WHOLE = files()
+BINARY = ("a.parquet", "a.xlsx")
+with zipfile.ZipFile(io.BytesIO(WHOLE["a.xlsx"])) as book:
+    SHEETS = {name: book.read(name) for name in book.namelist()}
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +94,11 @@ def outcome(file: Path, content: bytes, task: str) -> str:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_an_untouched_file_is_read(folder: Path, name: str) -> None:
-    assert outcome(folder / name, WHOLE[name], "sequence_classification") == "read"
+    task = "token_classification" if name == "a.conll" else "sequence_classification"
+    assert outcome(folder / name, WHOLE[name], task) == "read"
 
 
-@given(name=st.sampled_from(["a.jsonl", "a.csv", "a.jsonl.gz"]), task=st.sampled_from(TASKS), how=changes)
+@given(name=st.sampled_from([n for n in WHOLE if n not in BINARY]), task=st.sampled_from(TASKS), how=changes)
 def test_mutated_lines_are_bad_rows_or_an_error_of_ours(folder: Path, name: str, task: str, how: Changes) -> None:
     assert outcome(folder / name, mutated(WHOLE[name], how), task) in ("read", *CODES)
 
@@ -86,6 +106,26 @@ def test_mutated_lines_are_bad_rows_or_an_error_of_ours(folder: Path, name: str,
 @given(task=st.sampled_from(TASKS), how=changes)
 def test_a_mutated_parquet_file_is_rows_or_an_error_of_ours(folder: Path, task: str, how: Changes) -> None:
     assert outcome(folder / "a.parquet", mutated(WHOLE["a.parquet"], how), task) in ("read", *CODES)
+
+
+@given(task=st.sampled_from(TASKS), how=changes, part=st.sampled_from([*SHEETS, ""]))
+def test_a_mutated_workbook_is_rows_or_an_error_of_ours(folder: Path, task: str, how: Changes, part: str) -> None:
+    """The zip file itself, or a part of it that is well packed and holds anything."""
+    content = mutated(WHOLE["a.xlsx"], how)
+    if part:
+        changed = io.BytesIO()
+        with zipfile.ZipFile(changed, "w") as packed:
+            for name, text in SHEETS.items():
+                packed.writestr(name, mutated(text, how) if name == part else text)
+        content = changed.getvalue()
+    assert outcome(folder / "a.xlsx", content, task) in ("read", *CODES)
+
+
+@given(content=st.text('{}[]",: \\\na0', max_size=60), name=st.sampled_from(["a.json", "a.jsonl", "a.csv", "a.txt"]))
+def test_brackets_quotes_and_commas_in_any_order_are_rows_or_an_error_of_ours(
+    folder: Path, content: str, name: str
+) -> None:
+    assert outcome(folder / name, content.encode(), "sequence_classification") in CODES
 
 
 turn = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant"]) | junk, "content": junk})

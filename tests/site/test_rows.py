@@ -12,7 +12,8 @@ from typing import Any
 
 import openpyxl
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence as Many, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Sequence as Many
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,9 +129,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("place", [0, 5, 11])
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_fault_in_a_list_of_lines_costs_that_row_and_is_named_by_line(
-    tmp_path: Path, fault: str, place: int
-) -> None:
+def test_a_fault_in_a_list_of_lines_costs_that_row_and_is_named_by_line(tmp_path: Path, fault: str, place: int) -> None:
     lines = [*map(json.dumps, ROWS)]
     (tmp_path / "a.json").write_text("[\n" + ",\n".join([*lines[:place], fault, *lines[place:]]) + "\n]\n")
     if place == 0 and fault == FAULTS["a bracket too many"]:
@@ -173,13 +172,11 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32",
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_a_table_is_read_in_any_encoding_and_with_any_delimiter(
-    tmp_path: Path, encoding: str, delimiter: str
-) -> None:
+def test_a_table_is_read_in_any_encoding_and_with_any_delimiter(tmp_path: Path, encoding: str, delimiter: str) -> None:
     """Nothing is set in the site file: both are guessed, and the guess is told."""
     (tmp_path / "a.csv").write_bytes(table(delimiter).encode(encoding))
     found = how_to_read(tmp_path / "a.csv", DataSource(train="a.csv"), "train")
-    assert list(row for _, row in rows(found)) == ROWS
+    assert [row for _, row in rows(found)] == ROWS
     assert str(found) == (
         f"csv, encoding {encoding.removesuffix('-sig')}, delimiter {delimiter!r} (guessed: encoding, delimiter)"
     )
@@ -229,9 +226,7 @@ def test_what_excel_leaves_below_a_table_is_no_row(tmp_path: Path) -> None:
 
 def test_a_table_of_one_column_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nno, comma; or | divides this\nnor, this\nend\n")
-    assert read(tmp_path / "a.csv") == [
-        {"text": text} for text in ("no, comma; or | divides this", "nor, this", "end")
-    ]
+    assert read(tmp_path / "a.csv") == [{"text": text} for text in ("no, comma; or | divides this", "nor, this", "end")]
 
 
 SENTENCE = {"tokens": ["Frau", "O'Neil", ",", "#", "5"], "labels": ["O", "B-PER", "O", "O", "B-NUM"]}
@@ -303,9 +298,8 @@ def test_numbers_of_classes_are_read_as_their_names(tmp_path: Path) -> None:
     TAGGED.save_to_disk(tmp_path / "saved")
     TAGGED.to_parquet(tmp_path / "a.parquet")
     DatasetDict({"train": TAGGED, "test": TAGGED}).save_to_disk(tmp_path / "splits")
-    texts = Dataset.from_dict(
-        {"text": ["a", "b"], "label": [1, -1]}, features=Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
-    )
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["x", "y"])})
+    texts = Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=kinds)
     texts.save_to_disk(tmp_path / "texts")
     assert read(tmp_path / "saved") == read(tmp_path / "a.parquet") == read(tmp_path / "splits") == NAMED
     assert read(tmp_path / "splits" / "test") == NAMED

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 
 from ..site_config import AUTO
 from ..tasks import BadRow
@@ -122,10 +122,8 @@ def _fits(ending: str, head: str) -> bool:
 
 def _rows(reading: Reading) -> Iterator[Row]:
     numbered = enumerate(lines(reading.file, reading.encoding), start=1)
-    start = next(numbered, None)
-    if start and not _SEP.match(start[1]):
-        numbered = chain([start], numbered)
-    records = _records(numbered, reading.delimiter or ",")
+    first = [entry for entry in islice(numbered, 1) if not _SEP.match(entry[1])]
+    records = _records(chain(first, numbered), reading.delimiter or ",")
     line, header = next(records, (0, []))
     if isinstance(header, BadRow):
         raise ValueError(f"its header, in line {line}: {header}")

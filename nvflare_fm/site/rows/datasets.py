@@ -32,15 +32,14 @@ def _rows(reading: Reading) -> Iterator[Row]:
     if reading.split not in found:
         raise ValueError(f"no file is named after the split {reading.split!r}, only after {sorted(found)}")
     several = (rows(how_to_read(file, DataSource(train=str(file)), reading.split)) for file in found[reading.split])
-    for number, row in enumerate((row for each in several for _, row in each), start=1):
-        yield number, row
+    yield from enumerate((row for each in several for _, row in each), start=1)
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """The files of each split; of "train" alone, where none is named after a split."""
     endings = {ending for name in registry for ending in registry[name].endings}
     found: dict[str, list[Path]] = {}
-    plain = []
+    plain: list[Path] = []
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         if file.is_file() and ending_of(file) in endings and not any(map(_ABOUT.fullmatch, parts)):
@@ -62,7 +61,7 @@ def _saved(reading: Reading) -> Iterator[Row]:
     saved = load_from_disk(str(reading.file))
     if isinstance(saved, DatasetDict):
         if reading.split not in saved:
-            raise ValueError(f"no split {reading.split!r} among {sorted(saved)}; name the sub-folder of the one to read")
+            raise ValueError(f"no split {reading.split!r} among {sorted(saved)}; name the sub-folder of one of them")
         saved = saved[reading.split]
     saved.data.validate(full=True)  # it is mapped: an offset that points elsewhere would end the process
     name = named(saved.features.arrow_schema)

@@ -1,7 +1,7 @@
 """Workbooks of Excel (.xlsx), read by openpyxl: a sheet whose first row is the header, values as they were saved.
 
-No formula is computed, no link followed and no macro run. A workbook is a zip file of XML: what it unpacks to is bounded
-before anything of it is read, and entities in it are refused (defusedxml).
+No formula is computed, no link followed and no macro run. A workbook is a zip file of XML: how much it unpacks to is
+checked before any of it is read, and entities in it are refused (defusedxml).
 """
 
 import zipfile

@@ -182,7 +182,7 @@ def _in_object(reading: Reading) -> Iterator[Row]:
 
 def _outline(scanner: _Scanner) -> tuple[dict[str, str], bool]:
     """An object's members, each with the characters it begins with; and whether nothing follows the object."""
-    members = {}
+    members: dict[str, str] = {}
     scanner.peek()
     scanner.advance()
     while scanner.peek() not in ("}", ""):
@@ -224,8 +224,8 @@ def _value(scanner: _Scanner, encoding: str) -> Iterator[Row]:
     """The row that comes next; where it is no JSON, it and those in which it seems to end."""
     scanner.peek()
     line, length = scanner.line, scanner.length()
-    row = BadRow(f"the row is longer than {ROW_LIMIT} characters") if length is None else None
-    row = row or parse(scanner.next(length), encoding)
+    too_long = BadRow(f"the row is longer than {ROW_LIMIT} characters")
+    row = too_long if length is None else parse(scanner.next(length), encoding)
     parts = _parts(scanner.next(length), scanner.indent) if isinstance(row, BadRow) else []
     if len(parts) > 1:
         for part in parts[:-1]:  # the last may go on

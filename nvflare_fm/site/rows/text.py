@@ -49,7 +49,7 @@ codecs.register_error("nvflare_fm_wrong", _mark_wrong)
 class _Unpacked(io.RawIOBase):
     """What a packed file holds, up to a limit."""
 
-    def __init__(self, packed: IO[bytes], limit: int) -> None:
+    def __init__(self, packed: gzip.GzipFile, limit: int) -> None:
         self._packed, self._limit, self._left = packed, limit, limit
 
     def readable(self) -> bool:
