@@ -74,6 +74,7 @@ def _hashed(site: SiteConfig, alias: str) -> Finding | str:
 
 def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     from .base_model import locate
+    from .rows import how_to_read
     from .shapes import shapes
     from .worker import Worker
 
@@ -85,11 +86,14 @@ def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     here = {"min_update_rows": 1, "counts": ("examples", "bad_rows")}  # what is told here stays here
     site = site.model_copy(update={"privacy": site.privacy.model_copy(update=here)})
     report = Worker("this site", site).train(RoundTask(trial)).report
+    source = site.data_set(plan.data)
+    reading = how_to_read(Path(source.train), source, "train")
     bad = f", {report.bad_rows} rows that cannot be used" if report.bad_rows else ""
     few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
     base, _ = shapes(locate(site.model(plan.model)), plan)
     beside = "".join(f"; {remark}" for remark in remarks(base, plan))
+    told = f"read as {reading}{few}{beside}"
     return (
         f"{report.examples} rows to train on{bad}; {report.seconds / STEPS:.2f} s a step of "
-        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}{beside}"
+        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}; {told}"
     )

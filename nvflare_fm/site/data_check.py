@@ -137,7 +137,7 @@ def _try(
     plan = RoundPlan.read(asked | {"max_length": max_length if tokenizer else LENGTH}, "nvflare-fm data check")
     whole = plan.model_copy(update={"max_length": LENGTH})
     inspection.unit = "tokens" if tokenizer else "characters"
-    words = tokenizer or _words()
+    words = tokenizer or word_tokenizer()
     for line, row in rows(inspection.reading):
         try:
             if isinstance(row, BadRow):
@@ -199,7 +199,7 @@ def block(inspection: Inspection, source: DataSource) -> str:
     return yaml.safe_dump({"data": {"notes": said}}, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def _words() -> PreTrainedTokenizerBase:
+def word_tokenizer() -> PreTrainedTokenizerBase:
     """A stand-in that any base model's tokenizer could take the place of: a token for each word."""
     tokenizer = Tokenizer(models.WordLevel({"word": 0}, unk_token="word"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
