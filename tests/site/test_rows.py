@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import pyarrow.csv
+import pyarrow.json
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Sequence as Many
@@ -198,6 +200,22 @@ def test_what_is_no_encoding_of_texts_and_no_delimiter_is_refused(wrong: dict[st
     with pytest.raises(ConfigError) as caught:
         DataSource.read({"train": "a.csv", **wrong}, "test")
     assert caught.value.code == "wrong_setting"
+
+
+def test_other_readers_give_nothing_of_a_file_with_one_bad_row(tmp_path: Path) -> None:
+    """Why JSON and CSV are read line by line here. Where this fails, pyarrow has learnt it."""
+    records = [{"text": f"note {i}", "label": "ab"[i % 2]} for i in range(10_000)]
+    lines = [json.dumps(row) for row in records]
+    for name, content in {
+        "a.jsonl": [*lines[:5000], lines[5000][:20], *lines[5001:]],
+        "fields.csv": [*table(",", records).splitlines()[:-1], "a,b,c"],
+        "quote.csv": [*table(",", records).splitlines()[:-1], '"a,b'],
+    }.items():
+        (tmp_path / name).write_text("\n".join(content) + "\n")
+        reader = pyarrow.csv.read_csv if name.endswith("csv") else pyarrow.json.read_json
+        with pytest.raises(pyarrow.ArrowInvalid):
+            reader(tmp_path / name)
+        assert [isinstance(row, str) for row in read(tmp_path / name)].count(True) == 1
 
 
 @given(text=st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"])))

@@ -96,8 +96,8 @@ def how_to_read(file: Path, source: DataSource, split: str) -> Reading:
             candidates = [source.format]
         if not candidates:
             raise DataError(
-                "a data file's ending says nothing known; set its format in the site file",
-                str(file),
+                "a data file's ending says nothing known; save it in another format, or set format in the site file",
+                f"{file}; known endings: {' '.join(sorted({e for name in registry for e in registry[name].endings}))}",
                 code="data_format_unknown",
             )
         if not registry[candidates[0]].is_text:
@@ -117,7 +117,7 @@ def _of_text(given: Reading, ending: str, candidates: list[str]) -> Reading:
         found = [name for name in candidates if registry[name].fits(ending, head)]
         if not found:
             raise DataError(
-                "a data file's ending and content fit no known format; set its format in the site file",
+                "a data file's ending and content fit no known format; set format in the site file",
                 str(given.file),
                 code="data_format_unknown",
             )
