@@ -150,6 +150,22 @@ def test_a_fault_in_an_indented_list_costs_its_row(tmp_path: Path, missing: str,
     assert len(read(tmp_path / "a.json")) == len(ROWS)
 
 
+def test_a_fault_in_an_object_of_objects_costs_its_row(tmp_path: Path) -> None:
+    text = json.dumps({str(i): row for i, row in enumerate(ROWS)}, indent=1)
+    (tmp_path / "a.json").write_text(text.replace('"plain"', '"plain', 1))  # a string ends with its line
+    assert [row if isinstance(row, str) else "" for row in read(tmp_path / "a.json")] == [
+        *([""] * 3),
+        "the line is not JSON",
+        *([""] * 8),
+    ]
+
+
+def test_a_line_that_is_too_long_is_no_row_even_where_its_beginning_is_one(tmp_path: Path) -> None:
+    lines = [json.dumps(ROWS[0]), json.dumps(ROWS[1]) + " " * ROW_LIMIT, json.dumps(ROWS[2])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read(tmp_path / "a.jsonl") == [ROWS[0], f"the line is longer than {ROW_LIMIT} characters", ROWS[2]]
+
+
 @pytest.mark.parametrize(
     ("text", "line"),
     [
