@@ -439,8 +439,8 @@ BUGS = [
     ),
     Bug(
         "site/tasks/token_classification.py",
-        'tokenizer(" ".join(words), truncation',
-        'tokenizer("".join(words), truncation',
+        '" ".join(words), plan.max_length',
+        '"".join(words), plan.max_length',
         "site/test_tasks",
     ),
     Bug(

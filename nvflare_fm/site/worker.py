@@ -193,7 +193,7 @@ class Worker:
         if len(set(to_train)) < privacy.min_examples:
             raise few_examples(privacy)
         chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
-        count = data.measured(len(found.validation), plan.evaluation.max_examples, privacy.min_metric_rows)
+        count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
         withheld = ("metrics to none: too few rows to measure on",) if measures and not enough else ()
