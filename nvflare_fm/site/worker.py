@@ -123,6 +123,15 @@ class Worker:
         with training.memory_explained(job.plan), job.base.lent(), self._within_time() as stop:
             return self._measure(job, task, stop)
 
+    def rows(self, plan: RoundPlan) -> SiteData:
+        """The site's rows under the plan's alias as token ids, read once. They are for the site's own eyes.
+
+        Raises:
+            FmError: the site does not offer the data or the model, or they cannot be used.
+        """
+        source = self.config.model(plan.model)
+        return self._tokenized(plan, tasks[plan.task], source, base_model.locate(source))
+
     def submit(self) -> tuple[Adapter, Manifest]:
         """The adapter this site trained last, whole: frozen directions included.
 

@@ -220,7 +220,9 @@ NO_TOOLS_SAY = chats.HERMES.replace("<tool_response>{{ m.content }}</tool_respon
         (chats.CHATML, CALLED, "a tool call"),
         (FIRST_CALL, [CALLED[0], CALLED[1] | {"tool_calls": [CALL, CALL]}], "a tool call"),
         (CALL_ALONE, [CALLED[0], CALLED[1] | {"content": "I look"}], "a part of the text"),
+        (CALL_ALONE, [*turns("I look"), CALLED[1] | {"content": "I look"}], "a part of the text"),
         (chats.R1, turns("hi", "<think>a</think>b"), "a part of the text"),
+        (chats.R1, turns("hi", f"<think>{'a' * 99}</think>b"), "a part of the text"),
         (chats.CHATML, [CALLED[0], CALLED[3] | {"reasoning_content": "so"}], "the reasoning"),
         (NO_TOOLS_SAY, CALLED, "another than user"),
     ],
@@ -288,6 +290,9 @@ def test_answers_behind_max_length_are_counted() -> None:
         assert (short.cut.rows, short.cut.tokens, short.cut.answers) == (1, 4, 1)
         first = encode(said, TOKENIZERS[name], max_length=len(learned(whole)[1][1]))
         assert (len(first.examples), first.cut.answers) == (1, 1)
+    plain = {"prompt": "how is he", "completion": " ill"}
+    count = len(encode(plain).examples[0]["input_ids"])
+    assert encode(plain, max_length=count - 1).cut == Cut(rows=1, tokens=1, answers=1)  # its end is not learned
 
 
 @given(length=st.integers(8, 60), name=st.sampled_from(sorted(TOKENIZERS)))

@@ -107,8 +107,8 @@ def test_the_sites_log_names_the_plans_nearest_label_and_no_value(
     assert found.bad_rows == 2
     assert "2 rows: a label is taken as the plan's 'age_limit'" in caplog.text
     assert "1 rows: the number 2 is taken as the place of the plan's label 'no-show'" in caplog.text
-    assert "line 4: 'label' is not among the plan's labels (the nearest is 'Refund')" in caplog.text
-    assert "line 5: 'label' is not among the plan's labels (in all" in caplog.text
+    assert "line 4: 'label' is not among the plan's labels (the nearest is 'Refund'; mend" in caplog.text
+    assert "line 5: 'label' is not among the plan's labels (mend" in caplog.text
     assert not any(value in caplog.text for value in ("Age Limit", "Refnud", "Xyzzyx"))
     with pytest.raises(DataError) as caught:
         load(tmp_path / "a.jsonl")

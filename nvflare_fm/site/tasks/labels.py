@@ -29,7 +29,7 @@ def find(label: Any, labels: tuple[str, ...]) -> tuple[int, str]:
     text, (places, folded, numbered) = str(label), _known(labels)
     if text in places:
         return places[text], ""
-    whole = None if isinstance(label, bool) else _WHOLE.fullmatch(text)
+    whole = _WHOLE.fullmatch(text)
     if whole and not numbered:
         return _by_place(int(whole[1]), labels)
     if not whole and _FRACTION.fullmatch(text):
@@ -90,7 +90,8 @@ def _folded(text: str) -> str:
 
 
 def _nearest(text: str, labels: tuple[str, ...]) -> str:
-    """Which of the plan's labels is spelled most like `text`, for the site's own log."""
+    """Which of the plan's labels is spelled most like `text`, and what to do, for the site's own log."""
     by_fold = {_folded(label): label for label in labels}
     alike = get_close_matches(_folded(text)[:_LONGEST], by_fold, n=1)
-    return f"the nearest is {by_fold[alike[0]]!r}" if alike else ""
+    meant = f"the nearest is {by_fold[alike[0]]!r}; " if alike else ""
+    return f"{meant}mend it, or say under labels in fm_site.yaml which of the plan's it stands for"
