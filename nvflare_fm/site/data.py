@@ -246,6 +246,6 @@ def _tell_taken(where: str, found: _File, max_length: int) -> None:
         level = logging.WARNING if matters else logging.INFO
         log.log(level, "%s: %s; texts are cut at max_length = %d tokens", where, cut, max_length)
     for remark, count in found.remarks.most_common(_SHOWN):
-        log.info("%s: %d rows: %s", where, count, remark)
+        log.warning("%s: %d rows: %s", where, count, remark)
     if len(found.remarks) > _SHOWN:
-        log.info("%s: and so for %d more labels", where, len(found.remarks) - _SHOWN)
+        log.warning("%s: and so for %d more labels", where, len(found.remarks) - _SHOWN)

@@ -295,6 +295,15 @@ def test_answers_behind_max_length_are_counted() -> None:
     assert encode(plain, max_length=count - 1).cut == Cut(rows=1, tokens=1, answers=1)  # its end is not learned
 
 
+def test_prompts_that_would_take_too_long_to_tokenize_are_a_bad_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvflare_fm.site.tasks.causal_lm._PROMPTS", 200)
+    for name in ("ChatML", "Qwen 3"):
+        assert encode({"messages": turns("hi", "a", "why", "b")}, TOKENIZERS[name]).cut == Cut()
+        with pytest.raises(BadRow, match="longer than 200 characters"):
+            encode({"messages": turns("hi", "a" * 99, "why", "b")}, TOKENIZERS[name])
+    assert encode({"messages": turns("hi", "a" * 99, "why", "b")}, CHATML, 30).cut.answers == 2
+
+
 @given(length=st.integers(8, 60), name=st.sampled_from(sorted(TOKENIZERS)))
 def test_at_every_length_an_answer_is_learned_whole_or_counted(length: int, name: str) -> None:
     said, tokenizer = {"messages": turns("hi", "one two", "why", "three", "so", "four")}, TOKENIZERS[name]

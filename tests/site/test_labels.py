@@ -102,7 +102,7 @@ def test_the_sites_log_names_the_plans_nearest_label_and_no_value(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"text": "a", "label": label} for label in ("Age Limit ", "Age Limit ", "Refund", "Refnud", "Xyzzyx", "2")]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         found = load(tiny.jsonl(tmp_path / "a.jsonl", rows), max_bad_rows=0.5)
     assert found.bad_rows == 2
     assert "2 rows: a label is taken as the plan's 'age_limit'" in caplog.text

@@ -17,11 +17,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
+from ...files import MIB
 from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, registry, text_of
 from .chat_template import Rendering, Span
 from .conversations import alpaca_prompt, conversation, is_plain_alpaca
 
 Tokens = tuple[list[int], list[Span]]  # ids, and the characters that each stands for
+_PROMPTS = 16 * MIB  # characters of a conversation's prompts together: each is tokenized by itself
 
 
 class CausalLM(Task):
@@ -103,13 +105,17 @@ def _chats(
     if not said.rewrites:
         tokens = _tokens(said.text, tokenizer, add_special_tokens=False)
         seen = max((stop for _, stop in tokens[1][:max_length]), default=0)
-        if all(_is_prompted(said.text, start, tokens[0], tokenizer) for start, _ in said.answers if start < seen):
+        starts = [start for start, _ in said.answers if start < seen]
+        _check_prompts(sum(starts))
+        if all(_is_prompted(said.text, start, tokens[0], tokenizer) for start in starts):
             yield said.text, said.answers, tokens
             return
-    too_long = math.inf  # characters of a prompt; to tokenize more than that for each answer would take too long
+    too_long, characters = math.inf, 0
     for text, (start, stop) in said.turns():
         if start >= too_long:
             continue
+        characters += start
+        _check_prompts(characters)
         tokens = _tokens(text, tokenizer, add_special_tokens=False)
         if not _is_prompted(text, start, tokens[0], tokenizer):
             prompt = _tokens(text[:start], tokenizer, add_special_tokens=False)
@@ -118,6 +124,11 @@ def _chats(
         if sum(end <= start for _, end in tokens[1]) >= max_length:
             too_long = start
         yield text, [(start, stop)], tokens
+
+
+def _check_prompts(characters: int) -> None:
+    if characters > _PROMPTS:
+        raise BadRow(f"what precedes the answers of the conversation is longer than {_PROMPTS} characters together")
 
 
 def _is_prompted(text: str, start: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:

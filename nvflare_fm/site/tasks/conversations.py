@@ -173,7 +173,7 @@ def _text(content: Any) -> str:
         raise BadRow("a message lacks a 'content' text")
     if not all(isinstance(part, Mapping) for part in content):
         raise BadRow("a message's 'content' is neither a text nor a list of parts")
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    texts = [part.get("text") for part in content if part.get("type") in ("text", "input_text", "output_text")]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
         raise BadRow("a message has a part that is no text, such as an image; only texts are learned from")
     return "\n".join(str(text) for text in texts)
