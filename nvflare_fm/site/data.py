@@ -23,7 +23,7 @@ from ..config import RoundPlan
 from ..errors import DataError
 from .rows import ROWS_LIMIT, rows
 from .site_config import DataSource, held_in
-from .tasks import BadRow, Cut, Task
+from .tasks import BadRow, Cut, Task, counted
 
 log = logging.getLogger(__name__)
 Examples = tuple[dict[str, Any], ...]  # of one row
@@ -102,7 +102,7 @@ def _site_data(train: list[Examples], validation: list[Examples], files: list["_
         tuple(number for number, row in enumerate(validation) for _ in row),
         sum(file.bad.count for file in files),
         sum((file.cut for file in files), Cut()),
-        tuple(f"{count} rows: {remark}" for remark, count in remarks.most_common()),
+        tuple(f"{counted(count, 'row', 'rows')}: {remark}" for remark, count in remarks.most_common()),
     )
 
 
@@ -232,7 +232,8 @@ def _report(where: str, found: _File, absent: list[str], limit: float, max_lengt
         raise DataError(f"{where}: {reason}", local, code=bad.codes[reason])
     raise DataError(
         f"{where} has more rows that cannot be used for this task and these labels than the site's max_bad_rows "
-        "allows; the site's log lists them: mend them, or raise max_bad_rows if that is as it should be",
+        "allows; the site's log lists them: mend them, say under labels in the site file what the file's own labels "
+        "stand for, or raise max_bad_rows if that is as it should be",
         local,
         code="bad_rows",
     )
@@ -246,6 +247,6 @@ def _tell_taken(where: str, found: _File, max_length: int) -> None:
         level = logging.WARNING if matters else logging.INFO
         log.log(level, "%s: %s; texts are cut at max_length = %d tokens", where, cut, max_length)
     for remark, count in found.remarks.most_common(_SHOWN):
-        log.warning("%s: %d rows: %s", where, count, remark)
+        log.warning("%s: %s: %s", where, counted(count, "row", "rows"), remark)
     if len(found.remarks) > _SHOWN:
         log.warning("%s: and so for %d more labels", where, len(found.remarks) - _SHOWN)

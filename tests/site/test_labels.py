@@ -26,8 +26,7 @@ def load(file: Path, task: str = "sequence_classification", labels: tuple[str, .
 
 @given(labels=st.lists(st.text(max_size=6).filter(str.strip), min_size=2, max_size=5, unique=True))
 def test_each_of_the_plans_labels_is_itself_whatever_it_looks_like(labels: list[str]) -> None:
-    taken = [label for label in labels if not (label.startswith("[") and label.endswith("]"))]
-    assert [find(label, tuple(labels)) for label in taken] == [(labels.index(label), "") for label in taken]
+    assert [find(label, tuple(labels)) for label in labels] == [(place, "") for place in range(len(labels))]
 
 
 @pytest.mark.parametrize("label", ["Age Limit ", " AGE-LIMIT", "age  limit", "age_limit\t", "Age_Limit"])
@@ -106,9 +105,9 @@ def test_the_sites_log_names_the_plans_nearest_label_and_no_value(
         found = load(tiny.jsonl(tmp_path / "a.jsonl", rows), max_bad_rows=0.5)
     assert found.bad_rows == 2
     assert "2 rows: a label is taken as the plan's 'age_limit'" in caplog.text
-    assert "1 rows: the number 2 is taken as the place of the plan's label 'no-show'" in caplog.text
-    assert "line 4: 'label' is not among the plan's labels (the nearest is 'Refund'; mend" in caplog.text
-    assert "line 5: 'label' is not among the plan's labels (mend" in caplog.text
+    assert "1 row: the number 2 is taken as the place of the plan's label 'no-show'" in caplog.text
+    assert "line 4: 'label' is not among the plan's labels (the nearest is 'Refund')" in caplog.text
+    assert "line 5: 'label' is not among the plan's labels (in all" in caplog.text
     assert not any(value in caplog.text for value in ("Age Limit", "Refnud", "Xyzzyx"))
     with pytest.raises(DataError) as caught:
         load(tmp_path / "a.jsonl")
@@ -180,7 +179,7 @@ def test_a_text_that_is_cut_is_counted_at_the_site_and_told_in_its_log(
     assert (found.cut.rows, found.cut.tokens, found.cut.answers, found.cut.entities) == (1, tokens - 48, 0, 0)
     (told,) = [record for record in caplog.records if "cut" in record.message]
     assert told.levelno == logging.INFO
-    assert f"1 rows are cut: {tokens - 48} tokens" in told.message
+    assert f"1 row is cut: {tokens - 48} tokens" in told.message
     with caplog.at_level(logging.INFO):
         load(tiny.jsonl(tmp_path / "a.jsonl", rows[:3]))
     assert caplog.records[-1].levelno == logging.WARNING

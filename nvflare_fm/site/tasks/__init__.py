@@ -19,6 +19,11 @@ IGNORED = -100  # the label of a position that is not learned, by PyTorch's conv
 Columns = Mapping[str, Tensor]
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A count with its word."""
+    return f"{count} {one if count == 1 else many}"
+
+
 class BadRow(Exception):
     """A row that cannot be trained on.
 
@@ -51,9 +56,10 @@ class Cut:
         )
 
     def __str__(self) -> str:
-        lost = {"tokens": self.tokens, "answers": self.answers, "entities": self.entities}
-        what = ", ".join(f"{count} {name}" for name, count in lost.items() if count)
-        return f"{self.rows} rows are cut: {what} are not learned or not whole" if self.rows else "no row is cut"
+        lost = [(self.tokens, "token", "tokens"), (self.answers, "answer", "answers"),
+                (self.entities, "entity", "entities")]  # fmt: skip
+        what = ", ".join(counted(*each) for each in lost if each[0])
+        return f"{counted(self.rows, 'row is', 'rows are')} cut: {what} not learned or not whole"
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ def find(label: Any, labels: tuple[str, ...]) -> tuple[int, str]:
     Raises:
         BadRow: it is none of them, or it is a list or a number with a fraction, which are for other tasks.
     """
+    places, folded, numbered = _known(labels)
+    if isinstance(label, str) and label in places:
+        return places[label], ""
     _check_kind(label)
-    text, (places, folded, numbered) = str(label), _known(labels)
+    text = str(label)
     if text in places:
         return places[text], ""
     whole = _WHOLE.fullmatch(text)
@@ -90,8 +93,7 @@ def _folded(text: str) -> str:
 
 
 def _nearest(text: str, labels: tuple[str, ...]) -> str:
-    """Which of the plan's labels is spelled most like `text`, and what to do, for the site's own log."""
+    """Which of the plan's labels is spelled most like `text`, for the site's own log."""
     by_fold = {_folded(label): label for label in labels}
     alike = get_close_matches(_folded(text)[:_LONGEST], by_fold, n=1)
-    meant = f"the nearest is {by_fold[alike[0]]!r}; " if alike else ""
-    return f"{meant}mend it, or say under labels in fm_site.yaml which of the plan's it stands for"
+    return f"the nearest is {by_fold[alike[0]]!r}" if alike else ""
