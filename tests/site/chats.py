@@ -29,6 +29,14 @@ MISTRAL = (
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
+MISTRAL_3 = MISTRAL.replace(  # a system message stands before the last question, and nowhere once that is answered
+    "{% for m in messages %}", "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}"
+).replace("[INST] ", "[INST] {{ system if loop.last }}")  # fmt: skip
+PHI_3 = (  # what is no prompt ends
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<end>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
 QWEN_3 = (  # what was thought in earlier turns is left out, and a last answer without a thought gets an empty one
     "{% set ns = namespace(asked=-1) %}"
     "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
@@ -60,6 +68,7 @@ BY_EOS = {  # template, the end token of the model it belongs to
     "Llama 3": (LLAMA_3, "<|eot_id|>"),
     "Gemma": (GEMMA, "</s>"),
     "Mistral": (MISTRAL, "</s>"),
+    "Phi 3": (PHI_3, "</s>"),
     "Qwen 3": (QWEN_3, "<|im_end|>"),
     "Qwen 3, thinking": (THINKING, "<|im_end|>"),
     "Hermes": (HERMES, "<|im_end|>"),

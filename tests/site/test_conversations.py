@@ -87,7 +87,7 @@ def test_where_earlier_turns_stay_as_they_were_a_conversation_is_one_example() -
     row = {"messages": turns("hi", "a", "why", "b", "so", "c")}
     counts = {name: len(encode(row, tokenizer).examples) for name, tokenizer in TOKENIZERS.items()}
     assert [counts[name] for name in ("ChatML", "Hermes", "Gemma", "Mistral")] == [1, 1, 1, 1]
-    assert [counts[name] for name in ("Qwen 3", "Qwen 3, thinking")] == [3, 3]
+    assert [counts[name] for name in ("Qwen 3", "Qwen 3, thinking", "Phi 3")] == [3, 3, 3]
     assert counts["Llama 3"] == 3  # this tokenizer, unlike Llama 3's, cuts two line ends otherwise where a text follows
 
 
@@ -278,6 +278,13 @@ def test_a_template_that_refuses_a_conversation_says_so_without_repeating_it(nam
         with pytest.raises(BadRow, match="refuses this conversation") as caught:
             encode({"messages": messages}, TOKENIZERS[name])
         assert SECRET not in str(caught.value)
+
+
+def test_a_system_message_that_a_template_moves_is_told_of() -> None:
+    mistral = chats.tokenizer(chats.MISTRAL_3, "</s>")
+    assert texts(encode({"messages": turns("hi", "a", "why", "b")}, mistral), mistral) == [" a</s>", " b</s>"]
+    with pytest.raises(BadRow, match="join a system message to what the user says"):
+        encode({"messages": turns("hi", "a", system=SECRET)}, mistral)
 
 
 def test_answers_behind_max_length_are_counted() -> None:

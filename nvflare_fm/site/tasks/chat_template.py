@@ -59,7 +59,8 @@ class Rendering:
             if not after.startswith(before):
                 raise BadRow(
                     "the base model's chat template does not put an answer where its own prompt for one ends, so no "
-                    "text shows the model what it will see; use a template that does"
+                    "text shows the model what it will see; join a system message to what the user says, or offer a "
+                    "model with another template"
                 )
             self._check_parts(i, after, len(before))
             yield after, (len(before), len(after))
