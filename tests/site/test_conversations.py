@@ -124,6 +124,10 @@ SAME: dict[str, dict[str, Any]] = {
                      for m in turns("hi", "yes", "why", "so", system="be kind")],
         "tools": None,
     },
+    "Anthropic's system": {"system": "be kind", "messages": turns("hi", "yes", "why", "so")},
+    "both kinds of names in a table": {"conversations": [
+        m | {"from": None, "value": None} for m in turns("hi", "yes", "why", "so", system="be kind")
+    ]},
     "ShareGPT": {"conversations": [
         {"from": "system", "value": "be kind"}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"},
         {"from": "human", "value": "why"}, {"from": "gpt", "value": "so"},
@@ -156,7 +160,7 @@ def test_alpacas_input_is_never_lost() -> None:
     assert "### Instruction:\nname it\n\n### Input:\na red fruit\n\n### Response:\napple" in text
     assert texts(encode(row, plain), plain) == ["apple<|im_end|>"]
     assert "Input" not in plain.decode(encode(row | {"input": " "}, plain).examples[0]["input_ids"])
-    for lost in ({"system": "be kind"}, {"history": [["a", "b"]]}):
+    for lost in ({"system": "be kind"}, {"history": [["a", "b"]]}, {"tools": TOOLS}):
         with pytest.raises(BadRow, match="no chat template"):
             encode(row | lost, plain)
 
@@ -197,6 +201,8 @@ def test_a_tool_call_is_learned_with_its_arguments_as_values() -> None:
     spread = {"type": "function", "function": {"name": "look", "arguments": {"at": "lungs", "of": None}}}
     by_value = [CALLED[0], CALLED[1] | {"tool_calls": [spread]}, *CALLED[2:]]
     assert encode({"messages": by_value, "tools": TOOLS}, hermes) == found
+    function = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    assert encode({"messages": [CALLED[0], function, *CALLED[2:]], "tools": TOOLS}, hermes).examples == found.examples
     glaive = {
         "tools": json.dumps(TOOLS),
         "conversations": [
@@ -224,6 +230,8 @@ NO_TOOLS_SAY = chats.HERMES.replace("<tool_response>{{ m.content }}</tool_respon
         (chats.R1, turns("hi", "<think>a</think>b"), "a part of the text"),
         (chats.R1, turns("hi", f"<think>{'a' * 99}</think>b"), "a part of the text"),
         (chats.CHATML, [CALLED[0], CALLED[3] | {"reasoning_content": "so"}], "the reasoning"),
+        (chats.CHATML, [CALLED[0], CALLED[3] | {"reasoning": "so"}], "the reasoning"),
+        (chats.CHATML, [CALLED[0], CALLED[3] | {"function_call": CALL["function"]}], "a tool call"),
         (NO_TOOLS_SAY, CALLED, "another than user"),
     ],
 )

@@ -24,7 +24,10 @@ _ROLES = {
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
     "function_response": "tool", "function_call": "function_call",
 }  # fmt: skip
-_BESIDE = ("name", "tool_call_id", "reasoning_content", "thinking")  # texts that a template may take, too
+_BESIDE = {  # texts that a template may take, too, and what it calls them
+    "name": "name", "tool_call_id": "tool_call_id", "thinking": "thinking",
+    "reasoning": "reasoning_content", "reasoning_content": "reasoning_content",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,11 @@ def conversation(row: Mapping[str, Any]) -> Conversation | None:
     messages, learned = _SHAPES[column](row)
     if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in learned):
         raise BadRow(f"{column!r} has no assistant turn to learn from")
-    return Conversation(messages, tuple(learned), _tools(row.get("tools")))
+    system = _optional(row, "system")
+    if system and messages[0]["role"] == "system":
+        raise BadRow("'system' stands beside a conversation that has a system message of its own")
+    first = [{"role": "system", "content": system}] if system else []
+    return Conversation([*first, *messages], tuple(i + len(first) for i in learned), _tools(row.get("tools")))
 
 
 def alpaca_prompt(row: Mapping[str, Any]) -> str:
@@ -64,7 +71,7 @@ def alpaca_prompt(row: Mapping[str, Any]) -> str:
 
 def is_plain_alpaca(row: Mapping[str, Any]) -> bool:
     """Whether Alpaca's prompt says all that a row says: it has no shape but Alpaca's, and nothing said before."""
-    return _shape(row) == "output" and not row.get("system") and not row.get("history")
+    return _shape(row) == "output" and not any(row.get(column) for column in ("system", "history", "tools"))
 
 
 def _shape(row: Mapping[str, Any]) -> str | None:
@@ -89,11 +96,7 @@ def _openai(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
 
 
 def _sharegpt(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
-    messages, learned = _messages(row, "conversations")
-    system = _system(row)
-    if system and messages[0]["role"] == "system":
-        raise BadRow("'system' stands beside a conversation that has a system message of its own")
-    return [*system, *messages], [i + len(system) for i in learned]
+    return _messages(row, "conversations")
 
 
 def _prompted(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
@@ -116,8 +119,7 @@ def _alpaca(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
     said = [text for pair in history for text in pair]
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*said, asked, text_of(row, "output")])]
-    system = _system(row)
-    return [*system, *turns], list(range(len(system) + 1, len(system) + len(turns), 2))
+    return turns, list(range(1, len(turns), 2))
 
 
 _SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[list[Message], list[int]]]] = {
@@ -136,32 +138,31 @@ def _optional(row: Mapping[str, Any], column: str) -> str:
     return value if value and value.strip() else ""
 
 
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = _optional(row, "system")
-    return [{"role": "system", "content": text}] if text else []
-
-
 def _message(given: Mapping[str, Any]) -> Message:
     """One message with the keys that templates read; a value that a table left empty is as if it were not there."""
+    given = {name: value for name, value in given.items() if value is not None}
     role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
     if not isinstance(role, str) or not role:
         raise BadRow("a message lacks a 'role'")
-    if role not in _ROLES and given.get("role") is None:
-        raise BadRow("a message's 'from' is none of human, gpt, system, tool and the like")
-    if _ROLES.get(role) == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": [_call({"function": _object(content)})]}
-    message: Message = {"role": _ROLES[role] if given.get("role") is None else role}
-    calls = given.get("tool_calls") or []
+    if "role" not in given:
+        if role not in _ROLES:
+            raise BadRow("a message's 'from' is none of human, gpt, system, tool and the like")
+        role = _ROLES[role]
+    older = [{"function": given["function_call"]}] if "function_call" in given else []  # OpenAI's, before tool_calls
+    calls = given.get("tool_calls") or older
+    if role == "function_call":  # the value is the call
+        role, content, calls = "assistant", None, [{"function": _object(content)}]
+    message: Message = {"role": role}
     if calls and (not isinstance(calls, list) or len(calls) > _CALLS or role != "assistant"):
         raise BadRow(f"'tool_calls' is not an assistant's list of up to {_CALLS} calls")
     message["content"] = "" if content is None and calls else _text(content)
     if calls:
         message["tool_calls"] = [_call(call) for call in calls]
-    for name in _BESIDE:
-        if given.get(name) is not None:
-            if not isinstance(given[name], str):
-                raise BadRow(f"a message's {name!r} is not a text")
-            message[name] = given[name]
+    for theirs, name in _BESIDE.items():
+        if theirs in given:
+            if not isinstance(given[theirs], str):
+                raise BadRow(f"a message's {theirs!r} is not a text")
+            message[name] = given[theirs]
     return message
 
 
