@@ -17,7 +17,7 @@ from .untrusted import printable
 if TYPE_CHECKING:
     from .site.data_check import Column, Inspection
 
-_LABELS, _BAD, _COLUMNS = 100, 20, 40  # shown one by one
+_LABELS, _BAD, _COLUMNS, _REMARKS = 100, 20, 40, 10  # shown one by one
 data = typer.Typer(no_args_is_help=True, help="What a file of rows is, and what a task makes of it.")
 
 
@@ -102,22 +102,36 @@ def _show_labels(screen: Console, found: "Inspection", known: tuple[str, ...]) -
         return
     table = Table("label", "times", show_edge=False)
     for label, count in found.labels.most_common(_LABELS):
-        is_known = not known or label in known
-        add_row(table, (label if is_known else f"{label} (not among --labels)", count))
+        add_row(table, (label if not known or _is_known(label, known) else f"{label} (not among --labels)", count))
     screen.print(table)
     if len(found.labels) > _LABELS:
         screen.print(plain(f"and {len(found.labels) - _LABELS} more labels"))
 
 
+def _is_known(label: str, known: tuple[str, ...]) -> bool:
+    from .site.tasks import BadRow
+    from .site.tasks.labels import find
+
+    try:
+        find(label, known)
+    except BadRow:
+        return False
+    return True
+
+
 def _show_lengths(screen: Console, found: "Inspection", max_length: int) -> None:
+    from .site.tasks import counted
+
     if not found.lengths:
         return
     shortest, median, most, longest = (_quantile(found.lengths, part) for part in (0, 0.5, 0.95, 1))
     said = f"length in {found.unit}: shortest {shortest}, half up to {median}, 95 % up to {most}, longest {longest}"
     screen.print(plain(said))
     if found.unit == "tokens":
-        cut_rows, cut_tokens = found.cut(max_length)
-        screen.print(plain(f"cut behind max_length = {max_length}: {cut_tokens} tokens, of {cut_rows} rows"))
+        cut = str(found.cut) if found.cut.rows else "no row is cut"
+        screen.print(plain(f"{cut} (max_length = {max_length} tokens)"))
+    for remark, count in found.remarks.most_common(_REMARKS):
+        screen.print(plain(f"{counted(count, 'row', 'rows')}: {remark}"))
 
 
 def _quantile(lengths: Counter[int], part: float) -> int:

@@ -71,7 +71,7 @@ def test_a_model_and_labels_count_tokens_and_what_does_not_belong(tmp_path: Path
     assert done.exit_code == 1
     length = len(tiny.tokenizer()(long["text"])["input_ids"])
     assert f"longest {length}" in said
-    assert "cut behind max_length = 16" in said
+    assert "not learned or not whole (max_length = 16 tokens)" in said
     assert "well (not among --labels) │ 10" in said
     assert "21 rows can be used, 10 cannot" in said
 
@@ -79,7 +79,7 @@ def test_a_model_and_labels_count_tokens_and_what_does_not_belong(tmp_path: Path
 @pytest.mark.parametrize(
     ("rows", "task", "columns"),
     [
-        ([{"QUESTION": "a b", "Answer": "c"}], "causal_lm", {"prompt": "QUESTION", "completion": "Answer"}),
+        ([{"QUESTION": "a b", "Answer": "c"}], "causal_lm", {"instruction": "QUESTION", "output": "Answer"}),
         ([{"instruction": "a", "output": "c", "input": ""}], "causal_lm", {}),
         ([{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}], "causal_lm", {}),
         ([{"words": ["a"], "ner": ["O"]}, {"words": ["b"], "ner": ["X"]}], "token_classification",
@@ -97,7 +97,7 @@ def test_columns_are_proposed_where_a_task_reads_other_names(
     found = inspect(source, task)
     assert found.columns == columns
     assert found.is_proposed == bool(columns)
-    assert found.good == (0 if "b" in rows[0] or "output" in rows[0] else len(rows))
+    assert found.good == (0 if "b" in rows[0] else len(rows))
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -105,7 +105,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no task of that name": (["a.jsonl", "--task", "causal_ml"], 'did you mean "causal_lm"'),
     "a column that is not there": (
         ["a.jsonl", "--task", "causal_lm", "--column", "text=promt"],
-        "'promt', did you mean \"prompt\"? found: ['prompt', 'completion']",
+        "'promt', did you mean \"prompt\"? found: 'prompt', 'completion'",
     ),
     "half a column": (["a.jsonl", "--task", "causal_lm", "--column", "text"], "no_column"),
     "no encoding": (["a.jsonl", "--task", "causal_lm", "--encoding", "zip"], "wrong_setting"),

@@ -3,20 +3,23 @@
 import json
 import re
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any
 
 from ..errors import DataError
 from ..registry import nearest
+from .site_config import DataSource
 
 _MOST = 200  # names that are kept: rows of JSON may each have others
+_TOLD, _NAME = 40, 60  # those that are told, and characters of each
 NER_TAGS = "ner_tags"  # what Hugging Face data sets call the labels of words
 READ: dict[str, tuple[tuple[str, ...], ...]] = {  # by task: columns of which one group is enough
     "causal_lm": (
         ("messages",),
-        ("prompt", "completion"),
-        ("text",),
         ("conversations",),
+        ("prompt", "completion"),
         ("instruction", "output"),
+        ("text",),
     ),
     "sequence_classification": (("text", "label"),),
     "token_classification": (("tokens", "labels"),),
@@ -26,19 +29,34 @@ _OFTEN = {  # by column: what others call it
     "label": "category class intent target topic sentiment tag code department diagnosis final_decision section_header",
     "tokens": "words token form sentence",
     "labels": "ner_tags tags ner label ner_tag upos",
-    "prompt": "question instruction input dialogue source query context user article",
-    "completion": "answer response output target summary note section_text assistant highlights long_answer",
+    "instruction": "question prompt input dialogue source query user article",
+    "output": "answer response completion target summary note section_text assistant highlights long_answer",
 }
 
 
-def mapped(row: Mapping[str, Any], columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """A row under the names that tasks read.
+def names(found: Collection[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The name that tasks read → the name in the file.
 
     Args:
-        columns: the name that tasks read → the name in the file.
+        found: the names in the file.
+        columns: what the site file says under that name.
     """
-    labels = {"labels": row[NER_TAGS]} if NER_TAGS in row and "labels" not in row else {}
-    return {**labels, **row, **{ours: row.get(theirs) for ours, theirs in columns.items()}}
+    tags = {"labels": NER_TAGS} if NER_TAGS in found else {}
+    return {**tags, **{name: name for name in found}, **columns}
+
+
+def mapped(row: Mapping[str, Any], source: DataSource) -> Mapping[str, Any]:
+    """A row under the names of columns and labels that tasks and plans have."""
+    named = {ours: row.get(theirs) for ours, theirs in names(row, source.columns).items()}
+    if source.labels:
+        named["label"] = _label(named.get("label"), source.labels)
+        if isinstance(labels := named.get("labels"), list):
+            named["labels"] = [_label(label, source.labels) for label in labels]
+    return named
+
+
+def _label(label: Any, ours: Mapping[str, str]) -> Any:
+    return ours.get(str(label), label) if isinstance(label, str | int) else label
 
 
 class Found:
@@ -49,59 +67,58 @@ class Found:
 
     def add(self, row: Mapping[str, Any]) -> None:
         if len(self.names) < _MOST and not row.keys() <= self.names.keys():
-            self.names |= dict.fromkeys(list(row)[:_MOST])
+            self.names |= dict.fromkeys(islice(row, _MOST))
 
-    def check(self, columns: Mapping[str, str], task: str, where: str, is_used: bool) -> None:
+    def __str__(self) -> str:
+        return ", ".join(repr(name)[:_NAME] for name in islice(self.names, _TOLD))
+
+    def check_named(self, source: DataSource, where: str) -> None:
         """
         Args:
-            columns: as in `mapped`.
-            task: what the rows were read for.
             where: the data, in words that may leave the site.
-            is_used: some row could be used, so the task's columns are there.
         Raises:
-            DataError: a column is in no row. Its `local` part names it, the nearest and all those found.
+            DataError: a column that `source` names is in no row. Its `local` part has the nearest, and those found.
         """
-        if not self.names or len(self.names) >= _MOST:
-            return
-        found = list(self.names)
-        if absent := [theirs for theirs in columns.values() if theirs not in self.names]:
-            told = "; ".join(f"no column {name!r}, {nearest(name, found)}" for name in absent)
+        absent = [theirs for theirs in source.columns.values() if theirs not in self.names]
+        if absent and 0 < len(self.names) < _MOST:
+            told = "; ".join(f"no column {name!r}, {nearest(name, list(self.names))}" for name in absent)
             raise DataError(
                 f"{where}: no row has a column that the site file names under columns; the site's log has those found",
-                f"{where}: {told}found: {found}",
+                f"{where}: {told}found: {self}",
                 code="column_missing",
             )
-        if is_used or readable(task, mapped(self.names, columns)):
+
+    def check_read(self, source: DataSource, task: str, where: str) -> None:
+        """
+        Raises:
+            DataError: the file lacks columns that the task reads. Its `local` part proposes which to take for them.
+        """
+        if not 0 < len(self.names) < _MOST or readable(task, names(self.names, source.columns)):
             return
         wanted = " or ".join(" and ".join(map(repr, group)) for group in READ[task])
-        remedy = f"; perhaps: columns: {written(proposal)}" if (proposal := proposed(task, found)) else ""
+        proposal = json.dumps(proposed(task, self.names), ensure_ascii=False)
         raise DataError(
             f"{where} has not the columns that the task reads, {wanted}; the site file names others under columns",
-            f"{where}: found: {found}{remedy}",
+            f"{where}: found: {self}; perhaps: columns: {proposal}",
             code="column_missing",
         )
 
 
-def readable(task: str, names: Collection[str]) -> bool:
+def readable(task: str, known: Collection[str]) -> bool:
     """Whether columns of these names are enough for a task."""
-    return task not in READ or any(set(group) <= set(names) for group in READ[task])
+    return task not in READ or any(set(group) <= set(known) for group in READ[task])
 
 
-def proposed(task: str, names: Collection[str]) -> dict[str, str]:
+def proposed(task: str, found: Collection[str]) -> dict[str, str]:
     """What `columns` could say for a file whose columns have these names: nothing where it need not, or none fits."""
-    for group in () if readable(task, names) else READ[task]:
-        found = {ours: called(ours, names) for ours in group}
-        if all(found.values()):
-            return {ours: theirs for ours, theirs in found.items() if theirs and ours != theirs}
+    for group in () if readable(task, found) else READ[task]:
+        meant = {ours: called(ours, found) for ours in group}
+        if all(meant.values()):
+            return {ours: theirs for ours, theirs in meant.items() if ours != theirs}
     return {}
 
 
-def called(ours: str, names: Collection[str]) -> str:
+def called(ours: str, found: Collection[str]) -> str:
     """The name under which a file may have the column that a task calls `ours`; empty where none fits."""
-    folded = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(list(names))}
+    folded = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(list(found))}
     return next((folded[name] for name in (ours, *_OFTEN.get(ours, "").split()) if name in folded), "")
-
-
-def written(columns: Mapping[str, str]) -> str:
-    """As YAML has it, on one line."""
-    return json.dumps(dict(columns), ensure_ascii=False)

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import LABELS, LENGTH, RoundPlan
-from .columns import READ, Found, called, mapped, proposed, readable
+from .columns import READ, Found, called, mapped, names, proposed, readable
 from .rows import Reading, ending_of, how_to_read, registry, rows
 from .site_config import AUTO, DataSource
-from .tasks import BadRow
+from .tasks import BadRow, Cut
 from .tasks import registry as tasks
 
 _KEPT = 200  # columns, and bad rows, that are told one by one
@@ -59,7 +59,9 @@ class Inspection:
         is_proposed: `columns` is a guess, as the file does not have the names that the task reads.
         labels: those of the task, with how often each occurs.
         lengths: how many rows are so long, in `unit`.
+        cut: what is not learned because texts are longer than `max_length`; none without a tokenizer.
         bad: the first rows that cannot be used, by line, and why.
+        remarks: what was taken otherwise than written, with how many rows it was.
     """
 
     reading: Reading
@@ -71,17 +73,14 @@ class Inspection:
     labels: Counter[str] = field(default_factory=Counter)
     unit: str = "characters"
     lengths: Counter[int] = field(default_factory=Counter)
+    cut: Cut = field(default_factory=Cut)
     bad: list[tuple[int, str]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
 
     @property
     def good(self) -> int:
         return self.lengths.total()
-
-    def cut(self, max_length: int) -> tuple[int, int]:
-        """How many rows are longer than `max_length`, and by how much in all."""
-        beyond = {length - max_length: count for length, count in self.lengths.items() if length > max_length}
-        return sum(beyond.values()), sum(more * count for more, count in beyond.items())
 
 
 def inspect(
@@ -103,12 +102,12 @@ def inspect(
     tasks[task]
     reading = how_to_read(Path(source.train), source, "train")
     inspection = Inspection(reading, task, dict(source.columns))
-    names = Found()
+    found = Found()
     letters: dict[str, None] = {}
     for _, row in rows(reading):
         if isinstance(row, BadRow):
             continue
-        names.add(row)
+        found.add(row)
         for name, value in row.items():
             if name in inspection.found or len(inspection.found) < _KEPT:
                 inspection.found.setdefault(name, Column()).add(value)
@@ -116,54 +115,61 @@ def inspect(
             texts = (text for value in row.values() for text in _texts(value) if not text.isascii())
             letters |= dict.fromkeys(letter for text in texts for letter in text if letter > "\x7f")
     inspection.letters = "".join(sorted(letters)[:_LETTERS])
-    names.check(source.columns, task, str(reading.file.name), is_used=True)
-    if not readable(task, mapped(inspection.found, source.columns)):
+    found.check_named(source, reading.file.name)
+    if not readable(task, names(found.names, source.columns)):
         inspection.columns |= {**_by_content(task, inspection.found), **proposed(task, inspection.found)}
         inspection.is_proposed = inspection.columns != dict(source.columns)
-    _try(inspection, labels, tokenizer, max_length)
+    source = source.model_copy(update={"columns": inspection.columns})
+    if tasks[task].needs_labels:
+        inspection.labels = _labels(inspection)
+    _try(inspection, source, labels, tokenizer, max_length)
     return inspection
 
 
+def _labels(inspection: Inspection) -> Counter[str]:
+    ours = next((name for group in READ.get(inspection.task, ()) for name in group if name.startswith("label")), "")
+    column = inspection.found.get(names(inspection.found, inspection.columns).get(ours, ""))
+    return column.values if column else Counter()
+
+
 def _try(
-    inspection: Inspection, labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None, max_length: int
+    inspection: Inspection,
+    source: DataSource,
+    labels: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_length: int,
 ) -> None:
     """Encode every row as a job would."""
     task = tasks[inspection.task]
-    if task.needs_labels:
-        name = mapped({name: name for name in inspection.found}, inspection.columns).get(_label_of(inspection.task), "")
-        inspection.labels = inspection.found[name].values if name in inspection.found else Counter()
     known = labels or tuple(sorted(inspection.labels)[:LABELS])
     asked = {"task": inspection.task, "labels": known if task.needs_labels else ()}
     plan = RoundPlan.read(asked | {"max_length": max_length if tokenizer else LENGTH}, "nvflare-fm data check")
-    whole = plan.model_copy(update={"max_length": LENGTH})
+    endless = plan.model_copy(update={"max_length": LENGTH})
     inspection.unit = "tokens" if tokenizer else "characters"
     words = tokenizer or word_tokenizer()
     for line, row in rows(inspection.reading):
         try:
             if isinstance(row, BadRow):
                 raise row
-            ours = mapped(row, inspection.columns)
+            ours = mapped(row, source)
             encoded = task.encode(ours, words, plan)
-            length = len(encoded["input_ids"])
-            if length >= plan.max_length:
-                length = len(task.encode(ours, words, whole)["input_ids"])
+            inspection.cut += encoded.cut
+            inspection.remarks.update(encoded.remarks)
+            whole = task.encode(ours, words, endless) if encoded.cut.tokens else encoded
+            length = max(len(example["input_ids"]) for example in whole.examples)
             inspection.lengths[length if tokenizer else _characters(ours, inspection.task)] += 1
         except BadRow as reason:
-            _add_bad(inspection, line, str(reason))
+            _add_bad(inspection, line, str(reason), reason.hint())
         except (MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # as in a job: what a tokenizer raises costs the row
             _add_bad(inspection, line, f"the row cannot be tokenized ({type(error).__name__})")
 
 
-def _add_bad(inspection: Inspection, line: int, reason: str) -> None:
+def _add_bad(inspection: Inspection, line: int, reason: str, hint: str = "") -> None:
     inspection.reasons[reason] += 1
     if len(inspection.bad) < _KEPT:
-        inspection.bad.append((line, reason))
-
-
-def _label_of(task: str) -> str:
-    return next((name for group in READ.get(task, ()) for name in group if name.startswith("label")), "")
+        inspection.bad.append((line, f"{reason} ({hint})" if hint else reason))
 
 
 def _by_content(task: str, found: Mapping[str, Column]) -> dict[str, str]:
@@ -205,8 +211,8 @@ def word_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="word")
     fast.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }} . {% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }} {{ m.content }} {{ m.tool_calls | string }} . "
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     return fast
 

@@ -97,6 +97,9 @@ class DataSource(Settings):
     columns: Mapping[Text, Text] = Field(
         default_factory=dict, max_length=100, description="the name we use → the name in the file"
     )
+    labels: Mapping[Text, Text] = Field(
+        default_factory=dict, max_length=LABELS, description="a label in the file → the plan's label it stands for"
+    )
     max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
 
 

@@ -70,7 +70,7 @@ def test_a_column_that_no_row_has_is_named_with_the_nearest_and_those_found_for_
         (
             file,
             {"text": "SECRET_notes"},
-            "no column 'SECRET_notes', did you mean \"SECRET_note\"? found: ['SECRET_note'",
+            "no column 'SECRET_notes', did you mean \"SECRET_note\"? found: 'SECRET_note', 'cat",
         ),
         (renamed, {}, 'perhaps: columns: {"text": "sentence", "label": "category"}'),
     ):

@@ -91,7 +91,7 @@ def test_medical_questions_are_read_whole_and_answered(shared: Path, tmp_path: P
     assert read(file) == whole
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps({"data": whole[:1000]}, indent=1).encode()))
     found = inspect(DataSource(train=str(tmp_path / "a.json.gz")), "causal_lm")
-    assert found.columns == {"prompt": "question", "completion": "answer"}
+    assert found.columns == {"instruction": "question", "output": "answer"}
     assert (found.good, found.reasons.total()) == (1000, 0)
 
 

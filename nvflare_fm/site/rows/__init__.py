@@ -42,6 +42,11 @@ class Reading:
     guessed: tuple[str, ...] = ()
     remark: str = ""
 
+    @property
+    def is_notable(self) -> bool:
+        """Whether a guess is worth a look: anything but UTF-8, commas and the only sheet."""
+        return bool(self.remark or (self.guessed and (self.encoding != "utf-8" or self.delimiter not in ("", ","))))
+
     def __str__(self) -> str:
         named = {"encoding": self.encoding, "delimiter": self.delimiter and repr(self.delimiter)}
         parts = [self.format, *(f"{name} {value}" for name, value in named.items() if value)]
