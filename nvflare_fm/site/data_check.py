@@ -192,9 +192,9 @@ def _by_content(task: str, found: Mapping[str, Column]) -> dict[str, str]:
 def block(inspection: Inspection, source: DataSource) -> str:
     """What the site file says of this file, as YAML: what was guessed is written down, so that it stays."""
     reading = inspection.reading
-    ambiguous = sum(ending_of(reading.file) in registry[name].endings for name in registry) != 1
+    ambiguous = sum(ending_of(reading.file) in registry[name].endings for name in registry) > 1
     said: dict[str, Any] = {"train": str(reading.file.absolute())}
-    if source.format != AUTO or (ambiguous and not reading.file.is_dir()):
+    if source.format != AUTO or ambiguous:
         said["format"] = reading.format
     if reading.encoding not in ("", "utf-8"):
         said["encoding"] = reading.encoding

@@ -258,6 +258,16 @@ def test_what_excel_leaves_below_a_table_is_no_row(tmp_path: Path) -> None:
     assert read(tmp_path / "a.csv") == ROWS
 
 
+def test_quotes_behind_a_backslash_and_blanks_behind_commas_are_read(tmp_path: Path) -> None:
+    """As MySQL exports, and as people type."""
+    lines = ['"he said \\"no\\", and left",a', '"ends \\"so\\"",b', "C:\\notes,c", '"two\nlines \\"here\\"",d']
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *lines]))
+    texts = ['he said "no", and left', 'ends "so"', "C:\\notes", 'two\nlines "here"']
+    assert read(tmp_path / "a.csv") == [{"text": t, "label": k} for t, k in zip(texts, "abcd", strict=True)]
+    (tmp_path / "b.csv").write_text('label, text\na, "one, two"\nb, three\n')
+    assert read(tmp_path / "b.csv") == [{"label": "a", "text": "one, two"}, {"label": "b", "text": "three"}]
+
+
 def test_a_table_of_one_column_is_read_whole(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\nno, comma; or | divides this\nnor, this\nend\n")
     assert read(tmp_path / "a.csv") == [{"text": text} for text in ("no, comma; or | divides this", "nor, this", "end")]
@@ -371,6 +381,8 @@ def test_a_workbook_is_read_by_its_header(tmp_path: Path) -> None:
     file = workbook(tmp_path / "a.xlsx", {"notes": [[], *CELLS[:3], [None, " "], *CELLS[3:]]})
     assert read(file) == ROWS
     assert [line for line, _ in told(file)] == [3, 4, *range(6, 16)]
+    assert read(workbook(tmp_path / "b.xlsx", {"a": [["My notes"], [], *CELLS]})) == ROWS
+    assert read(workbook(tmp_path / "c.xlsx", {"a": [["text"], ["a"], ["b"]]})) == [{"text": "a"}, {"text": "b"}]
 
 
 def test_of_several_sheets_the_one_named_after_the_split_is_read_and_it_is_told(tmp_path: Path) -> None:

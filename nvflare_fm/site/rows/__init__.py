@@ -93,10 +93,10 @@ def how_to_read(file: Path, source: DataSource, split: str) -> Reading:
     Raises:
         DataError: there is no such file, nothing tells its format, or its text is in no encoding that can be guessed.
     """
-    ending = "datasets" if file.is_dir() else ending_of(file)
-    with _told(file, split, source.format if source.format != AUTO else ending):
+    ending = "" if file.is_dir() else ending_of(file)
+    with _told(file, split, source.format if source.format != AUTO else ending or "datasets"):
         given = Reading(file, split, source.format, source.encoding, source.delimiter)
-        candidates = [name for name in registry if ending in registry[name].endings]
+        candidates = [name for name in registry if ending in registry[name].endings] if ending else ["datasets"]
         if source.format != AUTO:
             candidates = [source.format]
         if not candidates:

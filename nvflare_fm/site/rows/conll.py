@@ -32,7 +32,7 @@ class _Layout:
     tagged: bool = False  # whether labels are O, B-PER and the like
 
     def cells(self, line: str) -> list[str]:
-        return line.rstrip("\r\n").split("\t") if self.tabs else line.split()
+        return [cell.strip() for cell in line.rstrip("\r\n").split("\t")] if self.tabs else line.split()
 
     def __str__(self) -> str:
         return f"tokens are its {self.names[self.token]}, labels its {self.names[self.label]}"

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
+from typing import Any
 
 from ..site_config import AUTO
 from ..tasks import BadRow
@@ -52,34 +53,43 @@ class _Lines:
             raise _TooLongError
         return self.taken[-1][1]
 
-    def give_back(self) -> None:
-        self._back.extendleft(reversed(self.taken[1:]))
+    def give_back(self, kept: int) -> None:
+        self._back.extendleft(reversed(self.taken[kept:]))
 
 
 def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
     """The records that are not blank, each with the line it starts in; the first one's width is that of all."""
     csv.field_size_limit(ROW_LIMIT)
-    source, width = _Lines(numbered), 0
+    source, width, blanks = _Lines(numbered), 0, False
     while True:
-        source.begin()
         try:
-            record = next(csv.reader(source, delimiter=delimiter, strict=True))
+            record = _record(source, delimiter, width, skipinitialspace=blanks)
+            if isinstance(record, BadRow) and any('\\"' in text for _, text in source.taken):  # as MySQL writes a quote
+                source.give_back(0)
+                record = _record(source, delimiter, width, skipinitialspace=blanks, escapechar="\\")
         except StopIteration:
             return
-        except csv.Error:
-            record, bad = [], "a quote in the line does not belong there, or nothing closes it"
-        except _TooLongError:
-            record, bad = [], f"the record is longer than {ROW_LIMIT} characters or {_LINES} lines"
-        else:
-            swallowed = width > 1 and _are_records([line for _, line in source.taken[1:-1]], delimiter, width)
-            bad = "a quote in the line takes in the records below" if swallowed else ""
         line = source.taken[0][0]
-        if bad:
-            source.give_back()
-            yield line, BadRow(bad)
-        elif any(field.strip() for field in record):
-            width = width or len(record)
+        if isinstance(record, BadRow):
+            source.give_back(1)
             yield line, record
+        elif any(field.strip() for field in record):
+            if not width:  # a header with a blank behind each delimiter
+                width, blanks = len(record), all(name.startswith(" ") for name in record[1:])
+            yield line, record
+
+
+def _record(source: _Lines, delimiter: str, width: int, **how: Any) -> list[str] | BadRow:
+    source.begin()
+    try:
+        record = next(csv.reader(source, delimiter=delimiter, strict=True, **how))
+    except csv.Error:
+        return BadRow("a quote in the line does not belong there, or nothing closes it")
+    except _TooLongError:
+        return BadRow(f"the record is longer than {ROW_LIMIT} characters or {_LINES} lines")
+    if width > 1 and _are_records([line for _, line in source.taken[1:-1]], delimiter, width):
+        return BadRow("a quote in the line takes in the records below")
+    return record
 
 
 def _are_records(lines: Sequence[str], delimiter: str, width: int) -> bool:

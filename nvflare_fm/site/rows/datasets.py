@@ -70,4 +70,4 @@ def _saved(reading: Reading) -> Iterator[Row]:
         yield number, small(name(record))
 
 
-registry.register("datasets")(Format(("datasets",), _rows, is_text=False))
+registry.register("datasets")(Format((), _rows, is_text=False))

@@ -24,12 +24,15 @@ def _rows(reading: Reading) -> Iterator[Row]:
             raise ValueError("it has no sheet with cells")
         sheet.reset_dimensions()  # what a sheet says of its size need not be so
         names: list[str] = []
+        above = True  # no row is read yet: a line of its own above the header may be the table's title
         for number, cells in enumerate(sheet.iter_rows(max_col=_COLUMNS, values_only=True), start=1):
             if number > _LAST:
                 raise ValueError(f"it has a row beyond {_LAST}")
             if cells.count(None) == len(cells) or not any(str(cell).strip() for cell in cells if cell is not None):
                 continue
-            if names:
+            filled = len(cells) - cells.count(None)
+            if names and not (above and len(names) == 1 and filled > 1):
+                above = False
                 yield number, small({name: cell for name, cell in zip(names, cells, strict=False) if name})
                 continue
             names = ["" if cell is None else str(cell).strip() for cell in cells]
