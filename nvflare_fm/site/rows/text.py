@@ -2,8 +2,8 @@
 
 An encoding that the site does not name follows from three rules that a person can check: a mark at the beginning says
 it; else UTF-8, if more of the bytes beyond ASCII form UTF-8 than do not; else cp1252, as Western Windows writes it.
-Detectors that compare letter frequencies answer with one of thirty code pages, and with another for the next file of
-the same program; here a text that is mostly beyond ASCII and is no UTF-8 is refused until the site names its encoding.
+Detectors that compare frequencies of letters take German and Spanish in cp1252 for other code pages (docs/log.md). Here
+a text with many letters beyond ASCII that is no UTF-8 is refused until the site names its encoding.
 """
 
 import codecs
