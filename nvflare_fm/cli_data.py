@@ -81,15 +81,19 @@ def _column(text: str) -> tuple[str, str]:
 
 
 def _show_columns(screen: Console, found: "Inspection") -> None:
+    from .site.columns import wanted
+
     table = Table("column", "read as", "holds", "different values", show_edge=False)
-    read_as = {theirs: ours for ours, theirs in found.columns.items()}
     for name, column in list(found.found.items())[:_COLUMNS]:
-        add_row(table, (name, read_as.get(name, ""), _counted(column.kinds), _different(column)))
+        add_row(table, (name, found.read_as.get(name, ""), _counted(column.kinds), _different(column)))
     screen.print(table)
     if len(found.found) > _COLUMNS:
         screen.print(plain(f"and {len(found.found) - _COLUMNS} more columns"))
     if found.is_proposed:
         said = "the task reads columns of other names; `read as` is a guess, which --column OURS=THEIRS mends"
+        screen.print(plain(said))
+    if found.found and not found.is_readable:
+        said = f"the task reads {wanted(found.task)}; say which columns these are with --column OURS=THEIRS"
         screen.print(plain(said))
 
 

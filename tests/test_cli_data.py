@@ -132,6 +132,12 @@ def test_a_mistake_is_one_line_with_the_remedy(
     assert said in str(done.exception)
 
 
+def test_a_file_without_the_columns_that_a_task_reads_is_told_what_they_are(tmp_path: Path) -> None:
+    done = typed(tiny.jsonl(tmp_path / "a.jsonl", [{"a": 1, "b": 2}]), "token_classification")
+    assert "the task reads 'tokens' and 'labels'; say which columns these are with --column" in done.stdout
+    assert done.exit_code == 1
+
+
 def test_nothing_that_a_file_holds_is_markup(tmp_path: Path) -> None:
     hostile = {"text": "[/bold]\x1b[2J", "label": "[red]\x1b[31m"}
     file = tiny.jsonl(tmp_path / "a.jsonl", [hostile, hostile | {"label": "[/]"}, {"[/a]": "\ud800", "text": 3}])

@@ -95,10 +95,9 @@ class Found:
         """
         if not 0 < len(self.names) < _MOST or readable(task, names(self.names, source.columns)):
             return
-        wanted = " or ".join(" and ".join(map(repr, group)) for group in READ[task])
         proposal = json.dumps(proposed(task, self.names), ensure_ascii=False)
         raise DataError(
-            f"{where} has not the columns that the task reads, {wanted}; the site file names others under columns",
+            f"{where} has not the columns that the task reads, {wanted(task)}; the site file names others under columns",
             f"{where}: found: {self}; perhaps: columns: {proposal}",
             code="column_missing",
         )
@@ -107,6 +106,11 @@ class Found:
 def readable(task: str, known: Collection[str]) -> bool:
     """Whether columns of these names are enough for a task."""
     return task not in READ or any(set(group) <= set(known) for group in READ[task])
+
+
+def wanted(task: str) -> str:
+    """The columns that a task reads, in words."""
+    return " or ".join(" and ".join(map(repr, group)) for group in READ.get(task, ()))
 
 
 def proposed(task: str, found: Collection[str]) -> dict[str, str]:

@@ -79,6 +79,17 @@ class Inspection:
     remarks: Counter[str] = field(default_factory=Counter)
 
     @property
+    def read_as(self) -> dict[str, str]:
+        """The file's name of a column → what the task reads it as; columns that it does not read are not there."""
+        read = {name for group in READ.get(self.task, ()) for name in group}
+        return {theirs: ours for ours, theirs in names(self.found, self.columns).items() if ours in read}
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the task has the columns it reads."""
+        return readable(self.task, self.read_as.values())
+
+    @property
     def good(self) -> int:
         return self.lengths.total()
 

@@ -253,6 +253,14 @@ def test_one_byte_that_is_no_utf_8_among_letters_that_are_costs_its_line(tmp_pat
     assert bad == ["the line is not UTF-8"]
 
 
+@pytest.mark.parametrize("written", JSON.values(), ids=JSON)
+def test_a_byte_that_is_no_text_costs_its_row_of_json(tmp_path: Path, written: Callable[[Rows], str]) -> None:
+    (tmp_path / "a.json").write_bytes(written(ROWS).encode().replace(b"plain", b"pl\xffain", 1))
+    found = read(tmp_path / "a.json")
+    assert [row for row in found if isinstance(row, dict)] == [*ROWS[:3], *ROWS[4:]]
+    assert "is not UTF-8" in found[3]
+
+
 def test_what_excel_leaves_below_a_table_is_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(table(";") + ";\r\n\r\n;\r\n")
     assert read(tmp_path / "a.csv") == ROWS

@@ -254,8 +254,9 @@ def _columns(reading: Reading) -> Iterator[Row]:
     found: dict[str, Any] = json.loads(whole)
     columns = [list(values.values()) if isinstance(values, dict) else values for values in found.values()]
     for number, values in enumerate(zip(*columns, strict=True), start=1):
-        record = small(dict(zip(found, values, strict=True)))
-        yield number, record if text.is_text(str(record)) else BadRow(f"the row is not {reading.encoding.upper()}")
+        record = dict(zip(found, values, strict=True))
+        is_text = text.is_text(json.dumps(record, ensure_ascii=False))
+        yield number, small(record) if is_text else BadRow(f"the row is not {reading.encoding.upper()}")
 
 
 registry.register("json")(Format(ENDINGS, _rows, fits=lambda ending, head: not is_lines(ending, head)))
