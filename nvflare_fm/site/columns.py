@@ -97,7 +97,7 @@ class Found:
             return
         proposal = json.dumps(proposed(task, self.names), ensure_ascii=False)
         raise DataError(
-            f"{where} has not the columns that the task reads, {wanted(task)}; the site file names others under columns",
+            f"{where} lacks the columns that the task reads, {wanted(task)}; the site file names others under columns",
             f"{where}: found: {self}; perhaps: columns: {proposal}",
             code="column_missing",
         )
