@@ -2,11 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .site.data_check import Column, Inspection
 
 _LABELS, _BAD, _COLUMNS, _REMARKS = 100, 20, 40, 10  # shown one by one
+Shown = Iterator[Table | Text]
 data = typer.Typer(no_args_is_help=True, help="What a file of rows is, and what a task makes of it.")
 
 
@@ -61,15 +62,13 @@ def check(
     found = inspect(source, task, known, load_tokenizer(model) if model else None, max_length)
     screen = console()
     screen.print(plain(f"{file}: {found.reading}"))
-    if found.letters:
-        screen.print(plain(f"letters beyond ASCII, as they are read: {found.letters}"))
-    _show_columns(screen, found)
-    _show_labels(screen, found, known)
-    _show_lengths(screen, found, max_length)
-    fits = _show_rows(screen, found, source.max_bad_rows)
-    screen.print(Text("\nFor the site file:\n"))
+    parts = (_letters(found), _columns(found), _labels(found, known), _lengths(found, max_length), _rows(found))
+    for shown in chain.from_iterable(parts):
+        screen.print(shown)
+    screen.print("\nFor the site file:\n")
     for line in block(found, source).splitlines():
         screen.print(Text(printable(line, longest=5000)), soft_wrap=True)
+    fits = found.good > 0 and found.reasons.total() <= source.max_bad_rows * (found.good + found.reasons.total())
     raise typer.Exit(0 if fits else 1)
 
 
@@ -80,36 +79,41 @@ def _column(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _show_columns(screen: Console, found: "Inspection") -> None:
+def _letters(found: "Inspection") -> Shown:
+    if found.letters:
+        yield plain(f"letters beyond ASCII, as they are read: {found.letters}")
+
+
+def _columns(found: "Inspection") -> Shown:
     from .site.columns import wanted
 
     table = Table("column", "read as", "holds", "different values", show_edge=False)
     for name, column in list(found.found.items())[:_COLUMNS]:
         add_row(table, (name, found.read_as.get(name, ""), _counted(column.kinds), _different(column)))
-    screen.print(table)
+    yield table
     if len(found.found) > _COLUMNS:
-        screen.print(plain(f"and {len(found.found) - _COLUMNS} more columns"))
+        yield plain(f"and {len(found.found) - _COLUMNS} more columns")
     if found.is_proposed:
         said = "the task reads columns of other names; `read as` is a guess, which --column OURS=THEIRS mends"
-        screen.print(plain(said))
+        yield plain(said)
     if found.found and not found.is_readable:
         said = f"the task reads {wanted(found.task)}; say which columns these are with --column OURS=THEIRS"
-        screen.print(plain(said))
+        yield plain(said)
 
 
 def _different(column: "Column") -> str:
     return "many" if column.is_varied or column.is_long else str(len(column.values))
 
 
-def _show_labels(screen: Console, found: "Inspection", known: tuple[str, ...]) -> None:
+def _labels(found: "Inspection", known: tuple[str, ...]) -> Shown:
     if not found.labels:
         return
     table = Table("label", "times", show_edge=False)
     for label, count in found.labels.most_common(_LABELS):
         add_row(table, (label if not known or _is_known(label, known) else f"{label} (not among --labels)", count))
-    screen.print(table)
+    yield table
     if len(found.labels) > _LABELS:
-        screen.print(plain(f"and {len(found.labels) - _LABELS} more labels"))
+        yield plain(f"and {len(found.labels) - _LABELS} more labels")
 
 
 def _is_known(label: str, known: tuple[str, ...]) -> bool:
@@ -123,19 +127,19 @@ def _is_known(label: str, known: tuple[str, ...]) -> bool:
     return True
 
 
-def _show_lengths(screen: Console, found: "Inspection", max_length: int) -> None:
+def _lengths(found: "Inspection", max_length: int) -> Shown:
     from .site.tasks import counted
 
     if not found.lengths:
         return
     shortest, median, most, longest = (_quantile(found.lengths, part) for part in (0, 0.5, 0.95, 1))
     said = f"length in {found.unit}: shortest {shortest}, half up to {median}, 95 % up to {most}, longest {longest}"
-    screen.print(plain(said))
+    yield plain(said)
     if found.unit == "tokens":
         cut = str(found.cut) if found.cut.rows else "no row is cut"
-        screen.print(plain(f"{cut} (max_length = {max_length} tokens)"))
+        yield plain(f"{cut} (max_length = {max_length} tokens)")
     for remark, count in found.remarks.most_common(_REMARKS):
-        screen.print(plain(f"{counted(count, 'row', 'rows')}: {remark}"))
+        yield plain(f"{counted(count, 'row', 'rows')}: {remark}")
 
 
 def _quantile(lengths: Counter[int], part: float) -> int:
@@ -150,16 +154,12 @@ def _reached(lengths: Counter[int], count: float) -> Iterator[int]:
             yield length
 
 
-def _show_rows(screen: Console, found: "Inspection", limit: float) -> bool:
-    bad = found.reasons.total()
-    fits = found.good > 0 and bad <= limit * (found.good + bad)
-    screen.print(Text("✓ " if fits else "✗ ", style="green" if fits else "red"), end="")
-    screen.print(plain(f"{found.good} rows can be used, {bad} cannot"))
+def _rows(found: "Inspection") -> Shown:
+    yield plain(f"{found.good} rows can be used, {found.reasons.total()} cannot", style="red" if found.bad else "green")
     for line, reason in found.bad[:_BAD]:
-        screen.print(plain(f"  line {line}: {reason}"))
-    if bad > _BAD:
-        screen.print(plain(f"  in all: {_counted(found.reasons)}"))
-    return fits
+        yield plain(f"line {line}: {reason}")
+    if found.reasons.total() > _BAD:
+        yield plain(f"in all: {_counted(found.reasons)}")
 
 
 def _counted(counts: Counter[str]) -> str:
