@@ -62,6 +62,7 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert "holds the weights" in found["model base"]["said"]
     assert found["data notes"]["said"].startswith("22 rows to train on; ")
     assert "MiB at its peak" in found["data notes"]["said"]
+    assert "read as jsonl, encoding utf-8 (guessed: encoding)" in found["data notes"]["said"]
     assert re.search(r"1 row is cut: \d+ tokens, 1 answer not .*max_length = 48", found["data notes"]["said"])
     assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["said"])
     assert found["device"]["said"]
