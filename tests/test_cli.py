@@ -43,7 +43,8 @@ def kit(tmp_path: Path, base: Path) -> Path:
     for folder in ("startup", "local"):
         (tmp_path / folder).mkdir()
     (tmp_path / "startup" / "fed_client.json").write_text("{}")
-    offer(tmp_path, {"path": str(base), "fingerprint": fingerprint(base)}, tiny.rows("causal_lm"))
+    rows = [*tiny.rows("causal_lm", 23), {"prompt": "how is he? ", "completion": "he is ill " * 30}]
+    offer(tmp_path, {"path": str(base), "fingerprint": fingerprint(base)}, rows)
     assert typed("site", "allow", "--kit", tmp_path).exit_code == 0
     return tmp_path
 
@@ -61,6 +62,8 @@ def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     assert "holds the weights" in found["model base"]["said"]
     assert found["data notes"]["said"].startswith("22 rows to train on; ")
     assert "MiB at its peak" in found["data notes"]["said"]
+    assert "read as jsonl, encoding utf-8 (guessed: encoding)" in found["data notes"]["said"]
+    assert re.search(r"1 row is cut: \d+ tokens, 1 answer not .*max_length = 48", found["data notes"]["said"])
     assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["said"])
     assert found["device"]["said"]
     assert re.search(r"[\d.]+ GB free", found["disk"]["said"])

@@ -77,10 +77,10 @@ def test_every_finding_has_every_wording() -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([*GOOD, "not json"], "site 'south', train.jsonl, line 3 is not JSON"),
-        ([*GOOD, {"text": "a note"}], "line 3 must be"),
-        ([*GOOD, {"text": " ", "label": "one"}], "line 3 must be"),
-        ([*GOOD, ["a note", "one"]], "line 3 must be"),
+        ([*GOOD, "not json"], "site 'south', train.jsonl, line 3: the line is not JSON"),
+        ([*GOOD, {"text": "a note"}], "line 3 must have"),
+        ([*GOOD, {"text": " ", "label": "one"}], "line 3 must have"),
+        ([*GOOD, ["a note", "one"]], "line 3: the line is not a JSON object"),
         ([], "is empty"),
     ],
 )
@@ -94,8 +94,21 @@ def test_a_row_that_cannot_be_used_is_named_by_site_file_and_line(
 def test_a_missing_file_says_what_a_site_needs(tmp_path: Path) -> None:
     sites = folder(tmp_path, {"north": list(GOOD), "south": list(GOOD)})
     (sites / "south" / "test.jsonl").unlink()
-    with pytest.raises(DataError, match=r"site 'south', test.jsonl cannot be read; each site needs"):
+    with pytest.raises(DataError, match=r"site 'south' needs one file called test, such as test.jsonl"):
         _ = trial(sites).labels
+
+
+def test_files_are_read_as_a_site_reads_them(tmp_path: Path) -> None:
+    sites = folder(tmp_path, {"north": list(GOOD), "south": list(GOOD)})
+    (sites / "south" / "train.jsonl").unlink()
+    (sites / "south" / "train.csv").write_bytes("text;label\nÜbung;one\nanother;two\n".encode("cp1252"))
+    south = trial(sites).sites[1]
+    assert south.rows("train") == [{"text": "Übung", "label": "one"}, {"text": "another", "label": "two"}]
+    assert trial(sites).offer(south.folder).data_set("notes").train.endswith("train.csv")
+    (sites / "south" / "train.json").write_text("[]")
+    with pytest.raises(DataError) as caught:
+        south.rows("train")
+    assert caught.value.code == "no_data"
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Files and folders of every kind that is not what was meant, and one of each kind that is."""
     root = tmp_path_factory.mktemp("place")
     (root / "file").write_text("text")
+    (root / "notes.jsonl").write_text('{"text": "a", "label": "b"}\n')
     (root / "empty").mkdir()
     (root / "binary").write_bytes(bytes(range(256)))
     (root / "[/x]").mkdir(parents=True)
@@ -121,6 +122,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("resume",): [str(place / "empty")],
         ("explain",): [str(place / "empty")],
         ("export",): [str(place / "adapter"), "-o", str(place / "exported")],
+        ("data", "check"): [str(place / "notes.jsonl"), "--task", "sequence_classification"],
         ("site", "allow"): ["--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],
     }[words]

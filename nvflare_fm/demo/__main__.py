@@ -26,7 +26,7 @@ console = terminal()
 
 def demo(
     data: Annotated[
-        Path | None, typer.Option(help="your own files: a folder per site with train.jsonl and test.jsonl")
+        Path | None, typer.Option(help="your own files: a folder per site with train.* and test.*, such as train.csv")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the federation")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="training steps of each site in a round")] = 10,

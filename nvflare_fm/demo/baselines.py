@@ -4,6 +4,7 @@ All take as many steps as a site takes in the federation. Pooled training sees i
 sites see together.
 """
 
+import json
 import os
 import signal
 import sys
@@ -32,8 +33,8 @@ def pooled(trial: Trial) -> Scores:
     """All notes, at the largest rank. They are brought together in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         together = Path(folder) / "train.jsonl"
-        texts = ((site.folder / "train.jsonl").read_text(encoding="utf-8") for site in trial.sites)
-        together.write_text("".join(text.rstrip("\n") + "\n" for text in texts), encoding="utf-8")
+        rows = (row for site in trial.sites for row in site.rows("train"))
+        together.write_text("".join(json.dumps(dict(row), default=str) + "\n" for row in rows), encoding="utf-8")
         return _train(trial, POOLED, Path(folder), trial.max_rank, batch=len(trial.sites))
 
 

@@ -1,10 +1,11 @@
 """What the demo runs: its sites, the plan they carry out, and where everything is written."""
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..config import EvaluationSettings, RoundPlan, TrainingSettings
 from ..errors import DataError
@@ -17,37 +18,54 @@ _RANKS = (16, 8, 4, 2)  # of the user's own sites, in turn
 
 @dataclass(frozen=True)
 class Site:
-    """One folder with train.jsonl and test.jsonl, rows `{"text": …, "label": …}`."""
+    """One folder with files `train` and `test` of any format, such as train.csv; rows have a `text` and a `label`."""
 
     name: str
     folder: Path
     rank: int
 
-    def rows(self, split: str) -> list[dict[str, str]]:
-        """
+    def rows(self, split: str) -> list[Mapping[str, str]]:
+        """Every row, read as a site reads it in a job.
+
         Raises:
             DataError: names the site, the file and the line.
         """
-        file = self.folder / f"{split}.jsonl"
+        from ..site.rows import how_to_read, rows  # with it come transformers, which take seconds to load
+
+        file = file_of(self.folder, split)
         where = f"site {self.name!r}, {file.name}"
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{where} cannot be read; each site needs train.jsonl and test.jsonl", str(error)) from None
-        rows = [_row(line, f"{where}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-        if not rows:
-            raise DataError(f"{where} is empty; add rows", str(file))
-        return rows
+            found = list(rows(how_to_read(file, DataSource(train=str(file)), split)))
+        except DataError as error:
+            raise DataError(f"{where}: {error.message}", error.local) from None
+        if not found:
+            raise DataError(f"{where} is empty; add rows", str(file), code="no_rows")
+        return [_checked(row, f"{where}, line {line}") for line, row in found]
 
 
-def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        raise DataError(f"{where} is not JSON") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("text", "label")):
-        raise DataError(f'{where} must be {{"text": …, "label": …}} with two texts that are not empty')
+def _checked(row: Mapping[str, Any] | Exception, where: str) -> Mapping[str, str]:
+    if isinstance(row, Exception):
+        raise DataError(f"{where}: {row}", code="bad_rows")
+    if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("text", "label")):
+        raise DataError(f"{where} must have a 'text' and a 'label', two texts that are not empty", code="bad_rows")
     return row
+
+
+def file_of(folder: Path, split: str) -> Path:
+    """The one file in `folder` that is called `split`, whatever its ending.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    found = sorted(file for file in folder.iterdir() if file.name.partition(".")[0] == split)
+    if len(found) != 1:
+        there = f"there are {len(found)}: {', '.join(file.name for file in found)}" if found else "there is none"
+        raise DataError(
+            f"site {folder.name!r} needs one file called {split}, such as {split}.jsonl or {split}.csv; {there}",
+            str(folder),
+            code="no_data",
+        )
+    return found[0]
 
 
 def read_sites(folder: Path) -> tuple[Site, ...]:
@@ -115,7 +133,8 @@ class Trial:
 
     def offer(self, folder: Path, tested_on: Path | None = None) -> SiteConfig:
         """What a site with these files would write into its `fm_site.yaml`."""
-        data = DataSource(train=str(folder / "train.jsonl"), validation=str((tested_on or folder) / "test.jsonl"))
+        train, test = file_of(folder, "train"), file_of(tested_on or folder, "test")
+        data = DataSource(train=str(train), validation=str(test))
         return SiteConfig(
             models={"base": ModelSource(path=str(self.model))},
             data={"notes": data},

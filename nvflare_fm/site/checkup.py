@@ -17,6 +17,7 @@ from .finding import Finding
 from .site_config import FILE_NAME, SiteConfig, load_site
 
 STEPS = 3
+_REMARKS = 5  # on labels
 
 
 def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
@@ -74,6 +75,7 @@ def _hashed(site: SiteConfig, alias: str) -> Finding | str:
 
 def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     from .base_model import locate
+    from .rows import how_to_read
     from .shapes import shapes
     from .worker import Worker
 
@@ -84,12 +86,18 @@ def _trained(site: SiteConfig, plan: RoundPlan) -> str:
     )
     here = {"min_update_rows": 1, "counts": ("examples", "bad_rows")}  # what is told here stays here
     site = site.model_copy(update={"privacy": site.privacy.model_copy(update=here)})
-    report = Worker("this site", site).train(RoundTask(trial)).report
+    worker = Worker("this site", site)
+    report, rows = worker.train(RoundTask(trial)).report, worker.rows(trial)
     bad = f", {report.bad_rows} rows that cannot be used" if report.bad_rows else ""
-    few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
+    source = site.data_set(plan.data)
+    reading = how_to_read(Path(source.train), source, "train")
     base, _ = shapes(locate(site.model(plan.model)), plan)
-    beside = "".join(f"; {remark}" for remark in remarks(base, plan))
+    taken = [f"{rows.cut} (max_length = {plan.max_length} tokens)"] if rows.cut.rows else []
+    told = "".join(
+        f"; {said}" for said in [f"read as {reading}", *taken, *rows.remarks[:_REMARKS], *remarks(base, plan)]
+    )
+    few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
     return (
         f"{report.examples} rows to train on{bad}; {report.seconds / STEPS:.2f} s a step of "
-        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}{beside}"
+        f"{plan.training.batch_size}, {report.peak_memory_mib:.0f} MiB at its peak, loss {report.loss:.3f}{few}{told}"
     )

@@ -4,10 +4,11 @@ Every limit has a value, and a site works for nobody it does not name. Read by t
 `policy`.
 """
 
+import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, StringConstraints
 
@@ -39,6 +40,33 @@ _nobody = BeforeValidator(lambda v: () if v is None else v)
 Listed = Annotated[Annotated[tuple[Identity, ...], Field(max_length=1000)] | None, one, _nobody]
 Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], Field(max_length=3), one]
 FILE_NAME, ANYONE = "fm_site.yaml", "*"
+AUTO: Final = "auto"
+
+
+def _codec(name: Any) -> Any:
+    """An encoding's name as Python has it: cp1252 for windows-1252."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _:.()-]{0,39}", name):
+        return name
+    try:
+        return codecs.lookup(name).name.removesuffix("-sig")
+    except (LookupError, ValueError):
+        return name
+
+
+Encoding = Annotated[
+    Literal[
+        "auto", "utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "ascii", "cp1250", "cp1251", "cp1252", "cp1253",
+        "cp1254", "cp1255", "cp1256", "cp1257", "cp1258", "iso8859-1", "iso8859-2", "iso8859-5", "iso8859-7",
+        "iso8859-9", "iso8859-15", "mac-roman", "cp437", "cp850", "cp852", "cp866", "koi8-r", "koi8-u", "gb18030",
+        "big5", "cp932", "shift_jis", "euc_jp", "cp949", "euc_kr", "tis-620",
+    ],
+    BeforeValidator(_codec),
+]  # fmt: skip
+Delimiter = Annotated[
+    str,
+    BeforeValidator(lambda v: "\t" if v in ("tab", "\\t") else v),
+    StringConstraints(pattern=r"^(auto|[^A-Za-z0-9\r\n\f\v\x00\"'. -])$", max_length=4),
+]
 
 
 class ModelSource(Settings):
@@ -59,11 +87,18 @@ class DataSource(Settings):
     folder: Place = Field(
         "", description="nothing outside it is read, links included; empty: the folder each file is in"
     )
-    format: Literal["auto", "jsonl", "csv", "parquet", "datasets"] = Field(
-        "auto", description="auto: by the file's ending; a folder is a saved `datasets` folder"
+    format: Literal["auto", "jsonl", "json", "csv", "conll", "parquet", "datasets", "excel"] = Field(
+        AUTO, description="auto: by the file's ending and beginning; a folder is one of Hugging Face `datasets`"
+    )
+    encoding: Encoding = Field(AUTO, description="of a text, such as utf-8 or cp1252; auto: guessed")
+    delimiter: Delimiter = Field(
+        AUTO, description="of a table in a text: one character, or tab; auto: the likeliest of , ; tab |"
     )
     columns: Mapping[Text, Text] = Field(
         default_factory=dict, max_length=100, description="the name we use → the name in the file"
+    )
+    labels: Mapping[Text, Text] = Field(
+        default_factory=dict, max_length=LABELS, description="a label in the file → the plan's label it stands for"
     )
     max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
 

@@ -123,6 +123,15 @@ class Worker:
         with training.memory_explained(job.plan), job.base.lent(), self._within_time() as stop:
             return self._measure(job, task, stop)
 
+    def rows(self, plan: RoundPlan) -> SiteData:
+        """The site's rows under the plan's alias as token ids, read once. They are for the site's own eyes.
+
+        Raises:
+            FmError: the site does not offer the data or the model, or they cannot be used.
+        """
+        source = self.config.model(plan.model)
+        return self._tokenized(plan, tasks[plan.task], source, base_model.locate(source))
+
     def submit(self) -> tuple[Adapter, Manifest]:
         """The adapter this site trained last, whole: frozen directions included.
 
@@ -193,7 +202,7 @@ class Worker:
         if len(set(to_train)) < privacy.min_examples:
             raise few_examples(privacy)
         chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
-        count = data.measured(len(found.validation), plan.evaluation.max_examples, privacy.min_metric_rows)
+        count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
         withheld = ("metrics to none: too few rows to measure on",) if measures and not enough else ()

@@ -63,6 +63,32 @@ def test_columns_are_taken_by_the_sites_names(tmp_path: Path) -> None:
     same(found, load(tiny.jsonl(tmp_path / "a.jsonl", ROWS)))
 
 
+def test_a_column_that_no_row_has_is_named_with_the_nearest_and_those_found_for_the_site_alone(tmp_path: Path) -> None:
+    file = tiny.jsonl(tmp_path / "b.jsonl", [{"SECRET_note": row["text"], "category": row["label"]} for row in ROWS])
+    renamed = tiny.jsonl(tmp_path / "c.jsonl", [{"sentence": row["text"], "category": row["label"]} for row in ROWS])
+    for rows, columns, local in (
+        (
+            file,
+            {"text": "SECRET_notes"},
+            "no column 'SECRET_notes', did you mean \"SECRET_note\"? found: 'SECRET_note', 'cat",
+        ),
+        (renamed, {}, 'perhaps: columns: {"text": "sentence", "label": "category"}'),
+    ):
+        with pytest.raises(DataError) as caught:
+            load(rows, columns=columns)
+        assert caught.value.code == "column_missing"
+        assert "SECRET" not in caught.value.message
+        assert local in caught.value.local
+
+
+def test_how_a_file_is_read_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "".join(f"{row['text']};{row['label']}\n" for row in ROWS)
+    (tmp_path / "a.csv").write_bytes(f"text;label\n{rows}".replace("€", "é").encode("cp1252"))
+    with caplog.at_level(logging.INFO):
+        assert load(tmp_path / "a.csv").bad_rows == 0
+    assert "is read as csv, encoding cp1252, delimiter ';' (guessed: encoding, delimiter)" in caplog.text
+
+
 def test_a_tenth_is_held_out_and_always_the_same(tmp_path: Path) -> None:
     found = load(tiny.jsonl(tmp_path / "a.jsonl", ROWS))
     assert (len(found.train), len(found.validation)) == (18, 2)
@@ -128,10 +154,10 @@ def test_rows_are_told_apart_by_what_is_learned_of_them(tmp_path: Path) -> None:
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.jsonl", b"[]\n", "1 of 1 rows cannot be used"),
         ("a.csv", b"text,label\n", "is empty"),
-        ("a.jsonl", b"\xff\xfe\x00", "1 of 1 rows cannot be used: line 1: the line is not UTF-8"),
+        ("a.jsonl", b"\xff\xfe\x00", "1 of 1 rows cannot be used: line 1: the line is not UTF-16"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
-        ("a.docx", b"", "set its format"),
+        ("a.docx", b"", "set format"),
     ],
 )
 def test_a_file_without_a_usable_row_stops_the_site(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
@@ -206,10 +232,43 @@ def test_a_long_field_of_csv_is_read(tmp_path: Path) -> None:
     assert load(tmp_path / "a.csv").bad_rows == 0
 
 
-@pytest.mark.parametrize("content", [b'text,label\n"' + b"x\n" * ROW_LIMIT, b"text,label\n" + b"x" * 2 * ROW_LIMIT])
-def test_a_quote_that_nobody_closes_and_a_line_without_end_end_the_reading(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.csv").write_bytes(content)
-    assert code_of(tmp_path / "a.csv") == "data_unreadable"
+@pytest.mark.parametrize(
+    "bad",
+    [b'"a quote that nobody closes,calm', b'"a "quote" inside",calm', b"x" * 2 * ROW_LIMIT, b'"' + b"x" * ROW_LIMIT],
+    ids=["open", "inside", "long", "long and open"],
+)
+def test_a_stray_quote_or_an_endless_line_of_csv_costs_that_line_alone(
+    tmp_path: Path, bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [b"text,label", *(f"{row['text']},{row['label']}".encode() for row in ROWS)]
+    for place in (1, 9, len(lines)):
+        (tmp_path / "a.csv").write_bytes(b"\n".join([*lines[:place], bad, *lines[place:], b'"two\nlines",calm']))
+        with caplog.at_level(logging.WARNING):
+            found = load(tmp_path / "a.csv")
+        assert found.bad_rows == 1
+        assert len(found.train) + len(found.validation) == len(ROWS) + 1
+        assert f"line {place + 1}: " in caplog.text
+
+
+def test_a_quote_that_another_record_closes_does_not_take_in_those_between(tmp_path: Path) -> None:
+    """To the csv module it is one long field in quotes: the lines in it tell that they are records."""
+    rows = [*ROWS, *ROWS]
+    lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows), 'said 5",calm', "last,ill"]
+    lines.insert(9, '"stray,calm')
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    found = load(tmp_path / "a.csv")
+    assert found.bad_rows == 1
+    assert len(found.train) + len(found.validation) == len(rows) + 2
+
+
+def test_a_text_of_many_lines_is_one_field(tmp_path: Path) -> None:
+    text = "\n".join(f"line {i}, and more, of it" if i % 2 else "a line" for i in range(500))
+    rows = [*ROWS, {"text": text, "label": "calm"}]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    same(load(tmp_path / "a.csv"), load(tiny.jsonl(tmp_path / "a.jsonl", rows)))
 
 
 @pytest.mark.timeout(60)
@@ -282,5 +341,5 @@ def test_one_row_cannot_be_both_trained_on_and_held_out(tmp_path: Path) -> None:
 
 def test_a_pickle_among_the_data_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "a.pkl").write_bytes(b"\x80\x04.")
-    with pytest.raises(DataError, match="set its format"):
+    with pytest.raises(DataError, match="set format"):
         load(tmp_path / "a.pkl")

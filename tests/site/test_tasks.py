@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForTokenClassification, pipeline
 
 from nvflare_fm.adapter import RoundTask
+from nvflare_fm.config import RoundPlan
 from nvflare_fm.export import write_adapter
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.tasks import IGNORED, BadRow, collate, registry
@@ -23,7 +24,13 @@ WORDS = tiny.tokenizer()
 
 
 def encode(row: dict[str, Any], task: str = "causal_lm", **more: Any) -> dict[str, Any]:
-    return registry[task].encode(row, WORDS, tiny.plan(task, **more))
+    return encoded(row, WORDS, tiny.plan(task, **more))
+
+
+def encoded(row: dict[str, Any], tokenizer: Any, plan: RoundPlan) -> dict[str, Any]:
+    """The one example that a row becomes."""
+    (example,) = registry[plan.task].encode(row, tokenizer, plan).examples
+    return example
 
 
 def learned(row: dict[str, Any]) -> str:
@@ -102,14 +109,14 @@ def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp
 def test_blanks_that_a_tokenizer_trims_off_are_learned_where_they_are_the_answers() -> None:
     for tokenizer in (words.fast(words.byte_level(trimmed=trimmed)) for trimmed in (True, False)):
         row = {"prompt": "how  is he?   ", "completion": "a    b  "}
-        found = registry["causal_lm"].encode(row, tokenizer, tiny.plan())
+        found = encoded(row, tokenizer, tiny.plan())
         assert tokenizer.decode([i for i in found["labels"] if i != IGNORED]).strip(" ") == "a    b  </s>"
 
 
 def test_a_row_of_which_only_the_end_is_left_is_bad() -> None:
     tokenizer = words.fast(words.between(words.word_pieces(), "<s>", "</s>"))
     with pytest.raises(BadRow, match="no part of an answer"):
-        registry["causal_lm"].encode({"text": "\u200b"}, tokenizer, tiny.plan())
+        encoded({"text": "\u200b"}, tokenizer, tiny.plan())
 
 
 def test_plain_text_is_learned_whole_but_for_the_token_nothing_predicts() -> None:
@@ -144,15 +151,12 @@ def test_a_row_without_an_answer_is_bad(row: dict[str, Any], reason: str) -> Non
         encode(row)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told_of() -> None:
+def test_a_template_that_does_not_write_an_answer_behind_its_own_prompt_is_told_of() -> None:
     words = tiny.tokenizer()
     words.chat_template = "{{ messages | length }}" + tiny.CHAT
     turns = [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]
-    with pytest.raises(BadRow, match="rewrites earlier turns"):
-        registry["causal_lm"].encode({"messages": turns}, words, tiny.plan())
-    words.chat_template = None
-    with pytest.raises(BadRow, match="no chat template"):
-        registry["causal_lm"].encode({"messages": turns}, words, tiny.plan())
+    with pytest.raises(BadRow, match="does not put an answer where its own prompt for one ends"):
+        encoded({"messages": turns}, words, tiny.plan())
 
 
 @pytest.mark.parametrize("label", ["worse", "", None, 7])
@@ -179,7 +183,7 @@ LISTS = st.lists(st.text(LETTERS, min_size=1, max_size=6), min_size=1, max_size=
 def test_a_word_list_is_tokenized_as_the_running_text(kind: str, listed: list[str]) -> None:
     tokenizer, text = KINDS[kind], " ".join(listed)
     row = {"tokens": listed, "labels": [tiny.LABELS[i % 3] for i in range(len(listed))]}
-    found = registry["token_classification"].encode(row, tokenizer, tiny.plan("token_classification"))
+    found = encoded(row, tokenizer, tiny.plan("token_classification"))
     assert found["input_ids"] == tokenizer(text)["input_ids"][:48]
     places = [i for i, label in enumerate(found["labels"]) if label != IGNORED]
     spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -195,7 +199,7 @@ def test_where_no_blank_matters_a_word_lists_labels_are_where_transformers_examp
 ) -> None:
     tokenizer = KINDS["word pieces"]
     row = {"tokens": listed, "labels": [labels.draw(st.sampled_from(tiny.LABELS)) for _ in listed]}
-    found = registry["token_classification"].encode(row, tokenizer, tiny.plan("token_classification"))
+    found = encoded(row, tokenizer, tiny.plan("token_classification"))
     theirs = tokenizer(listed, is_split_into_words=True)
     of_word, before = theirs.word_ids(), [None, *theirs.word_ids()]
     assert found["input_ids"] == theirs["input_ids"]
@@ -208,7 +212,7 @@ def test_where_no_blank_matters_a_word_lists_labels_are_where_transformers_examp
 def test_words_that_are_blank_have_no_label_and_do_not_shift_the_others() -> None:
     row = {"tokens": ["he", "", "is", " ", "ill"], "labels": ["calm", "ill", "well", "ill", "calm"]}
     for tokenizer in KINDS.values():
-        found = registry["token_classification"].encode(row, tokenizer, tiny.plan("token_classification"))
+        found = encoded(row, tokenizer, tiny.plan("token_classification"))
         assert [label for label in found["labels"] if label != IGNORED] in ([0, 2, 0], [0, 0])
 
 

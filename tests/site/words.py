@@ -1,6 +1,6 @@
 """Tokenizers as models bring them, made on the spot: byte-level, by pieces of words, by SentencePiece's blanks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,14 +18,14 @@ def _trained(model: Any, trainer: Any, texts: Iterable[str], **parts: Any) -> To
     return made
 
 
-def byte_level(prefix: bool = False, trimmed: bool = True, size: int = 330) -> Tokenizer:
+def byte_level(prefix: bool = False, trimmed: bool = True, size: int = 330, more: Sequence[str] = ()) -> Tokenizer:
     """As GPT-2, RoBERTa (`prefix`: a blank before the first word), Llama 3 and Qwen."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     return _trained(
-        models.BPE(), trainer, TEXTS,
+        models.BPE(), trainer, [*TEXTS, *more],
         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix), decoder=decoders.ByteLevel(),
         post_processor=processors.ByteLevel(trim_offsets=trimmed),
     )  # fmt: skip

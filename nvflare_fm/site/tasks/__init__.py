@@ -1,6 +1,7 @@
 """Tasks: how a row of data becomes token ids, and how the model's answers become metrics. One file a task."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +19,56 @@ IGNORED = -100  # the label of a position that is not learned, by PyTorch's conv
 Columns = Mapping[str, Tensor]
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A count with its word."""
+    return f"{count} {one if count == 1 else many}"
+
+
 class BadRow(Exception):
-    """A row that cannot be trained on. The reason must not repeat any of its content."""
+    """A row that cannot be trained on.
+
+    Args:
+        reason: must not repeat any of the row's content.
+        code: of an error that stops a site whose every row is so; the reason is told to the job then.
+        hint: what else the site's own log may say of this row. Called for the few rows that it lists.
+    """
+
+    def __init__(self, reason: str, *, code: str = "", hint: Callable[[], str] = str) -> None:
+        super().__init__(reason)
+        self.code, self.hint = code, hint
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is not learned of the rows that are used, because texts are cut at `max_length`. It stays at the site."""
+
+    rows: int = 0
+    tokens: int = 0
+    answers: int = 0  # cut short or away
+    entities: int = 0  # with a word that has no token of its own, be it for the text's length or not
+
+    def __add__(self, other: "Cut") -> "Cut":
+        return Cut(
+            self.rows + other.rows,
+            self.tokens + other.tokens,
+            self.answers + other.answers,
+            self.entities + other.entities,
+        )
+
+    def __str__(self) -> str:
+        lost = [(self.tokens, "token", "tokens"), (self.answers, "answer", "answers"),
+                (self.entities, "entity", "entities")]  # fmt: skip
+        what = ", ".join(counted(*each) for each in lost if each[0])
+        return f"{counted(self.rows, 'row is', 'rows are')} cut: {what} not learned or not whole"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a row becomes."""
+
+    examples: tuple[dict[str, Any], ...]  # one, or one for each answer of a conversation
+    cut: Cut = Cut()
+    remarks: frozenset[str] = frozenset()  # what was taken otherwise than written; no content of the row
 
 
 class Task:
@@ -42,9 +91,12 @@ class Task:
         """What loads the base model in `folder`, with the task's head on top."""
         return getattr(transformers, self.auto_class)
 
-    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
-        """input_ids, labels and perhaps numbers that only the metrics need.
+    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
+        """Turn a row into examples: input_ids, labels and perhaps numbers that only the metrics need.
 
+        Args:
+            row: of a file, under the names of columns that the task reads.
+            plan: its labels, and its `max_length` in tokens.
         Raises:
             BadRow: says why the row cannot be used.
         """
@@ -97,6 +149,15 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not value.strip():
         raise BadRow(f"{column!r} is empty")
     return value
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, **asked: Any) -> tuple[Any, int]:
+    """A text's tokens, `max_length` at most, and how many tokens more it has."""
+    whole = tokenizer(text, verbose=False, **asked)
+    beyond = len(whole["input_ids"]) - max_length
+    if beyond <= 0:
+        return whole, 0
+    return tokenizer(text, truncation=True, max_length=max_length, **asked), beyond
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:

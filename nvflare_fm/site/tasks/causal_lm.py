@@ -1,12 +1,14 @@
-"""Next-token prediction: chat `messages`, `prompt` and `completion`, or plain `text`; only the answer is learned.
+"""Next-token prediction: a conversation, `prompt` and `completion`, or plain `text`; only the answer is learned.
 
-Which tokens are learned is decided by characters: a token counts if it covers any character of an answer. Tokenizing
-the whole text at once gives the ids that inference will see, also where a token straddles the start of the answer. An
-answer that ends the text is followed by the tokenizer's end token, which is learned, so that generation stops there.
+Which tokens are learned is decided by characters: a token counts if it covers any character of an answer. A plain text
+is tokenized at once, also where a token straddles the start of the answer. In a chat, the tokens before an answer are
+those of the chat template's prompt for it, whatever the answer is. An answer that ends the text is followed by the
+tokenizer's end token, which is learned, so that generation stops there.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Task, registry, text_of
+from ...files import MIB
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, registry, text_of
+from .chat_template import Rendering, Span
+from .conversations import alpaca_prompt, conversation, is_plain_alpaca
 
-Span = tuple[int, int]  # characters, end excluded
-_TURNS = 200  # the template is rendered once and again for each, so time grows with their square
+Tokens = tuple[list[int], list[Span]]  # ids, and the characters that each stands for
+_PROMPTS = 16 * MIB  # characters of a conversation's prompts together: each is tokenized by itself
 
 
 class CausalLM(Task):
@@ -30,18 +35,23 @@ class CausalLM(Task):
     def model_config(self, plan: RoundPlan) -> dict[str, Any]:
         return {}
 
-    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
-        text, answers, templated = _text_and_answers(row, tokenizer)
-        # A chat template writes its own special tokens; elsewhere the tokenizer adds its own.
-        encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
-        ids, spans = _ended(encoded["input_ids"], encoded["offset_mapping"], text, tokenizer.eos_token_id)
-        ids, spans = ids[: plan.max_length], spans[: plan.max_length]
-        learned = [i > 0 and _answers(span, answers) for i, span in enumerate(spans)]
-        if not any(is_learned and start < stop for is_learned, (start, stop) in zip(learned, spans, strict=True)):
+    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
+        said = conversation(row)
+        if said is None or (tokenizer.chat_template is None and is_plain_alpaca(row)):
+            text, answer = _plain(row)
+            texts, asked = iter([(text, [answer], _tokens(text, tokenizer, add_special_tokens=True))]), 1
+        else:
+            texts, asked = _chats(Rendering(said, tokenizer), tokenizer, plan.max_length), len(said.learned)
+        examples, cut = [], Cut()
+        for text, answers, tokens in texts:
+            example, beyond = _example(text, answers, _ended(*tokens, text, tokenizer.eos_token_id), plan.max_length)
+            asked -= len(answers)
+            cut += beyond
+            examples += [example] if example else []
+        if not examples:
             raise BadRow(f"no part of an answer lies within max_length = {plan.max_length} tokens")
-        labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-        covered = [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
-        return {"input_ids": ids, "labels": labels, "bytes": _bytes(text, answers, covered)}
+        cut += Cut(answers=asked)
+        return Encoded(tuple(examples), replace(cut, rows=int(cut != Cut())))
 
     def targets(self, labels: Tensor) -> Tensor:
         return labels[:, 1:]
@@ -64,7 +74,83 @@ class CausalLM(Task):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), **per_byte}
 
 
-def _ended(ids: Sequence[int], spans: Sequence[Span], text: str, end_token: int | None) -> tuple[list[int], list[Span]]:
+def _plain(row: Mapping[str, Any]) -> tuple[str, Span]:
+    """A text and where in it the answer stands."""
+    if is_plain_alpaca(row):
+        prompt, completion = alpaca_prompt(row), text_of(row, "output")
+    elif row.get("completion") is not None or row.get("prompt") is not None:
+        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
+    elif row.get("instruction") is not None:
+        raise BadRow("'output' is missing")
+    elif row.get("text") is not None:
+        prompt, completion = "", text_of(row, "text")
+    else:
+        raise BadRow("none of 'messages', 'conversations', 'completion', 'output' and 'text' is there")
+    return prompt + completion, (len(prompt), len(prompt) + len(completion))
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool, starts: int = 0) -> Tokens:
+    """The tokens of `text`, which stands at character `starts` of a longer one."""
+    found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False)
+    return list(found["input_ids"]), [(starts + start, starts + stop) for start, stop in found["offset_mapping"]]
+
+
+def _chats(
+    said: Rendering, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[tuple[str, list[Span], Tokens]]:
+    """Texts with their answers and tokens, as few as show each answer behind the tokens of its prompt.
+
+    A chat template writes its own special tokens. Answers whose prompt alone is too long may be left out.
+    """
+    if not said.rewrites:
+        tokens = _tokens(said.text, tokenizer, add_special_tokens=False)
+        seen = max((stop for _, stop in tokens[1][:max_length]), default=0)
+        starts = [start for start, _ in said.answers if start < seen]
+        _check_prompts(sum(starts))
+        if all(_is_prompted(said.text, start, tokens[0], tokenizer) for start in starts):
+            yield said.text, said.answers, tokens
+            return
+    too_long, characters = math.inf, 0
+    for text, (start, stop) in said.turns():
+        if start >= too_long:
+            continue
+        characters += start
+        _check_prompts(characters)
+        tokens = _tokens(text, tokenizer, add_special_tokens=False)
+        if not _is_prompted(text, start, tokens[0], tokenizer):
+            prompt = _tokens(text[:start], tokenizer, add_special_tokens=False)
+            answer = _tokens(text[start:], tokenizer, add_special_tokens=False, starts=start)
+            tokens = prompt[0] + answer[0], prompt[1] + answer[1]
+        if sum(end <= start for _, end in tokens[1]) >= max_length:
+            too_long = start
+        yield text, [(start, stop)], tokens
+
+
+def _check_prompts(characters: int) -> None:
+    if characters > _PROMPTS:
+        raise BadRow(f"what precedes the answers of the conversation is longer than {_PROMPTS} characters together")
+
+
+def _is_prompted(text: str, start: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokens of `text` begin with those of what stands before character `start`."""
+    prompt = tokenizer(text[:start], add_special_tokens=False, verbose=False)["input_ids"]
+    return bool(ids[: len(prompt)] == prompt)
+
+
+def _example(text: str, answers: Sequence[Span], tokens: Tokens, max_length: int) -> tuple[dict[str, Any] | None, Cut]:
+    """What is learned of a text, None if nothing is, and what is cut of it."""
+    ids, spans, beyond = tokens[0][:max_length], tokens[1][:max_length], tokens[1][max_length:]
+    learned = [i > 0 and _answers(span, answers) for i, span in enumerate(spans)]
+    lost = sum(beyond[0][0] < stop or beyond[0] == (stop, stop) for _, stop in answers) if beyond else 0
+    cut = Cut(tokens=len(beyond), answers=lost)
+    if not any(is_learned and start < stop for is_learned, (start, stop) in zip(learned, spans, strict=True)):
+        return None, cut
+    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+    covered = [span for span, is_learned in zip(spans, learned, strict=True) if is_learned]
+    return {"input_ids": ids, "labels": labels, "bytes": _bytes(text, answers, covered)}, cut
+
+
+def _ended(ids: Sequence[int], spans: Sequence[Span], text: str, end_token: int | None) -> Tokens:
     """The tokens of `text` with an end token behind it, where the text, its template or the tokenizer put none there.
 
     What the tokenizer adds has no characters; what it adds behind the text stands at the text's end.
@@ -91,52 +177,6 @@ def _bytes(text: str, answers: Sequence[Span], covered: Sequence[Span]) -> int:
     ends = max((stop for _, stop in covered), default=0)
     starts = min((start for start, _ in covered), default=0)
     return sum(len(text[max(start, starts) : min(stop, ends)].encode()) for start, stop in answers if start < ends)
-
-
-def _text_and_answers(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span], bool]:
-    if row.get("messages") is not None:
-        return *_render(row["messages"], tokenizer), True
-    if row.get("completion") is not None or row.get("prompt") is not None:
-        prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))], False
-    if row.get("text") is None:
-        raise BadRow("none of 'messages', 'prompt' and 'completion', 'text' is there")
-    text = text_of(row, "text")
-    return text, [(0, len(text))], False
-
-
-def _render(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    """The conversation in the tokenizer's chat template, and where in it each assistant turn stands."""
-    if tokenizer.chat_template is None:
-        raise BadRow("the base model's tokenizer has no chat template; offer 'prompt' and 'completion' instead")
-    _check_messages(messages)
-    try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = [_turn(messages, i, whole, tokenizer) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    except BadRow:
-        raise
-    except Exception:  # a template raises what it likes, and may repeat the row
-        raise BadRow("the base model's chat template refuses this conversation (order of roles?)") from None
-    return whole, spans
-
-
-def _turn(messages: Sequence[Any], i: int, whole: str, tokenizer: PreTrainedTokenizerBase) -> Span:
-    before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-    after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-    if not (after.startswith(before) and whole.startswith(after)):
-        raise BadRow("the chat template rewrites earlier turns, so answers cannot be told apart; send one turn a row")
-    return len(before), len(after)
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise BadRow("'messages' is not a list of {role, content}")
-    if len(messages) > _TURNS:
-        raise BadRow(f"the conversation has more than {_TURNS} messages")
-    if not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-        raise BadRow("a message lacks a 'role' or a 'content' text")
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise BadRow("'messages' has no assistant turn to learn from")
 
 
 registry.register("causal_lm")(CausalLM())

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Task, registry
-from .sequence_classification import label_index
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, registry, tokenized
+from .labels import find
 
 Span = tuple[int, int]  # characters, end excluded
 OUTSIDE = "O"
@@ -29,19 +29,23 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     peft_type = "TOKEN_CLS"
 
-    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> dict[str, Any]:
+    def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         words, labels = row.get("tokens"), row.get("labels")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
             raise BadRow("'tokens' is not a list of words")
         if not isinstance(labels, list) or len(labels) != len(words):
             raise BadRow("'labels' is not a list with one label for each of 'tokens'")
-        places = [label_index(label, plan.labels) for label in labels]
-        encoded = tokenizer(" ".join(words), truncation=True, max_length=plan.max_length, return_offsets_mapping=True)
+        found = [find(label, plan.labels) for label in labels]
+        places = [place for place, _ in found]
+        encoded, beyond = tokenized(tokenizer, " ".join(words), plan.max_length, return_offsets_mapping=True)
         began = first_tokens(words, encoded["offset_mapping"])
         learned = [IGNORED if word is None else places[word] for word in began]
         if all(label == IGNORED for label in learned):
             raise BadRow("no word is left after tokenizing")
-        return {"input_ids": encoded["input_ids"], "labels": learned}
+        lost = entities_lost(places, began, plan.labels)
+        example = {"input_ids": encoded["input_ids"], "labels": learned}
+        remarks = frozenset(remark for _, remark in found if remark)
+        return Encoded((example,), Cut(int(beyond > 0 or lost > 0), beyond, entities=lost), remarks)
 
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
         labels = [label for row in rows["labels"][:] for label in row if label != IGNORED]
@@ -77,6 +81,18 @@ def first_tokens(words: Sequence[str], spans: Sequence[Span]) -> list[int | None
         began.append(word if is_first else None)
         word += is_first
     return began
+
+
+def entities_lost(places: Sequence[int], began: Sequence[int | None], labels: tuple[str, ...]) -> int:
+    """How many entities have a word that is not learned: it lies behind `max_length`, or has no token of its own."""
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    learned = {word for word in began if word is not None}
+    if len(learned) == len(places):
+        return 0
+    tags = entity_tags(labels)
+    entities = get_entities([tags[place] for place in places])
+    return sum(any(word not in learned for word in range(start, end + 1)) for _, start, end in entities)
 
 
 def entity_tags(labels: Sequence[str]) -> list[str]:
