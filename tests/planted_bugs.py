@@ -645,7 +645,6 @@ BUGS = [
     Bug("flare/restarted.py", "token not in registered and", "", "flare/test_restarted"),
     Bug("flare/restarted.py", "found - self._told", "found", "flare/test_restarted"),
     Bug("flare/resume.py", '"resume": True', '"resume": False', "flare/test_resume"),
-    Bug("flare/resume.py", "export.read_adapter(last)", "pass", "flare/test_resume"),
     # what a job may say, and build
     Bug("hocon.py", "if unseen := _UNSEEN.search(text)", "if unseen := None", "test_hocon"),
     Bug("hocon.py", "if key in values:", "if False:", "test_hocon"),

@@ -14,7 +14,7 @@ from typing import Any
 from nvflare.apis.job_def import is_valid_job_id
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
-from .. import at_rest, export
+from .. import at_rest
 from ..errors import ConfigError
 from ..files import read_object
 from .job import Job, read_job, server_config
@@ -44,7 +44,6 @@ def write_resumed(result: Path, folder: Path) -> Job:
             str(result),
             code="nothing_to_resume",
         )
-    export.read_adapter(last)  # a damaged one is found out before anything is written
     with making(folder) as beside:
         signed = shutil.ignore_patterns(".__nvfl_*")  # by who submitted it: what is submitted now is signed anew
         shutil.copytree(submitted, beside, symlinks=True, ignore=signed, dirs_exist_ok=True)

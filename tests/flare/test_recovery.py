@@ -74,10 +74,10 @@ def test_at_its_start_the_server_ends_the_jobs_it_was_running_and_no_others(serv
     ended = {jobs[RunStatus.RUNNING], jobs[RunStatus.DISPATCHED]}
     with server.engine.new_context() as fl_ctx:
         fl_ctx.set_prop(FLContextKey.WORKSPACE_OBJECT, server.workspace, private=True)
+        recovery.JobRecovery().handle_event(EventType.SYSTEM_BOOTSTRAP, fl_ctx)
+        later = server.job(RunStatus.RUNNING)  # of this life
         for event in (EventType.SYSTEM_START, EventType.START_RUN, EventType.END_RUN):
             recovery.JobRecovery().handle_event(event, fl_ctx)
-        recovery.JobRecovery().handle_event(EventType.SYSTEM_BOOTSTRAP, fl_ctx)
-    later = server.job(RunStatus.RUNNING)  # of this life
     until = time.monotonic() + 20
     while time.monotonic() < until and not all(server.meta(job)["status"] == "FINISHED:ABNORMAL" for job in ended):
         time.sleep(0.1)
