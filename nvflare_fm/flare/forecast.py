@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plan import AdapterShape, BaseShape, Cost, cost, global_rank, remarks
+from ..plan import (
+    AdapterShape,
+    BaseShape,
+    Cost,
+    activation_bytes,
+    cost,
+    global_rank,
+    measuring_bytes,
+    remarks,
+)
 from .job import ALL, Job, read_job
 
 EVERY = "every site"
@@ -112,8 +121,12 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
                 "compute_dtype auto is counted as bf16 under quantization; most CPUs compute in fp32, for more"
             )
         for site in sorted(job.sites):
-            base, _ = _shapes(job, site, model)
-            said = remarks(base, job.sites[site].overrides.applied(job.plan)) if base else []
+            base, adapter = _shapes(job, site, model)
+            plan = job.sites[site].overrides.applied(job.plan)
+            said = remarks(base, plan) if base else []
+            if base and adapter and measuring_bytes(base, plan) > activation_bytes(base, adapter, plan):
+                texts = f"{plan.evaluation.batch_size} texts (evaluation.batch_size)"
+                said.append(f"to measure {texts} at a time takes more memory than a training step")
             notes += [note for note in said if note not in notes]
     if not job.rounds:
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]

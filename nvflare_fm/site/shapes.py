@@ -20,7 +20,8 @@ from ..plan import AdapterShape, BaseShape
 from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
 from .base_model import BaseModel, check_head, compute_dtype, load_tokenizer, parts_on_top
-from .probe import check_length, positions, stacked, unreached
+from .logits import find_backbone
+from .probe import TOKENS, check_length, positions, stacked, unreached
 from .tasks import registry as tasks
 
 
@@ -68,6 +69,7 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
         positions=positions(model, beside),
         context=_number(text, "max_position_embeddings"),
         stacked=sum(p.numel() for name in stacked(model, beside) for p in model.get_submodule(name).parameters()),
+        head_is_apart=not task.trains_head and find_backbone(model, list(range(TOKENS))) is not None,
     )
     heads = tuple(sorted(on_top)) if task.trains_head else ()
     dtype = compute_dtype(plan.compute_dtype, plan.quantization, base.hidden)

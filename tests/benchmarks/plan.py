@@ -44,10 +44,10 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.config import RoundPlan
     from nvflare_fm.plan import activation_bytes, trained_bytes
+    from nvflare_fm.site.memory import peak_mib
     from nvflare_fm.site.rehearsal import made_up
     from nvflare_fm.site.shapes import shapes
     from nvflare_fm.site.site_config import SiteConfig
-    from nvflare_fm.site.training import peak_memory_mib
     from nvflare_fm.site.worker import Worker
 
     folder, plan = _model(case["model"]), RoundPlan.read(_plan(case), "benchmark")
@@ -62,7 +62,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
         loaded = worker._job(RoundTask(plan), trains=True).base.model.get_memory_footprint() / 2**20
         before = psutil.Process().memory_info().rss / 2**20
         worker.train(RoundTask(plan))
-        seen = peak_memory_mib() - before
+        seen = peak_mib() - before
     base, adapter = shapes(folder, plan)
     told = (trained_bytes(adapter, plan, 8, 8) + activation_bytes(base, adapter, plan)) / 2**20
     return {"weights_told": base.size(plan) / 2**20, "weights": loaded, "told": told, "seen": seen, "process": before}

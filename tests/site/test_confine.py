@@ -1,4 +1,4 @@
-"""A trainer that wants more memory than its site gives fails alone, in the words `memory_explained` knows."""
+"""A trainer that wants more memory than its site gives fails alone, in the words `memory.ran_out` knows."""
 
 import subprocess
 import sys
