@@ -33,6 +33,7 @@ from .distributed import any_process, backend, gather, processes
 from .layerwise import LayerwiseStep
 from .proximal import Proximal
 
+_FP16_SCALE = 2.0**10  # of the loss, for gradients in fp16: torch's 2¹⁶ overflows and costs each round its first steps
 Log = Callable[[str, float, int], None]
 
 
@@ -211,6 +212,8 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.order, self.task, self.base, self.shift = order, task, base, shift
         self.loss_is_scaled_for_ga = True
+        if base.compute_dtype == torch.float16:
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type, init_scale=_FP16_SCALE)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
         batches = list(islice(epoch_iterator, num_batches))
