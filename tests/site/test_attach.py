@@ -47,12 +47,13 @@ def global_adapter(base: BaseModel, rank: int) -> Adapter:
 
 def weights(base: BaseModel) -> dict[str, bytes]:
     """Every value of the base model, quantization constants included."""
-    return {n: v.detach().contiguous().view(torch.uint8).numpy().tobytes() for n, v in base.model.state_dict().items()}
+    values = base.model.state_dict().items()
+    return {n: v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for n, v in values}
 
 
 @torch.inference_mode()
 def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS).logits
+    return model(input_ids=IDS.to(model.device)).logits.cpu()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, 9])

@@ -82,6 +82,19 @@ def one_process_agrees(
         torch.testing.assert_close(tensor, adapter[name], atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "processes", "through"), [(0, 2, "gloo"), (1, 2, "gloo"), (2, 2, "nccl"), (4, 2, "nccl")]
+)
+def test_processes_that_share_a_gpu_do_not_speak_through_nccl(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, through: str
+) -> None:
+    """NCCL refuses two processes on one GPU. torch's answers stand in for the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert distributed.backend() == through
+
+
 def test_alone_a_process_agrees_with_itself() -> None:
     assert distributed.processes() == (0, 1)
     assert distributed.gather(3) == [3]

@@ -78,6 +78,7 @@ def loss_under_plain_peft(adapter: Path, base: Any, batch: dict[str, torch.Tenso
     keep_packing(base)
     base.config.pad_token_id = 0
     model = PeftModel.from_pretrained(base, adapter).eval()
+    batch = {name: column.to(base.device) for name, column in batch.items()}  # 4-bit weights lie where a GPU is
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = registry[task].targets(batch["labels"])
     return float(cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED))

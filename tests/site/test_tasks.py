@@ -94,7 +94,8 @@ def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp
     with job.base.lent():
         model = peft_methods.read(plan.peft).attach(job.base, update.adapter, plan).eval()
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 40}
-        said = model.generate(input_ids=torch.tensor([ids[:begins]]), do_sample=False, **ends)[0, begins:].tolist()
+        prompt = torch.tensor([ids[:begins]], device=model.device)
+        said = model.generate(input_ids=prompt, do_sample=False, **ends)[0, begins:].tolist()
     assert ANSWER in tokenizer.decode(said)
     assert said[-1] == tokenizer.eos_token_id, tokenizer.decode(said)
 
@@ -241,6 +242,7 @@ def test_the_loss_of_evaluation_is_the_models_own(llama: Path, tmp_path: Path) -
     batch = collate(list(job.data.validation), 0)
     batch.pop("bytes")
     with job.base.lent() as model, torch.inference_mode():
+        batch = {name: column.to(model.device) for name, column in batch.items()}
         assert worker.validate(RoundTask(plan))["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
