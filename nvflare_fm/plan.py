@@ -19,6 +19,7 @@ _PER_WIDTH, _PER_INNER, _PER_SCORE, _PER_DROPPED = 8, 6, 2.6, 1.2  # copies kept
 _PER_LOGIT, _PER_PICKED_LOGIT = 3, 7  # copies a loss makes, and one that picks what is learned from all of them
 _MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 8, 4, 2.5  # copies held at once where none is kept
 LOGITS_AT_ONCE = 2**26  # of a language model whose head can answer for some positions at a time
+MEASURED_AT_ONCE = 2**14  # positions of texts that are measured
 _OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
 
 
@@ -70,6 +71,11 @@ class BaseShape:
 def positions_at_once(words: int) -> int:
     """How many positions a language model's head answers for at a time."""
     return max(1, LOGITS_AT_ONCE // max(1, words))
+
+
+def texts_at_once(batch_size: int, length: int) -> int:
+    """How many texts of a batch are measured at a time: a large GPU is busy with less than it could hold."""
+    return min(batch_size, max(1, MEASURED_AT_ONCE // length))
 
 
 def remarks(base: BaseShape, plan: RoundPlan) -> list[str]:
@@ -131,7 +137,7 @@ def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) ->
 
 def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
     """What it takes to measure a batch, if all its texts are as long as `max_length`."""
-    texts = plan.evaluation.batch_size
+    texts = texts_at_once(plan.evaluation.batch_size, plan.max_length)
     block = number_width(plan) * (_MEASURED_WIDTH * base.hidden + _MEASURED_INNER * base.inner)
     logits = FLOAT32 * _MEASURED_LOGIT * _logits(base, plan, texts)
     return round(texts * plan.max_length * block + logits)

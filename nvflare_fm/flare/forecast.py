@@ -125,8 +125,7 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
             plan = job.sites[site].overrides.applied(job.plan)
             said = remarks(base, plan) if base else []
             if base and adapter and measuring_bytes(base, plan) > activation_bytes(base, adapter, plan):
-                texts = f"{plan.evaluation.batch_size} texts (evaluation.batch_size)"
-                said.append(f"to measure {texts} at a time takes more memory than a training step")
+                said.append("to measure a batch takes more memory than a training step; lower evaluation.batch_size")
             notes += [note for note in said if note not in notes]
     if not job.rounds:
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from ..config import RoundPlan
 from ..errors import TrainingError
+from ..plan import texts_at_once
 from . import logits
 from .base_model import BaseModel
 from .distributed import any_process, gather, processes
@@ -33,7 +34,10 @@ def evaluate(
         if any_process(should_stop()):
             raise TrainingError("stopped while evaluating, as told")
         if chosen := order[start : start + settings.batch_size]:
-            parts.append(_score(model, base, [rows[i] for i in chosen]))
+            longest = len(rows[chosen[-1]]["input_ids"])
+            at_once = texts_at_once(len(chosen), longest)
+            for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
+                parts.append(_score(model, base, [rows[i] for i in some]))
     everyone = [part for share in gather(parts) for part in share]
     columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
     return base.task.metrics(columns, plan)

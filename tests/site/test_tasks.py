@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForTokenClassification, pipeline
+from transformers import AutoModelForTokenClassification, LlamaModel, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.export import write_adapter
@@ -224,10 +224,27 @@ def test_batches_are_padded_on_the_right_and_padding_is_not_learned() -> None:
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
-def test_metrics_do_not_depend_on_the_batch_size(llama: Path, tmp_path: Path, task: str) -> None:
+def test_metrics_do_not_depend_on_the_batch_size(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
     worker = tiny.worker(tmp_path, llama, task)
     one, many = (worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": size}))) for size in (1, 7))
     assert one == pytest.approx(many, rel=1e-5)
+    sizes: list[int] = []
+    monkeypatch.setattr("nvflare_fm.plan.MEASURED_AT_ONCE", 60)
+    monkeypatch.setattr(LlamaModel, "forward", counting(LlamaModel.forward, sizes))
+    assert worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": 7}))) == pytest.approx(many, rel=1e-5)
+    assert 0 < max(sizes) <= 60
+
+
+def counting(forward: Any, sizes: list[int]) -> Any:
+    """`forward`, which notes how many positions it is given."""
+
+    def counted(self: Any, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        sizes.append(input_ids.numel() if input_ids is not None else 0)
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    return counted
 
 
 def test_language_model_metrics_are_the_means_they_say() -> None:
