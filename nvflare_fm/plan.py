@@ -15,11 +15,12 @@ from .config import Aggregation, RoundPlan
 FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 _BLOCK, _SECOND_BLOCK = 64, 256  # bitsandbytes keeps a constant per block, and with double quantization one per 256
-_PER_WIDTH, _PER_INNER, _PER_SCORE, _PER_DROPPED = 8, 6, 2.6, 1.2  # copies kept, as measured
+_PER_WIDTH = {4: 8, 2: 12.5}  # copies of a block's width kept, by the bytes of a number: norms keep some in float32
+_PER_INNER, _PER_SCORE, _RECOMPUTED = 2, 2.6, 1.75  # copies, and blocks' worth that a recomputed one takes
 _PER_LOGIT, _PER_PICKED_LOGIT = 3, 7  # copies a loss makes, and one that picks what is learned from all of them
-_MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 8, 4, 2.5  # copies held at once where none is kept
+_MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 12, 2, 2.5  # copies held at once where none is kept
 LOGITS_AT_ONCE = 2**26  # of a language model whose head can answer for some positions at a time
-MEASURED_AT_ONCE = 2**14  # positions of texts that are measured
+MEASURED_AT_ONCE = 2**13  # positions of texts that are measured
 _OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
 
 
@@ -49,7 +50,7 @@ class BaseShape:
     kept: int  # numbers in all else: embeddings, norms, heads
     depth: int  # blocks
     hidden: int  # width of a block
-    inner: int  # width of its widest layer
+    inner: int  # outputs of its widest layers together
     heads: int  # of attention whose scores are kept, as dropout on them forces it where there is no fused kernel
     answers: int  # logits for each position, or for each text
     positions: int | None = None  # that it has a row for; None: it looks none up
@@ -119,20 +120,21 @@ def trained_bytes(shape: AdapterShape, plan: RoundPlan, rank: int, widest: int) 
 
 
 def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) -> int:
-    """What a step keeps for the way back, if all its texts are as long as `max_length`, and two blocks' worth that the
-    way back itself takes. With checkpointing, of one block, and of the others their inputs.
+    """What a step keeps for the way back, if all its texts are as long as `max_length`, half a block's worth that the
+    way back itself takes, and the logits. With checkpointing, the blocks' inputs, and the logits or else one block.
     """
     positions, width = plan.training.batch_size * plan.max_length, number_width(plan)
-    block = width * (_PER_WIDTH * base.hidden + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
+    per_width = _PER_WIDTH[width] * base.hidden
+    block = width * (per_width + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
     if plan.peft.get("lora_dropout"):
         inputs = sum(fan_in for _, fan_in in adapter.layers.values()) / max(1, base.depth)
-        block += FLOAT32 * _PER_DROPPED * inputs
-    if plan.training.gradient_checkpointing:
-        kept = 3 * block + width * base.depth * base.hidden
-    else:
-        kept = (base.depth + 2) * block
+        block += (width + 1) * inputs  # what is left of them, and which were dropped
     copies = _PER_LOGIT if base.head_is_apart else _PER_PICKED_LOGIT
-    return round(positions * kept + FLOAT32 * copies * _logits(base, plan, plan.training.batch_size))
+    logits = FLOAT32 * copies * _logits(base, plan, plan.training.batch_size)
+    if plan.training.gradient_checkpointing:
+        inputs = width * base.depth * base.hidden
+        return round(positions * inputs + max(_RECOMPUTED * block * positions, logits))
+    return round((base.depth + 0.5) * block * positions + logits)
 
 
 def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
@@ -140,7 +142,7 @@ def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
     texts = texts_at_once(plan.evaluation.batch_size, plan.max_length)
     block = number_width(plan) * (_MEASURED_WIDTH * base.hidden + _MEASURED_INNER * base.inner)
     logits = FLOAT32 * _MEASURED_LOGIT * _logits(base, plan, texts)
-    return round(texts * plan.max_length * block + logits)
+    return round(max(texts * plan.max_length * block, logits))
 
 
 def _logits(base: BaseShape, plan: RoundPlan, texts: int) -> int:

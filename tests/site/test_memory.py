@@ -11,8 +11,13 @@ from transformers import LlamaForCausalLM
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
+from nvflare_fm.plan import activation_bytes, trained_bytes
 from nvflare_fm.site import base_model, memory, training
+from nvflare_fm.site.rehearsal import made_up
+from nvflare_fm.site.shapes import shapes
+from nvflare_fm.site.worker import Worker
 from tests.site import tiny
+from tests.site.held import Held
 
 ERRORS = [
     MemoryError(),
@@ -103,3 +108,25 @@ def test_the_gpu_is_given_back_when_a_round_is_over(
             except TrainingError:
                 assert fails
         assert called == ["collect", "empty_cache"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_step_holds_what_was_told(tmp_path: Path, kind: str, checkpointing: bool) -> None:
+    """All that torch's tensors hold, in bf16 as on a GPU."""
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 4, "max_position_embeddings": 256}
+    model = tiny.save(tmp_path / "model", kind, **sizes)
+    task = "causal_lm" if kind == "llama" else "sequence_classification"
+    plan = tiny.plan(
+        task, quantization="nf4", compute_dtype="bf16", max_length=256, peft={"method": "lora", "rank": 2},
+        training={"local_steps": 2, "batch_size": 2, "gradient_checkpointing": checkpointing},
+        evaluation={"before": False, "after": False},
+    )  # fmt: skip
+    file = tiny.jsonl(tmp_path / "rows.jsonl", [made_up(plan)] * 4)
+    worker = Worker("site-1", tiny.site(model, file, data={"notes": {"train": str(file), "validation": str(file)}}))
+    worker._job(RoundTask(plan), trains=True)
+    with Held() as held:
+        worker.train(RoundTask(plan))
+    base, adapter = shapes(model, plan)
+    told = trained_bytes(adapter, plan, 2, 2) + activation_bytes(base, adapter, plan)
+    assert told == pytest.approx(held.most_bytes, rel=0.15)

@@ -150,7 +150,7 @@ def test_fp16_takes_the_same_steps_as_fp32_and_skips_none(
     def trained(dtype: torch.dtype) -> AdapterUpdate:
         monkeypatch.setattr(base_model, "_loaded", {})
         monkeypatch.setattr(base_model, "compute_dtype", lambda *_: dtype)
-        return train(tmp_path, llama, quantization="nf4", local_steps=6, optim="sgd", proximal_mu=0.5)
+        return train(tmp_path, llama, quantization="nf4", local_steps=6, batch_size=1, optim="sgd", proximal_mu=0.5)
 
     exact = trained(torch.float32)
     monkeypatch.setattr(training, "LocalTrainer", AsOnGPU)
