@@ -114,7 +114,7 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
     else:
         notes.append(
             "memory is an estimate for texts of max_length, of one process, besides what Python and its libraries take "
-            "(about 0.7 GB on a CPU; the driver's share on a GPU); on a CPU a step takes up to twice as much"
+            "(about 0.9 GB on a CPU; the driver's share on a GPU); on a CPU a step takes up to half as much again"
         )
         if job.plan.compute_dtype == "auto":
             notes.append(
