@@ -22,9 +22,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
+from nvflare_fm.site import logits
 from nvflare_fm.site.distributed import processes
 from tests.site import tiny
 
+logits.positions_at_once = lambda words: 7  # here, and not where one process agrees
 folder, models = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
 training = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
 for task in ("causal_lm", "sequence_classification"):
