@@ -198,6 +198,18 @@ def test_an_adapter_for_other_layers_is_refused_by_name(llama: Path) -> None:
         method(2).attach(base, wider, START)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["ia3", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("quantization", ["nf4", "bf16"])
+def test_what_peft_puts_before_and_between_layers_fits_a_base_of_another_type(
+    llama: Path, quantization: str, name: str, dtype: str
+) -> None:
+    plan = tiny.plan(quantization=quantization, compute_dtype=dtype, peft={"method": name})
+    base = base_model.load(ModelSource(path=str(llama)), plan, tasks[plan.task])
+    with base.lent():
+        peft_methods.read(plan.peft).attach(base, Adapter(), plan)  # is tried with a text, or refused
+
+
 def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:
     base = base_of(llama)
     with base.lent(), pytest.raises(ConfigError, match="nothing_like_it"):
