@@ -15,7 +15,12 @@ from .config import Aggregation, RoundPlan
 FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 _BLOCK, _SECOND_BLOCK = 64, 256  # bitsandbytes keeps a constant per block, and with double quantization one per 256
-_PER_WIDTH, _PER_INNER, _PER_SCORE, _PER_DROPPED, _PER_ANSWER = 8, 6, 2.6, 1.2, 7  # copies kept, as measured
+_PER_WIDTH = {4: 8, 2: 12.5}  # copies of a block's width kept, by the bytes of a number: norms keep some in float32
+_PER_INNER, _PER_SCORE, _RECOMPUTED = 2, 2.6, 1.75  # copies, and blocks' worth that a recomputed one takes
+_PER_LOGIT, _PER_PICKED_LOGIT = 3, 7  # copies a loss makes, and one that picks what is learned from all of them
+_MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 12, 2, 2.5  # copies held at once where none is kept
+LOGITS_AT_ONCE = 2**26  # of a language model whose head can answer for some positions at a time
+MEASURED_AT_ONCE = 2**13  # positions of texts that are measured
 _OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
 
 
@@ -45,12 +50,13 @@ class BaseShape:
     kept: int  # numbers in all else: embeddings, norms, heads
     depth: int  # blocks
     hidden: int  # width of a block
-    inner: int  # width of its widest layer
+    inner: int  # outputs of its widest layers together
     heads: int  # of attention whose scores are kept, as dropout on them forces it where there is no fused kernel
     answers: int  # logits for each position, or for each text
     positions: int | None = None  # that it has a row for; None: it looks none up
     context: int = 0  # positions it was trained for; 0: not known
     stacked: int = 0  # numbers of several layers in one tensor, such as experts: those are never quantized
+    head_is_apart: bool = False  # logits can be made of some positions at a time
 
     def size(self, plan: RoundPlan) -> int:
         """Bytes of the frozen weights."""
@@ -63,13 +69,24 @@ class BaseShape:
         return ceil(self.quantized * (0.5 + constants)) + width * self.kept
 
 
+def positions_at_once(words: int) -> int:
+    """How many positions a language model's head answers for at a time."""
+    return max(1, LOGITS_AT_ONCE // max(1, words))
+
+
+def texts_at_once(batch_size: int, length: int) -> int:
+    """How many texts of a batch are measured at a time: a large GPU is busy with less than it could hold."""
+    return min(batch_size, max(1, MEASURED_AT_ONCE // length))
+
+
 def remarks(base: BaseShape, plan: RoundPlan) -> list[str]:
     """What of a base model a plan does not treat as one may think.
 
     Args:
         plan: as a site is to carry it out.
     Returns:
-        A sentence each: what is not quantized, and texts longer than those the model was trained for.
+        A sentence each: what is not quantized, texts longer than those the model was trained for, and logits that are
+        held whole.
     """
     found = []
     if plan.quantization in ("nf4", "fp4", "int8") and base.quantized + base.kept:
@@ -82,6 +99,8 @@ def remarks(base: BaseShape, plan: RoundPlan) -> list[str]:
         found.append(
             f"the base model was trained for texts of {base.context} tokens, max_length {plan.max_length} is more"
         )
+    if plan.task == "causal_lm" and not base.head_is_apart:
+        found.append("the base model's head answers for all positions at once, so a step holds all their logits")
     return found
 
 
@@ -101,20 +120,36 @@ def trained_bytes(shape: AdapterShape, plan: RoundPlan, rank: int, widest: int) 
 
 
 def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) -> int:
-    """What a step keeps for the way back, if all its texts are as long as `max_length`, and two blocks' worth that the
-    way back itself takes. With checkpointing, of one block, and of the others their inputs.
+    """What a step keeps for the way back, if all its texts are as long as `max_length`, half a block's worth that the
+    way back itself takes, and the logits. With checkpointing, the blocks' inputs, and the logits or else one block.
     """
     positions, width = plan.training.batch_size * plan.max_length, number_width(plan)
-    block = width * (_PER_WIDTH * base.hidden + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
+    per_width = _PER_WIDTH[width] * base.hidden
+    block = width * (per_width + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
     if plan.peft.get("lora_dropout"):
         inputs = sum(fan_in for _, fan_in in adapter.layers.values()) / max(1, base.depth)
-        block += FLOAT32 * _PER_DROPPED * inputs
+        block += (width + 1) * inputs  # what is left of them, and which were dropped
+    copies = _PER_LOGIT if base.head_is_apart else _PER_PICKED_LOGIT
+    logits = FLOAT32 * copies * _logits(base, plan, plan.training.batch_size)
     if plan.training.gradient_checkpointing:
-        kept = 3 * block + width * base.depth * base.hidden
-    else:
-        kept = (base.depth + 2) * block
-    answers = base.answers * (plan.training.batch_size if plan.task == "sequence_classification" else positions)
-    return round(positions * kept + FLOAT32 * _PER_ANSWER * answers)
+        inputs = width * base.depth * base.hidden
+        return round(positions * inputs + max(_RECOMPUTED * block * positions, logits))
+    return round((base.depth + 0.5) * block * positions + logits)
+
+
+def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
+    """What it takes to measure a batch, if all its texts are as long as `max_length`."""
+    texts = texts_at_once(plan.evaluation.batch_size, plan.max_length)
+    block = number_width(plan) * (_MEASURED_WIDTH * base.hidden + _MEASURED_INNER * base.inner)
+    logits = FLOAT32 * _MEASURED_LOGIT * _logits(base, plan, texts)
+    return round(max(texts * plan.max_length * block, logits))
+
+
+def _logits(base: BaseShape, plan: RoundPlan, texts: int) -> int:
+    """How many are held at once."""
+    positions = texts if plan.task == "sequence_classification" else texts * plan.max_length
+    at_once = positions_at_once(base.answers) if base.head_is_apart else positions
+    return base.answers * min(positions, at_once)
 
 
 @dataclass(frozen=True)
@@ -131,8 +166,8 @@ class Cost:
     bytes_down: int | None  # in each round after it
     bytes_up: int | None  # a round
     base_bytes: int | None  # memory of the frozen weights
-    trained_bytes: int | None  # of the adapter, its gradients and optimizer state
-    activation_bytes: int | None  # at most, of a step
+    trained_bytes: int | None  # of the adapter, and of its gradients and optimizer state where it is trained
+    activation_bytes: int | None  # at most, of a step or of measuring
     rank_that_fits: int | None  # the largest, up to that of the global adapter, in the memory the site has; 0: none
 
     @property
@@ -175,8 +210,8 @@ def cost(
         bytes_down=(_size(adapter, widest, plan.shares) if adapter else None) if trains else starts_at,
         bytes_up=(_size(adapter, rank, plan.shares) if adapter else None) if trains else 0,
         base_bytes=base.size(plan) if base else None,
-        trained_bytes=trained_bytes(adapter, plan, rank, widest) if adapter and trains else None,
-        activation_bytes=activation_bytes(base, adapter, plan) if base and adapter and trains else None,
+        trained_bytes=_held_bytes(adapter, plan, rank, widest, trains) if adapter else None,
+        activation_bytes=_most_bytes(base, adapter, plan, trains) if base and adapter else None,
         rank_that_fits=(
             rank_that_fits(memory_bytes, base, adapter, plan, widest)
             if memory_bytes is not None and base and adapter and adapter.layers and trains
@@ -187,8 +222,17 @@ def cost(
 
 def rank_that_fits(memory_bytes: float, base: BaseShape, adapter: AdapterShape, plan: RoundPlan, widest: int) -> int:
     """The largest rank, up to that of the global adapter, at which a site trains in its memory; 0: not even at 1."""
-    left = memory_bytes - base.size(plan) - activation_bytes(base, adapter, plan)
+    left = memory_bytes - base.size(plan) - _most_bytes(base, adapter, plan)
     return bisect_right(range(1, widest + 1), left, key=lambda rank: trained_bytes(adapter, plan, rank, widest))
+
+
+def _held_bytes(adapter: AdapterShape, plan: RoundPlan, rank: int, widest: int, trains: bool) -> int:
+    return trained_bytes(adapter, plan, rank, widest) if trains else adapter.size(widest)
+
+
+def _most_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan, trains: bool = True) -> int:
+    measures = not trains or plan.evaluation.before or plan.evaluation.after
+    return max(activation_bytes(base, adapter, plan) if trains else 0, measuring_bytes(base, plan) if measures else 0)
 
 
 def _size(adapter: AdapterShape, rank: int, shares: str) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests import typechecking
@@ -34,6 +35,11 @@ def malformed_allowed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cpu") and torch.cuda.is_available():
+        pytest.skip("shows what holds where no GPU is")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 """What a job will cost, held against what it does cost: bytes to the last one, weights to a few per cent."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
@@ -15,7 +17,17 @@ from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
-from nvflare_fm.plan import AdapterShape, BaseShape, activation_bytes, global_rank, rank_that_fits, trained_bytes
+from nvflare_fm.plan import (
+    FLOAT32,
+    LOGITS_AT_ONCE,
+    AdapterShape,
+    BaseShape,
+    activation_bytes,
+    global_rank,
+    measuring_bytes,
+    rank_that_fits,
+    trained_bytes,
+)
 from nvflare_fm.site.rehearsal import seconds_per_step
 from nvflare_fm.site.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
@@ -105,6 +117,33 @@ def test_checkpointing_shorter_texts_and_smaller_batches_take_less() -> None:
     assert kept(gradient_checkpointing=True) < kept() / 2
     assert kept(max_length=32) == pytest.approx(kept() / 2, rel=0.01)
     assert kept(batch_size=4) == pytest.approx(kept(batch_size=8) / 2, rel=0.01)
+
+
+@given(words=st.integers(2, 300_000), texts=st.integers(1, 64))
+def test_the_logits_told_are_those_that_are_held(words: int, texts: int) -> None:
+    """A loss holds three copies of them, or seven where it picks them; both are bounded where the head is apart."""
+    plan = tiny.plan(training={"batch_size": texts}, evaluation={"batch_size": 1})
+    for apart, copies in ((True, 3), (False, 7)):
+        base = replace(BASE, depth=0, hidden=0, inner=0, answers=words, head_is_apart=apart)
+        step, of_all = activation_bytes(base, SHAPE, plan), FLOAT32 * copies * words * texts * 48
+        assert step == of_all or (apart and of_all > step > FLOAT32 * copies * (LOGITS_AT_ONCE - words))
+        assert step <= FLOAT32 * copies * max(LOGITS_AT_ONCE, words) or not apart
+        assert measuring_bytes(base, plan) == min(words * 48, step // (FLOAT32 * copies)) * FLOAT32 * 2.5
+
+
+def test_an_8b_model_in_nf4_trains_two_texts_of_2048_tokens_in_12_gib(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(**sizes, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192).save_pretrained(
+        tmp_path
+    )
+    training = {"batch_size": 2, "gradient_checkpointing": True}
+    plan = tiny.plan(quantization="nf4", max_length=2048, peft={"method": "lora", "rank": 16}, training=training)
+    base, adapter = shapes(tmp_path, plan)
+    assert base.head_is_apart
+    beside = base.size(plan) + trained_bytes(adapter, plan, 16, 16)
+    assert beside + activation_bytes(base, adapter, plan) < 12 * 2**30
+    assert measuring_bytes(base, plan) < activation_bytes(base, adapter, plan)
+    assert activation_bytes(replace(base, head_is_apart=False), adapter, plan) > 12 * 2**30
 
 
 def exported(folder: Path, **settings: Any) -> Path:
@@ -207,7 +246,7 @@ def test_a_plan_can_be_read_by_a_program(tmp_path: Path, models: dict[str, Path]
 @given(rank=st.integers(1, 12), widest=st.integers(1, 12), slack=st.floats(-1, 1))
 def test_the_rank_that_fits_is_the_largest_whose_memory_is_there(rank: int, widest: int, slack: float) -> None:
     plan = tiny.plan()
-    fixed = BASE.size(plan) + activation_bytes(BASE, SHAPE, plan)
+    fixed = BASE.size(plan) + max(activation_bytes(BASE, SHAPE, plan), measuring_bytes(BASE, plan))
     has = fixed + trained_bytes(SHAPE, plan, rank, widest) + slack
     fits = rank_that_fits(has, BASE, SHAPE, plan, widest)
     held = [r for r in range(1, widest + 1) if fixed + trained_bytes(SHAPE, plan, r, widest) <= has]

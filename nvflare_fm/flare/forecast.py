@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..plan import AdapterShape, BaseShape, Cost, cost, global_rank, remarks
+from ..plan import (
+    AdapterShape,
+    BaseShape,
+    Cost,
+    activation_bytes,
+    cost,
+    global_rank,
+    measuring_bytes,
+    remarks,
+)
 from .job import ALL, Job, read_job
 
 EVERY = "every site"
@@ -105,15 +114,18 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
     else:
         notes.append(
             "memory is an estimate for texts of max_length, of one process, besides what Python and its libraries take "
-            "(about 0.7 GB on a CPU; the driver's share on a GPU)"
+            "(about 0.9 GB on a CPU; the driver's share on a GPU); on a CPU a step takes up to half as much again"
         )
         if job.plan.compute_dtype == "auto":
             notes.append(
                 "compute_dtype auto is counted as bf16 under quantization; most CPUs compute in fp32, for more"
             )
         for site in sorted(job.sites):
-            base, _ = _shapes(job, site, model)
-            said = remarks(base, job.sites[site].overrides.applied(job.plan)) if base else []
+            base, adapter = _shapes(job, site, model)
+            plan = job.sites[site].overrides.applied(job.plan)
+            said = remarks(base, plan) if base else []
+            if base and adapter and measuring_bytes(base, plan) > activation_bytes(base, adapter, plan):
+                said.append("to measure a batch takes more memory than a training step; lower evaluation.batch_size")
             notes += [note for note in said if note not in notes]
     if not job.rounds:
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]

@@ -17,7 +17,7 @@ from ..adapter import BaseClass, own_class
 from ..config import Factors
 from ..errors import ConfigError, WireError
 from ..registry import nearest
-from .evaluation import autocast
+from .memory import ran_out
 from .probe import stacked
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def check_fits(model: "PeftModel", base: "BaseModel") -> None:
         return
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
-        with autocast(base):
+        with base.autocast():
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out(error):
             raise
         raise ConfigError(
             f"this base model does not work with PEFT's {model.peft_type.lower()}; use another method, such as lora",

@@ -6,7 +6,7 @@ After QLoRA (arXiv:2305.14314): NF4 with double quantization. Weights are safete
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from ..config import RoundPlan
 from ..errors import ConfigError, ModelError
 from .fingerprint import fingerprint, model_config, read_config
+from .logits import find_backbone
+from .memory import ran_out
 from .probe import TOKENS, check_causal, check_ids, counts_from_padding, unreached
 from .site_config import ModelSource
 from .tasks import Task
@@ -42,6 +44,7 @@ class BaseModel:
     heads: tuple[str, ...]  # modules that are trained whole: the task's head, and whatever the checkpoint lacks
     fresh: frozenset[str]  # parameters the checkpoint lacks; each site makes them from the plan's seed
     unreached: frozenset[str] = frozenset()  # modules that no text goes through
+    backbone: nn.Module | None = None  # of a language model: see `logits`
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @cached_property
@@ -49,6 +52,12 @@ class BaseModel:
         """Digests of what its tokenizer does, by name in a manifest; conversations where the task has any."""
         ids = {"tokenizer": tokenizer_digest(self.tokenizer)}
         return ids if self.task.needs_labels else ids | {"chat_template": chat_template_digest(self.tokenizer)}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in the compute type, the adapter itself in float32."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.compute_dtype)
 
     @contextmanager
     def lent(self) -> Iterator[PreTrainedModel]:
@@ -196,13 +205,15 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
         config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
         model, fresh, heads = _load_weights(folder, config, plan, task, dtype, kept)
     except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
+        if ran_out(error):
+            raise
         raise ModelError(
             "the base model cannot be loaded; is it a whole model that transformers knows without remote code?",
             f"{folder}: {error}",
         ) from error
     model.requires_grad_(False).eval()
     keep_packing(model)
-    beside = unreached(model)
+    beside, backbone = unreached(model), None
     if not task.trains_head:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -210,8 +221,11 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
                 "eos_token in tokenizer_config.json",
                 code="no_end_token",
             )
-        check_causal(model, ordinary_ids(tokenizer, TOKENS), plan.quantization)
-    return BaseModel(model, tokenizer, task, identity, plan.quantization, dtype, heads, frozenset(fresh), beside)
+        text = ordinary_ids(tokenizer, TOKENS)
+        check_causal(model, text, plan.quantization)
+        backbone = find_backbone(model, text)
+    known = (identity, plan.quantization, dtype, heads, frozenset(fresh), beside, backbone)
+    return BaseModel(model, tokenizer, task, *known)
 
 
 def _load_weights(

@@ -14,7 +14,7 @@ def confine(memory_gib: float, processes: int = 1) -> None:
     """
     share = int(memory_gib * GIB / processes)
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share / total))
     else:
         resource.setrlimit(resource.RLIMIT_DATA, (share, resource.getrlimit(resource.RLIMIT_DATA)[1]))

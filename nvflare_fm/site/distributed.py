@@ -14,8 +14,13 @@ def join() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         from accelerate import PartialState
 
-        on_cpu = not torch.cuda.is_available()
-        PartialState(cpu=on_cpu, backend="gloo" if on_cpu else "nccl")
+        PartialState(cpu=not torch.cuda.is_available(), backend=backend())
+
+
+def backend() -> str:
+    """What the processes speak through: NCCL where each has a GPU of its own. It refuses two on one GPU."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
 
 
 def processes() -> tuple[int, int]:

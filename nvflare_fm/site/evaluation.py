@@ -1,7 +1,6 @@
 """Measuring an adapter on the site's validation rows, exactly: the batch size does not show."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,9 +8,10 @@ from datasets import Dataset
 
 from ..config import RoundPlan
 from ..errors import TrainingError
+from ..plan import texts_at_once
+from . import logits
 from .base_model import BaseModel
 from .distributed import any_process, gather, processes
-from .tasks import collate
 
 
 def evaluate(
@@ -34,7 +34,10 @@ def evaluate(
         if any_process(should_stop()):
             raise TrainingError("stopped while evaluating, as told")
         if chosen := order[start : start + settings.batch_size]:
-            parts.append(_score(model, base, [rows[i] for i in chosen]))
+            longest = len(rows[chosen[-1]]["input_ids"])
+            at_once = texts_at_once(len(chosen), longest)
+            for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
+                parts.append(_score(model, base, [rows[i] for i in some]))
     everyone = [part for share in gather(parts) for part in share]
     columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
     return base.task.metrics(columns, plan)
@@ -42,14 +45,8 @@ def evaluate(
 
 @torch.inference_mode()
 def _score(model: Any, base: BaseModel, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = {k: v.to(base.model.device) for k, v in collate(rows, base.tokenizer.pad_token_id).items()}
-    with autocast(base):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return {name: column.cpu() for name, column in base.task.score(logits, batch).items()}
-
-
-def autocast(base: BaseModel) -> AbstractContextManager[Any]:
-    """Products in the base model's compute type, the adapter itself in float32."""
-    if base.compute_dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(base.model.device.type, base.compute_dtype)
+    batch = {k: v.to(base.model.device) for k, v in base.task.batch(rows, base.tokenizer.pad_token_id).items()}
+    with base.autocast():
+        parts = [*logits.each(model, base, batch, base.task.score), base.task.counts(batch)]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]).cpu() for name in names}

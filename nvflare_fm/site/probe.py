@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import AutoModel
 
 from ..errors import ConfigError, ModelError
+from .memory import ran_out
 
 TOKENS = 8
 _NOISE = {"int8": 0.05}  # which columns LLM.int8 keeps in 16 bits depends on all tokens together
@@ -57,9 +58,9 @@ def unreached(model: Any) -> frozenset[str]:
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long, device=model.device))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         if model.device.type == "meta":
             return frozenset()
         raise ModelError(

@@ -20,7 +20,8 @@ from ..plan import AdapterShape, BaseShape
 from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
 from .base_model import BaseModel, check_head, compute_dtype, load_tokenizer, parts_on_top
-from .probe import check_length, positions, stacked, unreached
+from .logits import find_backbone
+from .probe import TOKENS, check_length, positions, stacked, unreached
 from .tasks import registry as tasks
 
 
@@ -50,24 +51,27 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
         load_tokenizer(folder)  # is refused where it is not the model's
     on_top = parts_on_top(model)
     skipped = {*on_top, *method.trained_whole}
-    quantized = [
-        module.weight
+    linear = [
+        module
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and not any(f".{part}." in f".{name}." for part in skipped)
     ]
-    numbers, beside, text = sum(weight.numel() for weight in quantized), unreached(model), config.get_text_config()
+    numbers, beside, text = sum(each.weight.numel() for each in linear), unreached(model), config.get_text_config()
+    fans_out = [each.weight.shape[isinstance(each, Conv1D)] for each in linear]
+    depth = _number(text, "num_hidden_layers", "n_layer")
     base = BaseShape(
         quantized=numbers,
-        rows=sum(weight.shape[0] for weight in quantized),
+        rows=sum(each.weight.shape[0] for each in linear),
         kept=sum(p.numel() for p in model.parameters()) - numbers,
-        depth=_number(text, "num_hidden_layers", "n_layer"),
+        depth=depth,
         hidden=_number(text, "hidden_size", "n_embd", "d_model"),
-        inner=max((max(weight.shape) for weight in quantized), default=0),
+        inner=max(fans_out, default=0) * fans_out.count(max(fans_out, default=0)) // max(1, depth),
         heads=_number(text, "num_attention_heads", "n_head") if _drops_scores(text) else 0,
         answers=len(plan.labels) or _number(text, "vocab_size"),
         positions=positions(model, beside),
         context=_number(text, "max_position_embeddings"),
         stacked=sum(p.numel() for name in stacked(model, beside) for p in model.get_submodule(name).parameters()),
+        head_is_apart=not task.trains_head and find_backbone(model, list(range(TOKENS))) is not None,
     )
     heads = tuple(sorted(on_top)) if task.trains_head else ()
     dtype = compute_dtype(plan.compute_dtype, plan.quantization, base.hidden)

@@ -7,11 +7,9 @@ fully masked rows without a word and makes the adapter bf16.
 
 import hashlib
 import math
-import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,14 +25,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapter import RoundTask
 from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
+from . import logits, memory
 from .attach import heads
 from .base_model import BaseModel
 from .class_shift import ClassShift, class_shift
-from .distributed import any_process, gather, processes
+from .distributed import any_process, backend, gather, processes
 from .layerwise import LayerwiseStep
 from .proximal import Proximal
-from .tasks import IGNORED, collate
 
+_FP16_SCALE = 2.0**10  # of the loss, for gradients in fp16: torch's 2¹⁶ overflows and costs each round its first steps
 Log = Callable[[str, float, int], None]
 
 
@@ -150,21 +149,20 @@ def train(
         class_shift(base, rows, plan),
         model=model,
         args=_arguments(plan, base, steps, seed, logged if log else 0),
-        data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
+        data_collator=partial(base.task.batch, pad_id=base.tokenizer.pad_token_id),
         train_dataset=rows.select_columns(["input_ids", "labels"]),
         callbacks=[Watch(should_stop, log, task.round * steps)],
     )
     trainer.remove_callback(PrinterCallback)
     if plan.training.proximal_mu:
         trainer.add_callback(Proximal(plan.training.proximal_mu, scale))
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    memory.watch_peak()
     started = time.perf_counter()
     losses = gather(trainer.train().training_loss)
     seconds = time.perf_counter() - started
     loss = sum(losses) / len(losses)
     _check_finite(loss)
-    return Trained(loss, sum(len(rows[i]["input_ids"]) for i in chosen), steps, seconds, peak_memory_mib())
+    return Trained(loss, sum(len(rows[i]["input_ids"]) for i in chosen), steps, seconds, memory.peak_mib())
 
 
 def dropout_seed(task: RoundTask, site: str, secret: bytes = b"") -> int:
@@ -188,7 +186,7 @@ def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: 
         bf16=base.compute_dtype == torch.bfloat16,
         fp16=base.compute_dtype == torch.float16,
         use_cpu=on_cpu,
-        ddp_backend=("gloo" if on_cpu else "nccl") if processes()[1] > 1 else None,
+        ddp_backend=backend() if processes()[1] > 1 else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
@@ -214,11 +212,12 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.order, self.task, self.base, self.shift = order, task, base, shift
         self.loss_is_scaled_for_ga = True
+        if base.compute_dtype == torch.float16:
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type, init_scale=_FP16_SCALE)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
         batches = list(islice(epoch_iterator, num_batches))
-        items = sum((self.base.task.targets(batch["labels"]) != IGNORED).sum() for batch in batches)
-        items = torch.as_tensor(items, device=device)
+        items = torch.tensor(sum(len(batch["targets"]) for batch in batches), device=device)
         return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
 
     def compute_loss(
@@ -228,10 +227,11 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
 
         Models' own losses are no such means: classifiers ignore how many batches make a step.
         """
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        answers, targets = self.base.task.answers(logits, inputs["labels"])
-        nats = cross_entropy(self.shift(answers) if self.shift else answers, targets, reduction="sum")
+        nats = logits.total(model, self.base, inputs, self._nats)
         return nats / num_items_in_batch * self.args.world_size  # DDP takes the mean of the processes' gradients
+
+    def _nats(self, answers: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.shift(answers) if self.shift else answers, targets, reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order
@@ -293,30 +293,3 @@ def _check_finite(loss: float) -> None:
             "or compute in bf16 or fp32 where it is fp16",
             code="diverged",
         )
-
-
-def peak_memory_mib() -> float:
-    """Of the GPU since training began; on a CPU, of the process since it began."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-@contextmanager
-def memory_explained(plan: RoundPlan) -> Iterator[None]:
-    """Turns running out of memory into an error with its remedies.
-
-    Raises:
-        TrainingError: in place of the allocator's own error.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise TrainingError(
-            "out of memory; lower training.batch_size (and raise gradient_accumulation_steps), evaluation.batch_size "
-            "or max_length, set gradient_checkpointing, or quantize to nf4; the site's admin can raise memory_gib",
-            f"batch_size {plan.training.batch_size}, max_length {plan.max_length}: {error}",
-            code="out_of_memory",
-        ) from None

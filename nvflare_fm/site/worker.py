@@ -16,7 +16,7 @@ from datasets import Dataset
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
-from . import base_model, data, distributed, evaluation, peft_methods, training
+from . import base_model, data, distributed, evaluation, memory, peft_methods, training
 from .attach import base_class, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
@@ -76,10 +76,14 @@ class Worker:
         Raises:
             FmError: the site may not, cannot or was told not to.
         """
+        with memory.given_back(), memory.explained(task.plan):
+            return self._train(task)
+
+    def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
         plan, method, base = job.plan, job.method, job.base
         task = replace(task, plan=plan)
-        with training.memory_explained(plan), base.lent(), self._within_time() as stop:
+        with base.lent(), self._within_time() as stop:
             before = self._measured("before", task, self._measure(job, task, stop)) if plan.evaluation.before else {}
             model = self._checked(method.attach(base, task.adapter, plan, task.round, self.own.read()), base)
             done = training.train(
@@ -117,10 +121,14 @@ class Worker:
         Raises:
             FmError: the site may not, cannot or was told not to.
         """
+        with memory.given_back(), memory.explained(task.plan):
+            return self._validate(task)
+
+    def _validate(self, task: RoundTask) -> dict[str, float]:
         job = self._job(task, trains=False)
         if job.measured is None:
             raise few_metric_rows(self.config.privacy)
-        with training.memory_explained(job.plan), job.base.lent(), self._within_time() as stop:
+        with job.base.lent(), self._within_time() as stop:
             return self._measure(job, task, stop)
 
     def rows(self, plan: RoundPlan) -> SiteData:

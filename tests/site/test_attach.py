@@ -49,12 +49,13 @@ def global_adapter(base: BaseModel, rank: int) -> Adapter:
 
 def weights(base: BaseModel) -> dict[str, bytes]:
     """Every value of the base model, quantization constants included."""
-    return {n: v.detach().contiguous().view(torch.uint8).numpy().tobytes() for n, v in base.model.state_dict().items()}
+    values = base.model.state_dict().items()
+    return {n: v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for n, v in values}
 
 
 @torch.inference_mode()
 def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=IDS).logits
+    return model(input_ids=IDS.to(model.device)).logits.cpu()
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6, 9])
@@ -246,6 +247,18 @@ def test_an_adapter_for_other_layers_is_refused_by_name(llama: Path) -> None:
     wider = replace(start, lora={**start.lora, layer: LoraPair(torch.ones(2, 3), torch.ones(5, 2))})
     with base.lent(), pytest.raises(WireError, match=layer):
         method(2).attach(base, wider, START)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["ia3", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("quantization", ["nf4", "bf16"])
+def test_what_peft_puts_before_and_between_layers_fits_a_base_of_another_type(
+    llama: Path, quantization: str, name: str, dtype: str
+) -> None:
+    plan = tiny.plan(quantization=quantization, compute_dtype=dtype, peft={"method": name})
+    base = base_model.load(ModelSource(path=str(llama)), plan, tasks[plan.task])
+    with base.lent():
+        peft_methods.read(plan.peft).attach(base, Adapter(), plan)  # is tried with a text, or refused
 
 
 def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:

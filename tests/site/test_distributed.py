@@ -22,9 +22,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
+from nvflare_fm.site import logits
 from nvflare_fm.site.distributed import processes
 from tests.site import tiny
 
+logits.positions_at_once = lambda words: 7  # here, and not where one process agrees
 folder, models = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
 training = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
 for task in ("causal_lm", "sequence_classification"):
@@ -80,6 +82,19 @@ def one_process_agrees(
     assert update.report.before == pytest.approx(report["before"], rel=1e-4)
     for name, tensor in update.adapter.tensors().items():
         torch.testing.assert_close(tensor, adapter[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "through"), [(0, 2, "gloo"), (1, 2, "gloo"), (2, 2, "nccl"), (4, 2, "nccl")]
+)
+def test_processes_that_share_a_gpu_do_not_speak_through_nccl(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, through: str
+) -> None:
+    """NCCL refuses two processes on one GPU. torch's answers stand in for the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert distributed.backend() == through
 
 
 def test_alone_a_process_agrees_with_itself() -> None:

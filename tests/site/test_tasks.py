@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForTokenClassification, pipeline
+from transformers import AutoModelForTokenClassification, LlamaModel, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
@@ -101,7 +101,8 @@ def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp
     with job.base.lent():
         model = peft_methods.read(plan.peft).attach(job.base, update.adapter, plan).eval()
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 40}
-        said = model.generate(input_ids=torch.tensor([ids[:begins]]), do_sample=False, **ends)[0, begins:].tolist()
+        prompt = torch.tensor([ids[:begins]], device=model.device)
+        said = model.generate(input_ids=prompt, do_sample=False, **ends)[0, begins:].tolist()
     assert ANSWER in tokenizer.decode(said)
     assert said[-1] == tokenizer.eos_token_id, tokenizer.decode(said)
 
@@ -227,10 +228,27 @@ def test_batches_are_padded_on_the_right_and_padding_is_not_learned() -> None:
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
-def test_metrics_do_not_depend_on_the_batch_size(llama: Path, tmp_path: Path, task: str) -> None:
+def test_metrics_do_not_depend_on_the_batch_size(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
     worker = tiny.worker(tmp_path, llama, task)
     one, many = (worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": size}))) for size in (1, 7))
     assert one == pytest.approx(many, rel=1e-5)
+    sizes: list[int] = []
+    monkeypatch.setattr("nvflare_fm.plan.MEASURED_AT_ONCE", 60)
+    monkeypatch.setattr(LlamaModel, "forward", counting(LlamaModel.forward, sizes))
+    assert worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": 7}))) == pytest.approx(many, rel=1e-5)
+    assert 0 < max(sizes) <= 60
+
+
+def counting(forward: Any, sizes: list[int]) -> Any:
+    """`forward`, which notes how many positions it is given."""
+
+    def counted(self: Any, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        sizes.append(input_ids.numel() if input_ids is not None else 0)
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    return counted
 
 
 def test_language_model_metrics_are_the_means_they_say() -> None:
@@ -245,6 +263,7 @@ def test_the_loss_of_evaluation_is_the_models_own(llama: Path, tmp_path: Path) -
     batch = collate(list(job.data.validation), 0)
     batch.pop("bytes")
     with job.base.lent() as model, torch.inference_mode():
+        batch = {name: column.to(model.device) for name, column in batch.items()}
         assert worker.validate(RoundTask(plan))["loss"] == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 

@@ -1,9 +1,11 @@
 """What of a base model a job may train, and how much memory it may take: refused before the weights are loaded."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
@@ -175,3 +177,17 @@ def test_rows_and_labels_are_looked_at_before_the_weights_too(request: pytest.Fi
     ):
         with pytest.raises(Exception, match=r"\[(bad_rows|no_labels)\]"):
             worker.train(RoundTask(plan))
+
+
+def test_an_embedding_that_the_weights_lack_is_not_trained_unless_the_site_says_so(bert: Path, tmp_path: Path) -> None:
+    """Only the loaded weights tell: what they lack is new, and is trained as a head is."""
+    folder = shutil.copytree(bert, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "token_type_embeddings" not in name}
+    assert len(lacking) == len(weights) - 1
+    save_file(lacking, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = tiny.jsonl(tmp_path / "rows.jsonl", tiny.rows("sequence_classification"))
+    with pytest.raises(PolicyError) as raised:
+        Worker("site-1", tiny.site(folder, rows)).train(RoundTask(asks("bert")))
+    assert raised.value.code == "embeddings"
+    Worker("site-1", tiny.site(folder, rows, limits={"train_embeddings": True})).train(RoundTask(asks("bert")))

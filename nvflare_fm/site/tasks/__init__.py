@@ -103,26 +103,32 @@ class Task:
         raise NotImplementedError
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What the model is to answer, position by position; `IGNORED` where nothing is learned."""
+        """What the model is to answer at each position; `IGNORED` where nothing is learned."""
         return labels
 
-    def answers(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits and the target of everything that is learned in a batch, (items, classes) and (items,)."""
-        targets = self.targets(labels)
-        if targets.ndim > 1:  # prompt tuning answers for its virtual tokens too: the last positions are the text's
-            logits = logits[:, -labels.shape[1] :][:, : targets.shape[1]]
-        learned = targets != IGNORED
-        return logits[learned].float(), targets[learned]
+    def batch(self, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
+        """One batch as `collate` makes it, and what is learned of it: `targets`, and their `places` among the positions
+        of all rows. They are found on the CPU: on a GPU, how many there are could not be known without waiting for it.
+        """
+        batch = collate(rows, pad_id)
+        targets = self.targets(batch["labels"]).flatten()
+        places = (targets != IGNORED).nonzero()[:, 0]
+        return batch | {"places": places, "targets": targets[places]}
 
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
         """How often each of the plan's labels occurs at the site; jobs for tasks without labels do not ask."""
         raise NotImplementedError
 
-    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        """What the metrics need of one batch: 1-D columns, concatenated over all batches before `metrics` sees them."""
-        logits, targets = self.answers(logits, batch["labels"])
+    def score(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What the metrics need of some of what is learned: 1-D columns, concatenated over all of it before `metrics`
+        sees them.
+        """
         nats = cross_entropy(logits, targets, reduction="none")
         return {"nats": nats, "answer": logits.argmax(-1), "label": targets}
+
+    def counts(self, batch: Columns) -> dict[str, Tensor]:
+        """What the metrics need of a batch besides: 1-D columns too."""
+        return {}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Means over all examples or tokens, whatever the batch size was."""

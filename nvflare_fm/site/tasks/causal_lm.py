@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
@@ -54,16 +54,14 @@ class CausalLM(Task):
         return Encoded(tuple(examples), replace(cut, rows=int(cut != Cut())))
 
     def targets(self, labels: Tensor) -> Tensor:
-        return labels[:, 1:]
+        return pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        logits, targets = self.answers(logits, batch["labels"])
+    def score(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         nats = cross_entropy(logits, targets, reduction="none").double().sum()
-        return {
-            "nats": nats[None],
-            "tokens": torch.tensor([len(targets)]),
-            "bytes": batch["bytes"].sum()[None],
-        }
+        return {"nats": nats[None], "tokens": torch.tensor([len(targets)])}
+
+    def counts(self, batch: Columns) -> dict[str, Tensor]:
+        return {"bytes": batch["bytes"].sum()[None]}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Nats per learned token; perplexity; bits to code the answers, ends of turns included, per UTF-8 byte."""

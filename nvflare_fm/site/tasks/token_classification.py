@@ -51,9 +51,8 @@ class TokenClassification(Task):
         labels = [label for row in rows["labels"][:] for label in row if label != IGNORED]
         return torch.bincount(torch.tensor(labels), minlength=len(plan.labels)).double()
 
-    def score(self, logits: Tensor, batch: Columns) -> dict[str, Tensor]:
-        words = (self.targets(batch["labels"]) != IGNORED).sum(-1)
-        return {**super().score(logits, batch), "words": words}
+    def counts(self, batch: Columns) -> dict[str, Tensor]:
+        return {"words": (batch["labels"] != IGNORED).sum(-1)}
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Loss and accuracy over words; precision, recall and F1 over entities, where there are any to be found."""
