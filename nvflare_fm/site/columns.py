@@ -11,7 +11,6 @@ from ..registry import nearest
 from .site_config import DataSource
 
 _MOST = 200  # names that are kept: rows of JSON may each have others
-_TOLD, _NAME = 40, 60  # those that are told, and characters of each
 NER_TAGS = "ner_tags"  # what Hugging Face data sets call the labels of words
 READ: dict[str, tuple[tuple[str, ...], ...]] = {  # by task: columns of which one group is enough
     "causal_lm": (
@@ -32,6 +31,7 @@ _OFTEN = {  # by column: what others call it
     "instruction": "question prompt input dialogue source query user article",
     "output": "answer response completion target summary note section_text assistant highlights long_answer",
 }
+_USUAL = {*(name for groups in READ.values() for group in groups for name in group), *" ".join(_OFTEN.values()).split()}
 
 
 def names(found: Collection[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -70,20 +70,24 @@ class Found:
             self.names |= dict.fromkeys(islice(row, _MOST))
 
     def __str__(self) -> str:
-        return ", ".join(repr(name)[:_NAME] for name in islice(self.names, _TOLD))
+        """The names that are usual. A file without a header has a row in its place, which no log may hold."""
+        usual = [name for name in self.names if _folded(name) in _USUAL]
+        others = len(self.names) - len(usual)
+        more = [f"{others} more, which nvflare-fm data check shows"] if others else []
+        return ", ".join([*map(repr, usual), *more])
 
     def check_named(self, source: DataSource, where: str) -> None:
         """
         Args:
             where: the data, in words that may leave the site.
         Raises:
-            DataError: a column that `source` names is in no row. Its `local` part has the nearest, and those found.
+            DataError: a column that `source` names is in no row. Its `local` part has the nearest, and the usual ones found.
         """
         absent = [theirs for theirs in source.columns.values() if theirs not in self.names]
         if absent and 0 < len(self.names) < _MOST:
             told = "; ".join(f"no column {name!r}, {nearest(name, list(self.names))}" for name in absent)
             raise DataError(
-                f"{where}: no row has a column that the site file names under columns; the site's log has those found",
+                f"{where}: no row has a column that the site file names under columns; the site's log has the nearest",
                 f"{where}: {told}found: {self}",
                 code="column_missing",
             )
@@ -124,5 +128,9 @@ def proposed(task: str, found: Collection[str]) -> dict[str, str]:
 
 def called(ours: str, found: Collection[str]) -> str:
     """The name under which a file may have the column that a task calls `ours`; empty where none fits."""
-    folded = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(list(found))}
+    folded = {_folded(name): name for name in reversed(list(found))}
     return next((folded[name] for name in (ours, *_OFTEN.get(ours, "").split()) if name in folded), "")
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"\W+", "_", name.strip().lower())

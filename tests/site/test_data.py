@@ -63,14 +63,16 @@ def test_columns_are_taken_by_the_sites_names(tmp_path: Path) -> None:
     same(found, load(tiny.jsonl(tmp_path / "a.jsonl", ROWS)))
 
 
-def test_a_column_that_no_row_has_is_named_with_the_nearest_and_those_found_for_the_site_alone(tmp_path: Path) -> None:
+def test_a_column_that_no_row_has_is_named_with_the_nearest_and_the_usual_ones_for_the_site_alone(
+    tmp_path: Path,
+) -> None:
     file = tiny.jsonl(tmp_path / "b.jsonl", [{"SECRET_note": row["text"], "category": row["label"]} for row in ROWS])
     renamed = tiny.jsonl(tmp_path / "c.jsonl", [{"sentence": row["text"], "category": row["label"]} for row in ROWS])
     for rows, columns, local in (
         (
             file,
             {"text": "SECRET_notes"},
-            "no column 'SECRET_notes', did you mean \"SECRET_note\"? found: 'SECRET_note', 'cat",
+            "no column 'SECRET_notes', did you mean \"SECRET_note\"? found: 'category', 1 more",
         ),
         (renamed, {}, 'perhaps: columns: {"text": "sentence", "label": "category"}'),
     ):
@@ -79,6 +81,14 @@ def test_a_column_that_no_row_has_is_named_with_the_nearest_and_those_found_for_
         assert caught.value.code == "column_missing"
         assert "SECRET" not in caught.value.message
         assert local in caught.value.local
+
+
+def test_a_file_without_a_header_does_not_have_its_first_row_in_the_log(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("SECRET is ill,calm\nshe is calm,calm\n")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / "a.csv")
+    assert caught.value.code == "column_missing"
+    assert "SECRET" not in str(caught.value)
 
 
 def test_how_a_file_is_read_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
