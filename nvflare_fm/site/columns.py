@@ -81,7 +81,7 @@ class Found:
         Args:
             where: the data, in words that may leave the site.
         Raises:
-            DataError: a column that `source` names is in no row. Its `local` part has the nearest, and the usual ones found.
+            DataError: a column that `source` names is in no row. Its `local` part has the nearest and usual ones.
         """
         absent = [theirs for theirs in source.columns.values() if theirs not in self.names]
         if absent and 0 < len(self.names) < _MOST:
