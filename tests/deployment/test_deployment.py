@@ -380,7 +380,7 @@ def test_nothing_a_job_named_has_run_at_a_site_or_the_server(jobs: Jobs, marks: 
 
 
 SAID = {
-    "clinic-a": "'executors.0.executor.args.data' has { or } in it",
+    "clinic-a": "'executors.0.executor.args.settings.data' has { or } in it",
     "clinic-b": "config/config_fed_client.conf, line ",
     "clinic-c": "'config/resources.json' is no file that a job may bring",
 }
