@@ -117,47 +117,43 @@ def test_any_list_of_objects_is_read_as_json_reads_it(
     assert read(place / "a.json", format="json", encoding="utf-8") == json.loads(text)
 
 
+@pytest.mark.parametrize("place", [0, 5, 11])
+@pytest.mark.parametrize(
+    ("odd", "why"), [('"text"', "not a JSON object"), ('{"text": "' + "x" * ROW_LIMIT + '"}', "longer than")]
+)
+def test_what_is_no_row_in_a_list_costs_that_row_alone(tmp_path: Path, odd: str, why: str, place: int) -> None:
+    rows = [*map(json.dumps, ROWS)]
+    (tmp_path / "a.json").write_text("[\n" + ",\n".join([*rows[:place], odd, *rows[place:]]) + "\n]\n")
+    found = told(tmp_path / "a.json")
+    assert [row for _, row in found if isinstance(row, dict)] == ROWS
+    [(number, reason)] = [(number, row) for number, row in found if isinstance(row, str)]
+    assert number == place + 1
+    assert why in reason
+
+
 FAULTS = {
     "a quote that is missing": '{"text": "a, "label": "b"}',
     "a quote too many": '{"text": "a"b", "label": "b"}',
     "a bracket that is missing": '{"text": "a", "label": "b"',
     "a bracket too many": '{"text": "a"]}, "label": "b"}',
     "no JSON": '{"text": None}',
-    "no object": '"text"',
-    "10,000 brackets": "{" * 10_000,
-    "too long": '{"text": "' + "x" * ROW_LIMIT + '"}',
 }
 
 
-@pytest.mark.parametrize("place", [0, 5, 11])
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_fault_in_a_list_of_lines_costs_that_row_and_is_named_by_line(tmp_path: Path, fault: str, place: int) -> None:
-    lines = [*map(json.dumps, ROWS)]
-    (tmp_path / "a.json").write_text("[\n" + ",\n".join([*lines[:place], fault, *lines[place:]]) + "\n]\n")
-    if place == 0 and fault == FAULTS["a bracket too many"]:
-        return  # it closes the list
-    found = told(tmp_path / "a.json")
-    assert [row for _, row in found if isinstance(row, dict)] == ROWS
-    assert [line for line, row in found if isinstance(row, str)] == [place + 2]
+def test_a_text_that_is_no_json_is_an_error_that_names_the_line_and_repeats_nothing(tmp_path: Path, fault: str) -> None:
+    rows = [*map(json.dumps, ROWS)]
+    (tmp_path / "a.json").write_text("[\n" + ",\n".join([*rows[:5], fault, *rows[5:]]) + "\n]\n")
+    code, local = code_of(tmp_path / "a.json")
+    assert code == "data_unreadable"
+    assert re.search("line [78] column", local)
+    assert "text" not in local.partition("a.json")[2]
 
 
-@pytest.mark.parametrize(("missing", "by"), [('"Ü', "Ü"), ('" x ",', '" x ,'), ("  },\n", "  ,\n"), ("},\n", "}\n")])
-def test_a_fault_in_an_indented_list_costs_its_row(tmp_path: Path, missing: str, by: str) -> None:
-    text = json.dumps(ROWS, indent=2, ensure_ascii=False)
-    (tmp_path / "a.json").write_text(text.replace(missing, by, 1))
-    bad = [row for row in read(tmp_path / "a.json") if row not in ROWS]
-    assert len(bad) == (by != "}\n")  # a comma is missing: no row is lost
-    assert len(read(tmp_path / "a.json")) == len(ROWS)
-
-
-def test_a_fault_in_an_object_of_objects_costs_its_row(tmp_path: Path) -> None:
-    text = json.dumps({str(i): row for i, row in enumerate(ROWS)}, indent=1)
-    (tmp_path / "a.json").write_text(text.replace('"plain"', '"plain', 1))  # a string ends with its line
-    assert [row if isinstance(row, str) else "" for row in read(tmp_path / "a.json")] == [
-        *([""] * 3),
-        "the line is not JSON",
-        *([""] * 8),
-    ]
+def test_ten_thousand_brackets_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"a": ' + "[" * 10_000)
+    code, local = code_of(tmp_path / "a.json")
+    assert (code, "nested too deeply" in local) == ("data_unreadable", True)
 
 
 def test_a_line_that_is_too_long_is_no_row_even_where_its_beginning_is_one(tmp_path: Path) -> None:
@@ -173,8 +169,6 @@ def test_a_line_that_is_too_long_is_no_row_even_where_its_beginning_is_one(tmp_p
         ('[{"a": "b}, {"a": "c"}]', "line 1"),
         ('{"data": [{"a": 1}], \n "x" 1}', "line 2"),
         ('{"a": [{"b": 1}], "c": [{"b": 1}]}', "several lists"),
-        ('[{"a": 1}]\n[{"a": 1}]', "line 2 goes on"),
-        ("17", "begins with neither"),
         ('{"text": ["a", "b"], "label": ["c"]}', "shorter"),
     ],
 )

@@ -92,12 +92,6 @@ def head(file: Path, encoding: str, characters: int) -> str:
         return text.read(characters)
 
 
-def pieces(file: Path, encoding: str) -> Iterator[str]:
-    with opened(file, encoding) as text:
-        while piece := text.read(_BLOCK):
-            yield piece
-
-
 def lines(file: Path, encoding: str) -> Iterator[str]:
     """The lines of a text, with their ends. One that is longer than a row may be is cut."""
     with opened(file, encoding) as text:
