@@ -1,4 +1,4 @@
-"""Texts of any size as lines or pieces, in bounded memory: their encoding, and what is packed with gzip.
+"""Texts of any size as lines, in bounded memory: their encoding, and what is packed with gzip.
 
 An encoding that the site does not name follows from three rules that a person can check: a mark at the beginning says
 it; else UTF-8, if more of the bytes beyond ASCII form UTF-8 than do not; else cp1252, as Western Windows writes it.
