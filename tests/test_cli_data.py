@@ -138,6 +138,15 @@ def test_a_file_without_the_columns_that_a_task_reads_is_told_what_they_are(tmp_
     assert done.exit_code == 1
 
 
+def test_numbers_to_predict_and_lists_of_labels_are_said_to_be_other_tasks(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a,{i + 0.5}\n" for i in range(8)))
+    tiny.jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": ["x", "y"]}] * 8)
+    for name, task in (("a.csv", "regression"), ("b.jsonl", "multi-label")):
+        said = re.sub(r"\s+", " ", typed(tmp_path / name, "sequence_classification").stdout)
+        assert "0 rows can be used, 8 cannot" in said
+        assert task in said
+
+
 def test_nothing_that_a_file_holds_is_markup(tmp_path: Path) -> None:
     hostile = {"text": "[/bold]\x1b[2J", "label": "[red]\x1b[31m"}
     file = tiny.jsonl(tmp_path / "a.jsonl", [hostile, hostile | {"label": "[/]"}, {"[/a]": "\ud800", "text": 3}])

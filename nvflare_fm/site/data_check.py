@@ -19,6 +19,7 @@ from .rows import Reading, ending_of, how_to_read, registry, rows
 from .site_config import AUTO, DataSource
 from .tasks import BadRow, Cut
 from .tasks import registry as tasks
+from .tasks.labels import is_fraction
 
 _KEPT = 200  # columns, and bad rows, that are told one by one
 _VALUE = 200  # characters of a value that may be a label
@@ -152,7 +153,7 @@ def _try(
 ) -> None:
     """Encode every row as a job would."""
     task = tasks[inspection.task]
-    known = labels or tuple(sorted(inspection.labels)[:LABELS])
+    known = labels or tuple([label for label in sorted(inspection.labels) if not is_fraction(label)][:LABELS])
     asked = {"task": inspection.task, "labels": known if task.needs_labels else ()}
     plan = RoundPlan.read(asked | {"max_length": max_length if tokenizer else LENGTH}, "nvflare-fm data check")
     endless = plan.model_copy(update={"max_length": LENGTH})

@@ -35,12 +35,17 @@ def find(label: Any, labels: tuple[str, ...]) -> tuple[int, str]:
     whole = _WHOLE.fullmatch(text)
     if whole and not numbered:
         return _by_place(int(whole[1]), labels)
-    if not whole and _FRACTION.fullmatch(text):
+    if is_fraction(text):
         raise _regression()
     place = folded.get(_folded(text), -1)
     if place >= 0:
         return place, f"a label is taken as the plan's {labels[place]!r}, from which blanks, capitals, - or _ differ"
     raise BadRow("'label' is not among the plan's labels", hint=lambda: _nearest(text, labels))
+
+
+def is_fraction(label: str) -> bool:
+    """Whether a label is a number that is not whole: a value to predict, not a class."""
+    return bool(_FRACTION.fullmatch(label))
 
 
 def _check_kind(label: Any) -> None:
