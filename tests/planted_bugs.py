@@ -434,7 +434,7 @@ BUGS = [
     Bug("site/tasks/conversations.py", "if each is not None", "", "site/test_conversations"),
     Bug("site/tasks/labels.py", "if whole and not numbered:", "if whole:", "site/test_labels"),
     Bug("site/tasks/labels.py", "-1 if _folded(label) in folded else place", "place", "site/test_labels"),
-    Bug("site/tasks/labels.py", "if not whole and _FRACTION", "if _FRACTION and False", "site/test_labels"),
+    Bug("site/tasks/labels.py", "if is_fraction(text):", "if False:", "site/test_labels"),
     Bug("site/tasks/token_classification.py", "if len(learned) == len(places):", "if True:", "site/test_labels"),
     Bug("site/tasks/token_classification.py", "any(word not in learned", "all(word not in learned", "site/test_labels"),
     Bug("site/data.py", "self.validation_rows.index(numbers[count])", "count", "site/test_conversations"),
