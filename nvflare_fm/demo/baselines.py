@@ -5,6 +5,7 @@ sites see together.
 """
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ POOLED = "pooled"
 def courteous() -> None:
     """A worker process gives way to the federation, and tidies up when it is told to end."""
     os.nice(10)
+    logging.getLogger(__package__.partition(".")[0]).setLevel(logging.ERROR)  # the federation's log says it of the rows
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is the main process's to answer
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
