@@ -151,7 +151,7 @@ class FedPEFT(FedAvg):
                 self._evaluate_last()
                 let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
         except TooFewAnswers as reason:
-            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, at_first_s=3)
+            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
             self.panic(str(reason))
         except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
             self.panic(str(reason))

@@ -58,18 +58,20 @@ class RoundStats(Widget):
         (folder / REFUSED).write_text(json.dumps(self._refused, indent=2, sort_keys=True) + "\n")
 
 
-def let_be_seen(fl_ctx: FLContext, stop: Callable[[], bool], at_first_s: float = 0) -> None:
+def let_be_seen(fl_ctx: FLContext, stop: Callable[[], bool], failed: bool = False) -> None:
     """Keep a job that is about to end until who watches it has been told the last account: a monitor is told nothing
     of a job that has ended. Where nobody has asked lately, nobody is waited for.
 
     Args:
         stop: whether to give up waiting.
-        at_first_s: so long a job is kept that nobody has asked about yet; whoever submitted it may be about to.
+        failed: it is kept even where nobody has asked yet. A monitor that has asked while the job was being deployed
+            was told nothing, and asks again only later.
     """
     if fl_ctx.get_prop(FLContextKey.SIMULATE_MODE):
         return
     asked, now = fl_ctx.get_prop(TOLD), time.monotonic()
-    waits_s = at_first_s if asked is None else 1.2 * _ASKED_EVERY_S if now - asked < 2 * _ASKED_EVERY_S else 0
+    is_watched = failed if asked is None else now - asked < 2 * _ASKED_EVERY_S
+    waits_s = 1.5 * _ASKED_EVERY_S if is_watched else 0
     while time.monotonic() < now + waits_s and fl_ctx.get_prop(TOLD) == asked and not stop():
         time.sleep(0.1)
 

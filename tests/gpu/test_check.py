@@ -56,8 +56,8 @@ def test_every_part_measures_what_it_is_to_measure(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
-    rc, lines = measured(tmp_path, "--only", "step1,versions", "--budget", "11")
+    rc, lines = measured(tmp_path, "--only", "federation,versions", "--budget", "11")
     assert rc == 1
     ends = {line["part"]: line for line in lines if line["what"] in ("end", "left out")}
-    assert str(ends["step1"]["rc"]).startswith("stopped after")
+    assert str(ends["federation"]["rc"]).startswith("stopped after")
     assert ends["versions"]["what"] == "left out"
