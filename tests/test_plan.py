@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
@@ -251,6 +251,20 @@ def test_the_rank_that_fits_is_the_largest_whose_memory_is_there(rank: int, wide
     fits = rank_that_fits(has, BASE, SHAPE, plan, widest)
     held = [r for r in range(1, widest + 1) if fixed + trained_bytes(SHAPE, plan, r, widest) <= has]
     assert fits == max(held, default=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True), (False, False)])
+def test_measuring_counts_where_it_takes_more_than_a_step_and_where_there_is_any(before: bool, after: bool) -> None:
+    plan = RoundPlan(
+        peft={"method": "lora", "rank": 4},
+        max_length=64,
+        training=TrainingSettings(batch_size=1),
+        evaluation=EvaluationSettings(before=before, after=after, batch_size=256),
+    )
+    step, measured = activation_bytes(BASE, SHAPE, plan), measuring_bytes(BASE, plan)
+    assert measured > step
+    has = BASE.size(plan) + (measured if before or after else step) + trained_bytes(SHAPE, plan, 2, 4)
+    assert rank_that_fits(has, BASE, SHAPE, plan, 4) == 2
 
 
 def test_a_site_is_told_the_rank_that_fits_into_its_memory(tmp_path: Path, models: dict[str, Path]) -> None:
