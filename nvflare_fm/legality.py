@@ -161,7 +161,8 @@ CLASHES = (
 
 
 def check(job: Job) -> None:
-    """
+    """Refuse combinations of settings that cannot work together.
+
     Raises:
         ConfigError: two choices of the job do not go together; why, and what to choose instead.
     """

@@ -188,7 +188,8 @@ def cost(
     memory_bytes: float | None,
     trains: bool,
 ) -> Cost:
-    """
+    """Estimate what a plan costs one site.
+
     Args:
         plan: as this site is to carry it out.
         processes: trainer processes; memory is that of one.

@@ -58,7 +58,8 @@ class Round(BaseModel):
 
 
 def read_line(line: str | bytes) -> Round:
-    """
+    """Read one line of `rounds.jsonl`.
+
     Raises:
         DataError: it is none that a server of nvflare_fm has written.
     """

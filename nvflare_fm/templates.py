@@ -152,7 +152,8 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Template:
-    """
+    """Load the job template of this name.
+
     Raises:
         ConfigError: there is no such template.
     """

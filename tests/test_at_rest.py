@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nvflare_fm import at_rest, export
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.errors import ModelError
+from tests import kills
 from tests.flare.messages import MANIFEST, adapter, same
 
 FLIPS = 300
@@ -103,26 +103,6 @@ def test_what_the_servers_step_remembers_comes_back_bit_for_bit(whole: Path) -> 
 # --- killed
 
 
-def killed_at(line: int, write: Callable[[], Any]) -> bool:
-    """Whether `write` ends in a child that is killed as it comes to this line of what moves files about."""
-    if not (child := os.fork()):
-        seen = -1
-
-        def trace(frame: Any, event: str, argument: Any) -> Any:
-            nonlocal seen
-            if not frame.f_code.co_filename.endswith(("at_rest.py", "shutil.py")):
-                return None
-            seen += event == "line"
-            if seen == line:
-                os._exit(9)
-            return trace
-
-        sys.settrace(trace)
-        write()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 @pytest.mark.parametrize("before", ["the old one", "nothing", "what a killed writer left"])
 def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, before: str) -> None:
     start, work, last = tmp_path / "start", tmp_path / "work", tmp_path / "work" / "last"
@@ -136,7 +116,7 @@ def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(tmp_p
     while not ended:
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(start, work)
-        ended = killed_at(line, lambda: saved(last, 2))
+        ended = kills.ends(lambda: saved(last, 2), line, "at_rest.py", "shutil.py")
         if refused(last):
             assert before == "nothing"
             ends.add("nothing")

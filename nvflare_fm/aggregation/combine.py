@@ -131,7 +131,8 @@ def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:
 
 
 def _check_finite(lora: Mapping[str, LoraPair], dense: Mapping[str, Tensor]) -> None:
-    """
+    """Hold a merged adapter's values to being finite.
+
     Raises:
         WireError: names the tensor; nothing of the round may be kept then.
     """

@@ -38,7 +38,8 @@ def demo(
 
 
 def prepare(data: Path | None, output: Path, rounds: int, steps: int, seed: int) -> Trial:
-    """
+    """Read the sites' files, or make synthetic ones, and describe the trial.
+
     Raises:
         DataError: the files cannot be used.
     """

@@ -13,7 +13,8 @@ _FEDERATED, _ALONE, _POOLED, _INK = "#0072B2", "#D55E00", "#555555", "#222222"  
 def draw(
     file: Path, curves: Mapping[str, Sequence[float]], alone: Mapping[str, float], pooled: Scores, title: str
 ) -> Path:
-    """
+    """Draw the curves of a trial into a picture.
+
     Args:
         curves: panel → federated macro-F1 before the first round and after each; the panels stand in this order.
         alone, pooled: panel → the reference line.

@@ -89,7 +89,8 @@ def read_sites(folder: Path) -> tuple[Site, ...]:
 
 @dataclass(frozen=True)
 class Trial:
-    """
+    """A federation to run and to compare with: its sites, its base model, and how long it trains.
+
     Args:
         synthetic: the notes were made by `generator`.
         rounds, steps: of the federation, and of each site in a round.
@@ -106,7 +107,8 @@ class Trial:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """
+        """All labels of the sites' rows, sorted.
+
         Raises:
             DataError: a row cannot be used, or there is but one label.
         """

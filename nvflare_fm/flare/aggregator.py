@@ -77,7 +77,8 @@ class AdapterAggregator(ModelAggregator):
         self.updates, self.combined = {}, None
 
     def accept_model(self, model: FLModel, began: RoundTask | None = None) -> None:
-        """
+        """Check a site's update, and keep it for the merge.
+
         Args:
             began: what the site was sent, if that was in an earlier round.
 

@@ -20,7 +20,8 @@ class Arguments(Settings):
 
     @classmethod
     def check(cls, given: Mapping[str, Any], where: str) -> None:
-        """
+        """Check the arguments that a component was made with.
+
         Args:
             given: a constructor's local names, its arguments among them.
 

@@ -67,7 +67,8 @@ ROUND_SETTINGS = tuple(name for name in _Arguments.model_fields if name not in _
 
 
 class FedPEFT(FedAvg):
-    """
+    """Runs the rounds: has sites train, has their adapters merged, keeps the last and the best.
+
     Args:
         num_rounds: of the whole federation, rounds before a resumed one included.
         min_responses: usable updates a round needs; with fewer the job stops and says what each site answered.
@@ -154,7 +155,8 @@ class FedPEFT(FedAvg):
             let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
             self.panic(str(reason))
         except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
-            self.panic(str(reason))
+            self.error(str(reason))
+            self.panic(reason.message)
 
     def load_model(self) -> FLModel:
         model = super().load_model()

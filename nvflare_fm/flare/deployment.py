@@ -68,7 +68,8 @@ def _record(job_id: str, job_meta: Mapping[str, Any], refused: str) -> bool:
 
 
 def check_archive(data: bytes, needs: str = "") -> None:
-    """
+    """Check the files of a job as it is deployed, before anything parses them.
+
     Raises:
         ConfigError: it is no archive of an app that a job may bring; see `job_files.check_app`.
     """
@@ -104,7 +105,8 @@ class ServerValidator(AppValidator):
 
 
 def check_folder(folder: Path) -> None:
-    """
+    """Check the files of one of a job's apps, before anything parses them.
+
     Raises:
         ConfigError: it is no folder of an app that a job may bring; see `job_files.check_app`.
     """

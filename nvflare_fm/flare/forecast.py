@@ -46,7 +46,8 @@ def forecast(
     measure: bool,
     memory: Mapping[str, float] | None = None,
 ) -> Forecast:
-    """
+    """Tell what a job costs each of its sites.
+
     Args:
         folder: of the job.
         model: folder of the base model; None: bytes are known only if the job brings an adapter, memory is not.

@@ -43,7 +43,8 @@ class Job:
 
 
 def read_job(folder: Path) -> Job:
-    """
+    """Read a job's folder, and check it as its server and sites would.
+
     Raises:
         ConfigError: it is no job, or one of its settings cannot work.
         ModelError: the adapter it is to start from cannot be read.

@@ -63,7 +63,8 @@ class _Arguments(Arguments):
 
 
 class AdapterLocator(ModelLocator):
-    """
+    """Finds the adapters that are to be measured.
+
     Args:
         persistor_id: the `AdapterPersistor` whose adapters are evaluated.
         measurement: what is asked differently from the plan the adapter was trained by, see `Measurement`. None: the

@@ -21,7 +21,8 @@ _KEPT = ("model", "data", "quantization", "double_quant", "compute_dtype", "max_
 
 
 def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> Job:
-    """
+    """Write a job of a template into a new folder, and read it back.
+
     Args:
         folder: must not exist yet. Its name is the job's, where the settings give none.
         settings: values for the template's knobs; `adapter`: the folder of the adapter to start from; `sites.NAME.KEY`:

@@ -74,7 +74,8 @@ class FmBuilder(Builder):
         self.forbid_byoc, self.only_ours = forbid_byoc, only_ours
 
     def build(self, project: Project, ctx: ProvisionContext) -> None:
-        """
+        """Write into each kit what our components need.
+
         Raises:
             ConfigError: it is listed before StaticFileBuilder, or a participant's `fm_site` has an unknown setting.
         """

@@ -286,7 +286,8 @@ def _check_fit(bare: PreTrainedModel, info: Mapping[str, Any], on_top: set[str])
 
 
 def check_head(model_class: Any, config: Any, task: str) -> None:
-    """
+    """Hold a task against what transformers can build of a kind of model.
+
     Raises:
         ModelError: transformers has no such head for this kind of model.
     """

@@ -77,7 +77,8 @@ class Found:
         return ", ".join([*map(repr, usual), *more])
 
     def check_named(self, source: DataSource, where: str) -> None:
-        """
+        """Hold the columns that the site file names against those found.
+
         Args:
             where: the data, in words that may leave the site.
         Raises:
@@ -93,7 +94,8 @@ class Found:
             )
 
     def check_read(self, source: DataSource, task: str, where: str) -> None:
-        """
+        """Hold the columns that a task reads against those found.
+
         Raises:
             DataError: the file lacks columns that the task reads. Its `local` part proposes which to take for them.
         """

@@ -19,7 +19,8 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def machine(kit: Path) -> Iterator[Finding]:
-    """
+    """Check a machine's versions, device and disk.
+
     Args:
         kit: the folder whose disk jobs write to.
     """

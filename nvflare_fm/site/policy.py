@@ -114,7 +114,8 @@ def fit(plan: RoundPlan, site: SiteConfig, processes: int = 1, trains: bool = Tr
 
 
 def accept(decision: Decision) -> Decision:
-    """
+    """Give a decision back in which nothing is refused.
+
     Raises:
         PolicyError: the site refuses; every reason is named at once.
     """
@@ -222,7 +223,8 @@ def check_shapes(
 
 
 def check_trained(whole: tuple[str, ...], embeddings: tuple[str, ...], limits: Limits) -> None:
-    """
+    """Hold what an adapter would train whole, or of embeddings, against the site's limits.
+
     Args:
         whole, embeddings: see `AdapterShape`.
 

@@ -121,7 +121,8 @@ def _first(table: nn.Embedding) -> int:
 
 
 def check_length(rows: int | None, max_length: int, virtual_tokens: int) -> None:
-    """
+    """Hold a plan's longest text against the positions that a model has rows for.
+
     Raises:
         ConfigError: texts may be longer than the model has positions for.
     """
@@ -135,7 +136,8 @@ def check_length(rows: int | None, max_length: int, virtual_tokens: int) -> None
 
 
 def check_ids(ids: Iterable[int], rows: int | None) -> None:
-    """
+    """Hold a tokenizer's ids against the rows of a model's embedding.
+
     Raises:
         ModelError: the tokenizer gives ids that the model has no row for.
     """

@@ -25,7 +25,8 @@ _PRIVACY = {"min_examples": 1, "min_update_rows": 1, "min_metric_rows": 1}  # th
 
 
 def seconds_per_step(model: Path, plan: RoundPlan) -> float:
-    """
+    """Train a few steps on made-up rows, and tell how long one takes.
+
     Args:
         model: folder of the base model, weights included.
         plan: as a site is to carry it out. The rows are as long as its `max_length`.

@@ -13,6 +13,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_common.workflows.fedavg import FedAvg
 
 from nvflare_fm import export
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
@@ -20,7 +21,7 @@ from nvflare_fm.aggregation import combine as combining
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.aggregation.salvage import without_the_largest
-from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.errors import ConfigError, ModelError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
@@ -188,6 +189,17 @@ def test_one_site_cannot_say_which_round_is_the_best(lied: float, mode: str) -> 
 
 
 # --- what nobody foresaw
+
+
+def test_an_error_of_ours_ends_the_job_with_its_reason_and_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: FedPEFT) -> None:
+        raise ModelError("the disk is full", "/srv/nvflare", code="adapter_not_saved")
+
+    made, told = server(), []
+    made.panic = told.append  # type: ignore[method-assign]
+    monkeypatch.setattr(FedAvg, "run", fails)
+    made.run()
+    assert told == ["the disk is full [adapter_not_saved]"]
 
 
 @pytest.mark.parametrize("sites", range(1, 12))

@@ -1,12 +1,10 @@
 """A job that a killed server was running is ended, whole, and can be ended again after a kill at any line of that."""
 
-import os
 import subprocess
 import sys
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from nvflare.private.fed.server.run_manager import RunManager
 from nvflare.private.fed.server.server_engine import ServerEngine
 
 from nvflare_fm.flare import recovery
+from tests import kills
 
 LEFT = {"rounds.jsonl": "{}", "adapters/.last.old/adapter_config.json": "{}", "adapters/.last.new/half": ""}
 
@@ -92,26 +91,6 @@ def test_at_its_start_the_server_ends_the_jobs_it_was_running_and_no_others(serv
             assert (server.root / job / "rounds.jsonl").exists()
 
 
-def killed_at(line: int, work: Callable[[], None]) -> bool:
-    """Whether `work` ends in a child that is killed as it comes to this line of ours."""
-    if not (child := os.fork()):
-        seen = -1
-
-        def trace(frame: Any, event: str, argument: Any) -> Any:
-            nonlocal seen
-            if not frame.f_code.co_filename.endswith("recovery.py"):
-                return None
-            seen += event == "line"
-            if seen == line:
-                os._exit(9)
-            return trace
-
-        sys.settrace(trace)
-        work()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 def test_a_server_killed_while_it_ends_a_job_ends_it_in_its_next_life(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +98,7 @@ def test_a_server_killed_while_it_ends_a_job_ends_it_in_its_next_life(
     line, ended = 0, False
     while not ended:
         job = server.job(RunStatus.RUNNING)
-        ended = killed_at(line, lambda job=job: server.end(job))  # type: ignore[misc]
+        ended = kills.ends(lambda job=job: server.end(job), line, "recovery.py")  # type: ignore[misc]
         if server.meta(job)["status"] == "RUNNING":
             server.end(job)
         assert server.meta(job)["status"] == "FINISHED:ABNORMAL"

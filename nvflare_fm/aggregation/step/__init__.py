@@ -60,7 +60,8 @@ registry: Registry[Factory] = Registry("server step", __name__)
 
 
 def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
-    """
+    """Build the server step that a job asks for, for one round.
+
     Raises:
         ConfigError: an unknown step or setting.
     """

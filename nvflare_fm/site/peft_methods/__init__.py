@@ -97,7 +97,8 @@ def read(settings: Mapping[str, Any]) -> PeftMethod:
 
 
 def check_training(method: PeftMethod, settings: TrainingSettings) -> None:
-    """
+    """Refuse training settings that a PEFT method cannot use.
+
     Raises:
         ConfigError: the method cannot be trained so.
     """

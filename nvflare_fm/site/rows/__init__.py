@@ -165,7 +165,8 @@ def ending_of(file: Path) -> str:
 
 
 def check_regular(folder: Path) -> None:
-    """
+    """Refuse a folder in which something is no regular file.
+
     Raises:
         OSError, ValueError: something in the folder is neither a regular file nor a folder.
     """
