@@ -11,7 +11,7 @@ from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from ..adapter import RoundTask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class Sent:
     """What sites were sent for a round, as we and as NVFlare know it."""
 
