@@ -15,11 +15,11 @@ from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
 from . import guard, merge, step
 from .admit import admit
-from .asked import named
 from .claims import held
 from .cohort import Cohort, Trained
 from .late import rebased
 from .step import Memory
+from .weigh import registry as weigh_registry
 from .weigh import weigh
 
 
@@ -57,7 +57,7 @@ def combine(
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
     """
-    rule = merge.registry[how.merge]
+    rule = merge.choose(how.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise WireError(f"no update can be merged: {refused or 'no site answered'}")
@@ -114,12 +114,8 @@ def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
 
 def _weighed_by(how: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
-    asked = set(map(named, how.weigh))
-    return {
-        *(["examples"] if asked & {"examples", "skew"} else []),
-        *(["loss"] if "loss" in asked else []),
-        *(["steps"] if how.normalize_steps else []),
-    }
+    needs = weigh_registry.needs(how.weigh)
+    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if how.normalize_steps else [])}
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:

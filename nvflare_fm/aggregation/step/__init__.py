@@ -15,8 +15,7 @@ from ...adapter import Adapter, LoraPair
 from ...config import Rule
 from ...inner import energy
 from ...lora import shorten, stack, zero
-from ...registry import Registry
-from ..asked import asked
+from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
 
 
@@ -56,7 +55,7 @@ class Step:
 
 
 Factory = Callable[..., Step]
-registry: Registry[Factory] = Registry("server step", __name__)
+registry: RuleRegistry[Factory] = RuleRegistry("server step", __name__)
 
 
 def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
