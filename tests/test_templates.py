@@ -78,7 +78,11 @@ def said(component: Any) -> str:
     """What it is and was made with, defaults written out."""
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
-    held = {"plan": "round_plan", "measurement": "asked", "settings": "how" if hasattr(component, "how") else "overrides"}
+    held = {
+        "plan": "round_plan",
+        "measurement": "asked",
+        "settings": "how" if hasattr(component, "how") else "overrides",
+    }
     values = {name: getattr(component, held.get(name, name)) for name in names if ours and name != "aggregator"}
     return f"{type(component).__name__} {values}"
 
