@@ -6,9 +6,10 @@ Knows neither transformers nor peft: the server asks here before any site is bot
 from collections.abc import Mapping
 
 from . import legality
-from .aggregation import guard, merge, step, weigh
+from .aggregation import merge
 from .aggregation.admit import Terms
-from .aggregation.asked import asked, named
+from .aggregation.asked import Needs, named
+from .aggregation.needed import needed
 from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
 from .errors import ConfigError
 from .feasible import check_plan
@@ -29,12 +30,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     check_plan(plan, sites)
     rule, method = merge.choose(how.merge), read(plan.peft)
     check_training(method, plan.training)
-    for entry in how.weigh:
-        asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
-    for entry in how.guard:
-        asked(guard.registry, entry)
-    if how.step is not None:
-        asked(step.registry, how.step)
+    needs = needed(how)  # unknown names and settings are refused here, before a round is lost
     rest = rule.rest if method.side_adapter else "none"
     plan = plan.model_copy(
         update={
@@ -42,21 +38,21 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "training": _with_head(plan, method),
             "rest": rest,
             "shares": rule.shares,
-            "label_statistics": weigh.registry.needs(how.weigh).labels,
-            "counts": _counts(plan, how),
+            "label_statistics": needs.labels,
+            "counts": _counts(plan, how, needs),
         }
     )
-    legality.check(legality.Job(plan, how, rule, method))
+    legality.check(legality.Job(plan, how, rule, method, needs))
     if method.factored:
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
     return plan
 
 
-def _counts(plan: RoundPlan, how: Aggregation) -> tuple[str, ...]:
+def _counts(plan: RoundPlan, how: Aggregation, needs: Needs) -> tuple[str, ...]:
     """What the sites must tell of their rows and steps, so that they can be weighed."""
     steps = how.normalize_steps and not plan.training.local_steps  # else the plan says how many
-    return (*weigh.registry.needs(how.weigh).counts, *(["steps"] if steps else []))
+    return (*needs.counts, *(["steps"] if steps else []))
 
 
 def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:

@@ -6,7 +6,6 @@ Rules state promises and needs; no rule is known here by its name.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .aggregation import guard, step, weigh
 from .aggregation.asked import Needs, named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
@@ -24,16 +23,7 @@ class Job:
     how: Aggregation
     rule: MergeRule
     method: PeftMethod
-
-    @property
-    def needs(self) -> Needs:
-        """Of all rules that the job asks for by name: where it leaves the server step open, nothing clashes."""
-        steps = [] if self.how.step is None else [self.how.step]
-        asked = ((weigh.registry, self.how.weigh), (guard.registry, self.how.guard), (step.registry, steps))
-        together = Needs()
-        for registry, entries in asked:
-            together |= registry.needs(entries)
-        return together
+    needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
 
     @property
     def plain_lora(self) -> bool:

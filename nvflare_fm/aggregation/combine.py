@@ -18,8 +18,8 @@ from .admit import admit
 from .claims import held
 from .cohort import Cohort, Trained
 from .late import rebased
+from .needed import needed
 from .step import Memory
-from .weigh import registry as weigh_registry
 from .weigh import weigh
 
 
@@ -114,7 +114,7 @@ def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
 
 def _weighed_by(how: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
-    needs = weigh_registry.needs(how.weigh)
+    needs = needed(how)
     return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if how.normalize_steps else [])}
 
 
