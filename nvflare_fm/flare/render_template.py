@@ -209,9 +209,9 @@ def render(name: str, source: Mapping[str, Any]) -> dict[str, str]:
 
 def write(folder: Path) -> None:
     """Write every template into its folder, and nothing that was there before stays."""
-    for name, source in sources().items():
+    for name, files in {name: render(name, source) for name, source in sources().items()}.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        for file, text in render(name, source).items():
+        for file, text in files.items():
             (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / name / file).write_text(text, encoding="utf-8")
 
@@ -297,13 +297,17 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], without: Collect
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             blocks += [f"{name} {{", *_indented(_settings(kind, given.get(name, {}))), "}"]
         elif name == "peft":
-            blocks += [f"{name} {{", *_indented(_peft(field, given[name])), "}"]
+            blocks += [
+                f"{name} {{",
+                *_indented(_peft(given.get(name, field.get_default(call_default_factory=True)))),
+                "}",
+            ]
         else:
             lines.append(_knob(name, field, given))
     return [*_aligned(lines), *blocks]
 
 
-def _peft(field: FieldInfo, given: Mapping[str, Any]) -> list[str]:
+def _peft(given: Mapping[str, Any]) -> list[str]:
     method = _line("method", given["method"], "PEFT method; docs/reference/settings.md lists them and their settings")
     fields = peft_methods.registry[given["method"]].model_fields
     return _aligned([method, *(_knob(name, inner, given) for name, inner in fields.items())])
