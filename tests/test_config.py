@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvflare_fm.aggregation import step, weigh
+from nvflare_fm.aggregation import merge, step, weigh
 from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import (
     Aggregation,
@@ -36,6 +36,7 @@ GROUPS: dict[str, type[Settings]] = {
     **{g.__name__: g for g in (RoundPlan, RoundSettings, Aggregation, SiteOverrides)},
     **{g.__name__: g for g in (SiteConfig, Measurement, ProvenanceFile)},
     **{name: peft_methods.registry[name] for name in peft_methods.registry},
+    **{f"merge {name}": settings_of(merge.registry[name].merge) for name in merge.registry},
     **{f"weight {name}": settings_of(weigh.registry[name]) for name in weigh.registry},
     **{f"step {name}": settings_of(step.registry[name]) for name in step.registry},
 }

@@ -99,7 +99,9 @@ def test_what_goes_together_is_let_through(plan, how):
 
 
 def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_other_does():
-    assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["examples", "skew"])).label_statistics == ("skew",)
+    for weights in (["examples", "skew"], "skew"):
+        asks = settle(RoundPlan(**CLASSIFY), Aggregation(weigh=weights))
+        assert (asks.label_statistics, asks.counts) == (("skew",), ("examples",))
     assert settle(RoundPlan(**CLASSIFY, label_statistics=["skew"]), Aggregation()).label_statistics == ()
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .. import templates
-from ..config import DERIVED, Aggregation, RoundPlan, SiteOverrides, summary
+from ..config import DERIVED, Aggregation, RoundPlan, RoundSettings, SiteOverrides, summary
 from ..site import peft_methods
 from .components import load
 from .locator import Measurement
@@ -223,6 +223,7 @@ def _rounds(
     plan, aggregation, rounds = sorted_out(given)
     RoundPlan.read(plan, f"{name}: plan")
     Aggregation.read(aggregation, f"{name}: aggregation")
+    RoundSettings.read(rounds, f"{name}: controller")
     overrides = {site: SiteOverrides.read(_own(said), f"{name}: {site}") for site, said in sites.items()}
     rounds |= {"min_responses": min_sites, "sites": held_to(overrides)}
     workflow = _filled(
@@ -295,13 +296,9 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], without: Collect
             continue
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            blocks += [f"{name} {{", *_indented(_settings(kind, given.get(name, {}))), "}"]
+            blocks += _block(name, _settings(kind, given.get(name, {})))
         elif name == "peft":
-            blocks += [
-                f"{name} {{",
-                *_indented(_peft(given.get(name, field.get_default(call_default_factory=True)))),
-                "}",
-            ]
+            blocks += _block(name, _peft(given.get(name, field.get_default(call_default_factory=True))))
         else:
             lines.append(_knob(name, field, given))
     return [*_aligned(lines), *blocks]
@@ -335,8 +332,8 @@ def _aligned(lines: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{text:<{width}}  # {meaning}" for text, meaning in lines]
 
 
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"  {line}" for line in lines]
+def _block(name: str, lines: Sequence[str]) -> list[str]:
+    return [f"{name} {{", *(f"  {line}" for line in lines), "}"]
 
 
 def _comment(about: str) -> list[str]:
