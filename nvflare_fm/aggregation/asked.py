@@ -72,7 +72,7 @@ class RuleRegistry(Registry[F]):
         together = Needs()
         for entry in entries:
             given = with_settings(found(self, entry), entry, self.kind).keywords
-            needs = self._needs[named(entry)]
+            needs = self._needs.get(named(entry), Needs())
             together |= needs if isinstance(needs, Needs) else needs(**given)
         return together
 
