@@ -170,10 +170,10 @@ BUGS = [
     Bug("aggregation/step/__init__.py", "self._squares[name] = v", "pass", "test_step"),
     Bug("aggregation/step/yogi.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_step"),
     Bug("aggregation/step/fedexp.py", "max(rate, 1.0)", "rate", "test_step"),
-    Bug("aggregation/combine.py", 'manifest.task == "causal_lm" and', "", "test_step"),
+    Bug("aggregation/step/__init__.py", 'if task == "causal_lm" and', "if", "test_step"),
     Bug("aggregation/combine.py", "step_size=taken.size", "step_size=1.0", "test_step"),
     Bug("aggregation/step/__init__.py", "return None if self.square else float", "return float", "test_step"),
-    Bug("aggregation/combine.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
+    Bug("aggregation/step/__init__.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
     Bug("aggregation/step/fedexp.py", "share @ cohort.gram @ share", "apart", "test_step"),
     # admit: who may be merged
     Bug("aggregation/admit.py", "if not 0 < pair.scale <", "if not 0 <= pair.scale <", "test_admit"),

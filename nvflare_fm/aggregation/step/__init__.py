@@ -17,6 +17,7 @@ from ...inner import energy
 from ...lora import shorten, stack, zero
 from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
+from ..merge import MergeRule
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
         ConfigError: an unknown step or setting.
     """
     return asked(registry, entry)(cohort, weights)
+
+
+def usual(task: str, rule: MergeRule) -> str:
+    """The step of a job that names none: a longer one where text is written, because the mean change of sites of mixed
+    rank is too short there (docs/log.md), and the rule adds changes.
+    """
+    return "fedexp" if task == "causal_lm" and rule.delta and rule.canonical else "plain"
 
 
 class Mover:
