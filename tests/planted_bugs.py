@@ -309,6 +309,13 @@ BUGS = [
     Bug("simulate.py", "if began.adapter and number", "if number", "site/test_simulate"),
     Bug("lora.py", "energy.cumsum(0) < keep_energy", "energy.cumsum(0) <= 0", "test_lora"),
     Bug("lora.py", "torch.special.entr(energy / energy.sum())", "torch.special.entr(energy)", "test_lora"),
+    Bug(
+        "legality.py",
+        "job.needs.lateness and",
+        'any("staleness" in str(w) for w in job.how.weigh) and',
+        "test_legality",
+    ),
+    Bug("aggregation/step/plain.py", "learning_rate != 1", "False", "test_legality"),
     Bug("aggregation/needed.py", "[] if how.step is None else [how.step]", "[]", "test_legality"),
     Bug("aggregation/needed.py", "weigh.registry.needs(how.weigh) | guard", "guard", "test_legality"),
     Bug("aggregation/asked.py", "(*self.labels, *other.labels)", "self.labels", "test_legality"),
