@@ -7,7 +7,7 @@ from .aggregation.asked import named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
-from .site.peft_methods import PeftMethod
+from .job.peft import PeftMethod
 
 
 @dataclass(frozen=True)
