@@ -93,7 +93,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     for entry in how.guard:
         asked(guard.registry, entry)
     how = how.model_copy(update={"step": _step(plan, how, rule, method)})
-    settled = TaskPlan.model_validate(
+    settled = TaskPlan.read(
         {
             **dict(plan),
             "peft": complete(plan.peft),
@@ -103,7 +103,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(named, how.weigh) else (),
             "counts": _counts(plan, how),
-        }
+        },
+        "plan",
     )
     legality.check(legality.Job(settled, how, rule, method))
     if method.factored and _one_rank(rule, method):

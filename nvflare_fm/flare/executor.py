@@ -92,10 +92,9 @@ class PeftExecutor(ClientAPIExecutor):
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         self._at = fl_ctx.get_prop(FLContextKey.TASK_ID), abort_signal
-        decided, refusal = self._gate.decide(task_name, shareable, fl_ctx)
-        if decided is None:
+        if refusal := self._gate.decide(task_name, shareable, fl_ctx):
             return refusal
-        result = super().execute(task_name, decided, fl_ctx, abort_signal)
+        result = super().execute(task_name, shareable, fl_ctx, abort_signal)
         self._gate.note(result, fl_ctx)
         return result
 

@@ -12,7 +12,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from ..config import SiteOverrides, TaskPlan
+from ..config import SiteOverrides
 from ..errors import FmError
 from ..site.policy import Decision, Submitter, accept, decide
 from ..site.site_config import SiteConfig, load_site
@@ -41,39 +41,37 @@ class Gate:
         self._config = self._config or load_site(self.site_file)
         return self._config
 
-    def decide(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> tuple[Shareable | None, Shareable | None]:
+    def decide(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> Shareable | None:
         """Decide on a task of the server, and put the decision on record.
 
+        Args:
+            task: where it may be carried out, what was decided is put beside its plan, for the trainer.
         Returns:
-            The task for the trainer, with what was decided beside its plan, and nothing; or nothing, and the reply of
-            a site that refuses.
+            The reply where the site refuses; nothing where the trainer may have the task.
         """
-        who, about = submitter(fl_ctx), task_name
+        who, about, reply = submitter(fl_ctx), task_name, None
         try:
             model = FLModelUtils.from_shareable(task)
             if (asked := wire.read_plan(model)) is None:
-                return task, None
+                return None
             plan = self.overrides.applied(asked)
             about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
-            decision = accept(self._decision(plan, who, trains=task_name == AppConstants.TASK_TRAIN))
-            wire.write_decision(model, decision.plan, decision.lowered)
-            decided, reply, said = _with_meta(task, model), None, str(decision)
+            decision = accept(decide(plan, self.config, who, self.processes, task_name == AppConstants.TASK_TRAIN))
+            _hand_over(decision, model, task)
+            said = str(decision)
         except FmError as error:
-            decided, reply, said = None, _reply(error.message), f"refused: {error}"
+            said, reply = f"refused: {error}", _reply(error.message)
         except Exception as error:  # what cannot be decided is refused, and the job goes on elsewhere
-            decided, said = None, f"refused: internal error: {type(error).__name__}: {error}"
+            said = f"refused: internal error: {type(error).__name__}: {error}"
             reply = _reply(f"internal error: {type(error).__name__}; see the site's audit log")
         self._audit(f"{said} [{about}, for {who.name or 'unknown'} of {who.org or 'unknown'}]", fl_ctx)
-        return decided, reply
+        return reply
 
     def note(self, result: Shareable, fl_ctx: FLContext) -> None:
         """Puts on record what the trainer itself refused."""
         kind = result.get_header(ReservedHeaderKey.CONTENT_TYPE)
         if kind and (reason := wire.refused(FLModelUtils.from_shareable(result))):
             self._audit(f"refused by the trainer: {reason}", fl_ctx)
-
-    def _decision(self, plan: TaskPlan, who: Submitter, trains: bool) -> Decision:
-        return decide(plan, self.config, who, self.processes, trains)
 
     @staticmethod
     def _audit(what: str, fl_ctx: FLContext) -> None:
@@ -93,11 +91,12 @@ def submitter(fl_ctx: FLContext) -> Submitter:
     return Submitter(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""), meta.get(JobMetaKey.SUBMITTER_ORG.value, ""))
 
 
-def _with_meta(task: Shareable, model: FLModel) -> Shareable:
-    """`task` with the meta of `model`; its tensors stay where they are."""
+def _hand_over(decision: Decision, model: FLModel, task: Shareable) -> None:
+    """Puts a decision into `task`, whose content is `model`; its tensors stay where they are."""
+    wire.write_decision(model, decision.plan, decision.lowered)
     dxo = from_shareable(task)
     dxo.meta = {**dxo.meta, wire.KEY: model.meta[wire.KEY]}
-    return dxo.update_shareable(task)
+    dxo.update_shareable(task)
 
 
 def _reply(reason: str) -> Shareable:
