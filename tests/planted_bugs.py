@@ -199,7 +199,7 @@ BUGS = [
     Bug("aggregation/admit.py", "if (sent.task, sent.peft) !=", "if (sent.task, terms.peft) !=", "test_admit"),
     Bug("aggregation/admit.py", "if manifest else terms.base)", "if manifest else '')", "test_admit"),
     Bug("aggregation/admit.py", "of.labels, of.base_class", "of.labels", "test_admit"),
-    Bug("combination.py", "sites.get(site)", "None", "test_admit"),
+    Bug("combination.py", "self.sites.get(site)", "None", "test_admit"),
     Bug(
         "combination.py",
         "return _up_to(self.global_rank, lowered=True)",

@@ -27,10 +27,12 @@ TRAIN, VALIDATE = AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION
 PLAN = tiny.plan(
     "causal_lm",
     peft={"method": "lora", "rank": 2},
+    max_length=16,
     training={"local_steps": 1, "batch_size": 2},
+    evaluation={"max_examples": 2},
     negotiable=["batch_size", "rank"],
 )
-OVERRIDES = SiteOverrides(rank=4, batch_size=8, data="letters")
+OVERRIDES = SiteOverrides(rank=4, batch_size=4, data="letters")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def test_a_site_reads_its_file_once_a_process_and_decides_checks_and_attaches_on
 def test_what_a_site_lowered_is_lowered_once_whoever_looks_again(site_file: Path, post: trainer.Post) -> None:
     message = passed(Gate(site_file, OVERRIDES, 1), TRAIN, RoundTask(PLAN))
     decided = wire.read_decided(message).plan
-    assert (decided.training.batch_size, decided.training.gradient_accumulation_steps) == (2, 4)
+    assert (decided.training.batch_size, decided.training.gradient_accumulation_steps) == (2, 2)
     assert (decided.rank, decided.data) == (3, "letters")
     checked = policy.fit(decided, site_config.load_site(site_file)).plan
     assert checked == decided

@@ -72,7 +72,7 @@ def check_training(method: PeftMethod, settings: TrainingSettings) -> None:
     """
     if settings.gradient_checkpointing and not method.checkpointing:
         raise ConfigError(
-            "prefix_tuning does not go with gradient_checkpointing; use another method, or turn it off",
+            f"{method.peft_type.lower()} does not go with gradient_checkpointing; use another method, or turn it off",
             code="no_checkpointing",
         )
 
