@@ -7,7 +7,7 @@ site's own files or environment before it came here, so no message repeats one; 
 import math
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -230,7 +230,7 @@ class EvaluationSettings(Settings):
 
 
 class RoundPlan(Settings):
-    """All that the server asks of a site in a round. Travels with every task: one source of truth.
+    """What a job asks of every site. What follows from it and from how adapters are merged is `combination.settle`'s.
 
     `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
     """
@@ -257,19 +257,6 @@ class RoundPlan(Settings):
     )
     labels: Labels = Field((), description="Classes of a classification task, in order.", examples=[["no", "yes"]])
     max_length: int = Field(512, ge=8, le=LENGTH, description="Tokens of a text; longer texts are cut.")
-    rest: Rest = Field(
-        "tail",
-        description="Part of the global adapter that a site holds frozen beside what it trains. Follows from the merge "
-        "rule.",
-    )
-    factors: Factors = Field("AB", description="Factors that a site trains in this round. Follows from the merge rule.")
-    shares: Factors = Field("AB", description="Factors that leave a site. Follows from the merge rule.")
-    label_statistics: LabelStatistics = Field(
-        (), description="What a site must report about how often its labels occur. Follows from the weights."
-    )
-    counts: Counts = Field(
-        (), description="What a site must report about how many rows and steps it has. Follows from the weights."
-    )
     training: TrainingSettings = Field(TrainingSettings(), description="How a site trains in one round.")
     evaluation: EvaluationSettings = Field(
         EvaluationSettings(), description="When a site measures the adapter on its own validation data."
@@ -295,13 +282,18 @@ class RoundPlan(Settings):
         return rank if isinstance(rank, int) else 0
 
 
-DERIVED = (
-    "rest",
-    "factors",
-    "shares",
-    "label_statistics",
-    "counts",
-)  # of a plan: they follow from how adapters are merged
+class TaskPlan(RoundPlan):
+    """A plan as it travels with a round's task: with what a site must know of how adapters are merged. The server
+    settles it; a job cannot write it.
+    """
+
+    rest: Rest = Field("tail", description="Part of the global adapter that a site holds frozen beside what it trains.")
+    factors: Factors = Field("AB", description="Factors that a site trains in this round.")
+    shares: Factors = Field("AB", description="Factors that leave a site.")
+    label_statistics: LabelStatistics = Field(
+        (), description="What a site must report about how often its labels occur."
+    )
+    counts: Counts = Field((), description="What a site must report about how many rows and steps it has.")
 
 
 class Aggregation(Settings):
@@ -325,7 +317,12 @@ class Aggregation(Settings):
         "fedexp for causal_lm with a merge rule that adds changes, and plain otherwise.",
         examples=["plain"],
     )
-    max_rank: int = Field(0, ge=0, le=WIDEST, description="Rank of the global adapter; 0: the plan's rank.")
+    max_rank: int = Field(
+        0,
+        ge=0,
+        le=WIDEST,
+        description="Largest rank of the global adapter, and so of any site; 0: the largest asked of a site.",
+    )
     max_staleness: int = Field(
         0,
         ge=0,
@@ -387,6 +384,9 @@ def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
     return changed  # what is no number stays, for the method to refuse
 
 
+P = TypeVar("P", bound=RoundPlan)
+
+
 class SiteOverrides(Settings):
     """What a job asks of one site differently from the plan. None: as the plan says."""
 
@@ -406,7 +406,7 @@ class SiteOverrides(Settings):
     model: Text | None = Field(None, description="Another alias in the site's fm_site.yaml.", examples=["base"])
     data: Text | None = Field(None, description="Another alias in the site's fm_site.yaml.", examples=["notes"])
 
-    def applied(self, plan: RoundPlan) -> RoundPlan:
+    def applied(self, plan: P) -> P:
         """The plan as this site is to carry it out."""
         given = self.model_dump(exclude_none=True, exclude={"rank", "lora_alpha"})
         peft = at_rank(plan.peft, self.rank) if self.rank else dict(plan.peft)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from .config import RoundPlan, SiteOverrides
 from .errors import ConfigError
+from .job.aliases import not_an_alias
 from .registry import nearest
-from .site.site_config import not_an_alias
 
 _ERRORS: dict[str, Literal["min", "max"]] = {"loss": "min"}
 # task → what its sites report → which of it is better. A test holds it to the tasks themselves.

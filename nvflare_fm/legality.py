@@ -10,7 +10,7 @@ from .aggregation.asked import Needs, named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
-from .site.peft_methods import PeftMethod
+from .job.peft import PeftMethod
 
 _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it promises all there is
 

@@ -120,7 +120,7 @@ def test_nvflare_accepts_a_template_as_a_job_that_brings_no_code(template: str, 
 
 @every_training
 def test_every_component_takes_its_arguments(template: str) -> None:
-    assert only(FedPEFT, built(FOLDER / template)).round_plan.template == template
+    assert only(FedPEFT, built(FOLDER / template)).settled.plan.template == template
 
 
 @every_template

@@ -72,7 +72,7 @@ def combine(
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
-    taken = step.choose(how.step or step.usual(accepted[0].manifest.task, rule), cohort, shares)
+    taken = step.choose(how.step or "plain", cohort, shares)  # a settled plan names one
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):

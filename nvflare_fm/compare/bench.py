@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ..adapter import Adapter, Manifest, RoundTask
 from ..aggregation.combine import combine
 from ..combination import settle
-from ..config import RoundPlan, SiteOverrides
+from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..lora import svd
 from ..simulate import Round, alone, federate
 from ..site import base_model
@@ -111,13 +111,14 @@ class Bench:
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def settled(self, method: Method, seed: int = 0) -> RoundPlan:
+    def settled(self, method: Method, seed: int = 0) -> TaskPlan:
         """The plan as a method's sites carry it out."""
         rank = method.rank or max(RANKS)
         alpha = method.alpha(rank) if method.alpha else ALPHA
         peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
-        return settle(self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training}), method.how)
+        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
+        return settle(asked, method.how).plan
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
         plan = self.settled(method, seed)
@@ -131,7 +132,7 @@ class Bench:
         rounds = math.ceil(self.study.rounds / method.slow) if method.waits else self.study.rounds
         return rounds - math.ceil(method.at_home * rounds)
 
-    def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
+    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None
         for number in range(self.study.rounds):
             task = RoundTask(plan, adapter, manifest, number, self.study.rounds)

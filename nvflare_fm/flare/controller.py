@@ -34,8 +34,8 @@ from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
-from ..combination import max_rank, of_round, settle
-from ..config import DERIVED, SITES, RoundPlan, RoundSettings, SiteOverrides
+from ..combination import settle
+from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
 from ..untrusted import printable
@@ -111,12 +111,10 @@ class FedPEFT(ModelController):
         )
         self.__dict__.update(rounds)  # by their names: NVFlare writes them into the job
         self.plan, self.persistor_id, self.aggregator = dict(plan or {}), persistor_id, aggregator
-        if decided := [name for name in DERIVED if name in self.plan]:
-            raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
         self.sites = dict(sites or {})
-        self.overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
-        self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
-        check_best(self.round_plan.task, given.key_metric, given.key_metric_mode)
+        overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
+        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, overrides)
+        check_best(self.settled.plan.task, given.key_metric, given.key_metric_mode)
         self.ledger = Ledger(0, given.num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the sites' median metrics known last
         self.best: float | None = None
@@ -172,13 +170,13 @@ class FedPEFT(ModelController):
         if first:
             self.info(f"resuming with round {first} of {self.num_rounds}")
         step, memory = self.fl_ctx.get_prop(REMEMBERED) or (None, Memory())
-        if step == self.aggregator.how.step:  # what one step remembers is of no use to another
+        if step == self.settled.aggregation.step:  # what one step remembers is of no use to another
             self.aggregator.memory = memory
         return first
 
     def save_model(self, model: FLModel) -> None:
         """Saves the global adapter, and what the server's step remembers with it."""
-        remembered = self.aggregator.how.step, self.aggregator.memory
+        remembered = self.settled.aggregation.step, self.aggregator.memory
         self.fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
         super().save_model(model)
 
@@ -186,14 +184,13 @@ class FedPEFT(ModelController):
         """The connected sites of a round that are not at an earlier one, in the order of their names."""
         there = {client.name for client in self.engine.get_clients()}
         free = {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
-        return drawn(free, self.sites_per_round, self.round_plan.seed, number)
+        return drawn(free, self.sites_per_round, self.settled.plan.seed, number)
 
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
         saved = wire.read_saved(model.params, model.meta, "the server") if model.params else wire.Saved()
-        plan = of_round(self.round_plan, self.aggregator.how, number)
-        task = RoundTask(plan, saved.adapter, saved.manifest, number, self.num_rounds)
-        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides)
+        task = RoundTask(self.settled.of_round(number), saved.adapter, saved.manifest, number, self.num_rounds)
+        self.aggregator.begin(task, self.settled)
         self._ask(task, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
 
     def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
@@ -318,7 +315,7 @@ class FedPEFT(ModelController):
         self._sign(model)
         combined = self.aggregator.combined
         self.ledger.close(combined, self.aggregator.updates)
-        self.ledger.how = self.aggregator.how.model_dump(mode="json")
+        self.ledger.how = self.settled.aggregation.model_dump(mode="json")
         self._close()
         if not combined.failed:
             self._need(len(combined.weights))
@@ -367,10 +364,10 @@ class FedPEFT(ModelController):
         """The adapter of the last round has not been measured yet: it may be the best."""
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
-        if not (self.key_metric and self.round_plan.evaluation.before and saved.adapter):
+        if not (self.key_metric and self.settled.plan.evaluation.before and saved.adapter):
             return
         weights = self.aggregator.combined.weights
-        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
+        task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
         measured: dict[str, dict[str, float]] = {}
 
         def take(result: FLModel) -> bool:

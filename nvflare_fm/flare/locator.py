@@ -17,8 +17,8 @@ from ..config import (
     EvaluationSettings,
     Name,
     Quantization,
-    RoundPlan,
     Settings,
+    TaskPlan,
     Text,
     TrainingSettings,
 )
@@ -45,7 +45,7 @@ class Measurement(Settings):
     max_examples: int = Field(0, ge=0, le=MANY, description="Most validation rows to measure on; 0: all.")
     template: Name = Field("", description="Name of the job template; a site may accept some templates only.")
 
-    def applied(self, plan: RoundPlan | None) -> RoundPlan:
+    def applied(self, plan: TaskPlan | None) -> TaskPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
         what a site does not hold as trained rides along frozen. Limits on training do not bite.
 

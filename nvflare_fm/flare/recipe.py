@@ -19,7 +19,6 @@ from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError
 from ..feasible import check_plan, check_sites
 from ..registry import nearest
-from ..site import peft_methods
 from .aggregator import AdapterAggregator
 from .controller import FedPEFT
 from .executor import PeftExecutor
@@ -117,9 +116,6 @@ class FedPEFTRecipe(AdapterRecipe):
         plan, aggregation, rounds = sorted_out(settings)
         asked = RoundPlan.read(plan, "plan")
         check_plan(asked, overrides)
-        largest = max((o.rank for o in overrides.values() if o.rank), default=0)
-        if not aggregation.get("max_rank") and largest > peft_methods.complete(asked.peft).get("rank", largest):
-            aggregation["max_rank"] = largest
         controller = FedPEFT(
             min_responses=min_sites,
             plan=plan,

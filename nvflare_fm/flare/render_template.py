@@ -20,8 +20,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .. import templates
-from ..config import DERIVED, Aggregation, RoundPlan, RoundSettings, SiteOverrides, summary
-from ..site import peft_methods
+from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides, summary
+from ..job import peft as peft_methods
 from .components import load
 from .locator import Measurement
 from .recipe import INITIAL, TASKS, held_to, sorted_out
@@ -230,7 +230,7 @@ def _rounds(
         _ROUNDS,
         controller=_arguments("nvflare_fm.flare.controller.FedPEFT", rounds, {"plan", "aggregator"}),
         aggregation=_settings(Aggregation, aggregation),
-        plan=_settings(RoundPlan, {**plan, "template": name}, DERIVED),
+        plan=_settings(RoundPlan, {**plan, "template": name}),
     )
     persistor = _arguments("nvflare_fm.flare.persistor.AdapterPersistor", {INITIAL: INITIAL} if brings else {})
     return {

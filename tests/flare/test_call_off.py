@@ -28,7 +28,7 @@ class Site:
         self.stop, self.messages = Signal(), AuxRunner(None)
         self.messages.register_aux_message_handler(ReservedTopic.DO_TASK, self._nvflares)
         self.executor = PeftExecutor()
-        self.executor._gate = SimpleNamespace(refusal=lambda *_: make_reply(ReturnCode.OK))
+        self.executor._gate = SimpleNamespace(decide=lambda *_: make_reply(ReturnCode.OK))
         serve_the_server_only(SimpleNamespace(aux_runner=self.messages))
         self.messages.register_aux_message_handler(wire.ROUND_OVER, self.executor._call_off)
         self.context = FLContextManager(None, "clinic", "job").new_context()

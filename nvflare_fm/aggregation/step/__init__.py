@@ -68,11 +68,14 @@ def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
     return asked(registry, entry)(cohort, weights)
 
 
-def usual(task: str, rule: MergeRule) -> str:
+def usual(task: str, rule: MergeRule | None) -> str:
     """The step of a job that names none: a longer one where text is written, because the mean change of sites of mixed
     rank is too short there (docs/log.md), and the rule adds changes.
+
+    Args:
+        rule: the merge rule; none where the adapters have no factors.
     """
-    return "fedexp" if task == "causal_lm" and rule.delta and rule.canonical else "plain"
+    return "fedexp" if task == "causal_lm" and rule and rule.delta and rule.canonical else "plain"
 
 
 class Mover:
