@@ -3,8 +3,9 @@
 Tensor names are PEFT's own saved names, so what travels is what `PeftModel.from_pretrained` reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal, get_args
 
@@ -45,6 +46,11 @@ class LoraPair:
         """(fan_out, fan_in) of the layer."""
         return self.B.shape[0], self.A.shape[1]
 
+    @property
+    def bytes(self) -> int:
+        """Of both factors."""
+        return self.A.nbytes + self.B.nbytes
+
     def delta(self) -> Float[Tensor, "fan_out fan_in"]:
         """The dense ΔW. For tests and export; the server never forms it."""
         return self.scale * (self.B @ self.A)
@@ -70,11 +76,49 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Described:
-    """What came with the tensors of an adapter: nothing of it needs one of them to be read."""
+class Waiting(Description):
+    """A tensor that has not been fetched yet."""
 
-    tensors: Mapping[str, Description]  # by PEFT name
-    scales: Mapping[str, float]  # by layer
+    fetch: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: "Tensor | Waiting") -> "Waiting":
+        """What waits already, and a tensor that is there."""
+        return tensor if isinstance(tensor, Waiting) else cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def to(self, dtype: torch.dtype) -> "Waiting":
+        return Waiting(self.shape, dtype, lambda: self.fetch().to(dtype))
+
+
+class WaitingPair(LoraPair):
+    """A pair whose factors are fetched when they are first read, and live as long as the pair; all else is known."""
+
+    def __init__(self, A: Tensor | Waiting, B: Tensor | Waiting, scale: float = 1.0) -> None:  # as LoraPair: `replace`
+        self._a, self._b = Waiting.of(A), Waiting.of(B)
+        object.__setattr__(self, "scale", scale)
+
+    @cached_property
+    def A(self) -> Tensor:
+        return self._a.fetch()
+
+    @cached_property
+    def B(self) -> Tensor:
+        return self._b.fetch()
+
+    @property
+    def rank(self) -> int:
+        return self._a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._b.shape[0], self._a.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return self._a.bytes + self._b.bytes
+
+    def to(self, dtype: torch.dtype) -> LoraPair:
+        return WaitingPair(self._a.to(dtype), self._b.to(dtype), self.scale)
 
 
 @dataclass(frozen=True)
@@ -87,7 +131,7 @@ class Adapter:
 
     lora: Mapping[str, LoraPair] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
-    described: Described | None = field(default=None, compare=False, repr=False)
+    described: Mapping[str, Description] | None = field(default=None, compare=False, repr=False)  # by PEFT name
 
     def __bool__(self) -> bool:
         return bool(self.lora or self.dense)
@@ -102,14 +146,12 @@ class Adapter:
 
     def scales(self) -> dict[str, float]:
         """The scale of each pair, by layer."""
-        if self.described is not None:
-            return {layer: float(self.described.scales[layer]) for layer in self.lora}
         return {layer: self.lora[layer].scale for layer in self.lora}
 
     def descriptions(self) -> Mapping[str, Description]:
         """Of each tensor by its PEFT name; where none came with the adapter, from the tensors themselves."""
         if self.described is not None:
-            return self.described.tensors
+            return self.described
         return {name: Description(tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
 
     def bytes(self) -> int:
@@ -128,6 +170,9 @@ def from_tensors(
 ) -> Adapter:
     """The inverse of `Adapter.tensors` and `.scales`; tensors are fetched when the adapter is read.
 
+    Args:
+        described: of all tensors, where it is known: nothing but a tensor's values makes it be fetched then.
+
     Raises:
         WireError: a factor without its other half, or without a scale.
     """
@@ -142,11 +187,17 @@ def from_tensors(
     for layer in sorted(set(scales) - layers):
         raise WireError(f"{sender} sent a scale for {layer!r} and no pair", code="scale_without_pair")
     dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
-    return Adapter(
-        Lazy(layers, lambda n: LoraPair(tensors[n + LORA_A], tensors[n + LORA_B], float(scales[n]))),
-        Lazy(dense, tensors.__getitem__),
-        None if described is None else Described(described, scales),
-    )
+
+    def pair(layer: str) -> LoraPair:
+        a, b, scale = layer + LORA_A, layer + LORA_B, float(scales[layer])
+        if described is None:
+            return LoraPair(tensors[a], tensors[b], scale)
+        return WaitingPair(waiting(a, described[a]), waiting(b, described[b]), scale)
+
+    def waiting(name: str, known: Description) -> Waiting:
+        return Waiting(known.shape, known.dtype, lambda: tensors[name])
+
+    return Adapter(Lazy(layers, pair), Lazy(dense, tensors.__getitem__), described)
 
 
 class Lazy(Mapping[str, Any]):

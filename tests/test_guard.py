@@ -172,9 +172,9 @@ def test_a_late_change_is_measured_from_where_it_began_and_clipped_like_any_othe
 
 def test_what_is_clipped_counts_less_in_the_inner_products_that_steps_and_weights_look_at():
     sites = [moved(f"s{i}", Adapter(), 1.0, i) for i in range(3)] + [moved("t", Adapter(), 100.0, 9)]
-    whole = Cohort(sites, Adapter(), "tail").gram
+    whole = Cohort(sites, Adapter(), "tail").products
     left = torch.tensor([1.0, 1.0, 1.0, 0.04], dtype=torch.float64)
-    close(Cohort(sites, Adapter(), "tail", left.tolist()).gram, whole * left * left[:, None], 1e-12)
+    close(Cohort(sites, Adapter(), "tail", multipliers=left.tolist()).products, whole * left * left[:, None], 1e-12)
     fedexp = {"rule": "fedexp", "most": 100}
     step = merged(Adapter(), sites, step=fedexp).step_size
     as_if = merged(Adapter(), [*sites[:3], moved("t", Adapter(), 4.0, 9)], step=fedexp).step_size

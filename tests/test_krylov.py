@@ -172,6 +172,6 @@ def test_the_products_of_what_sites_of_any_rank_changed_are_those_of_the_dense_c
         cohort = Cohort([update(f"s{p.rank}", Adapter({"q": p})) for p in adapters], state, rest)
         began = [head(state.lora["q"], 0 if rest == "all" else p.rank).delta() for p in adapters]
         flat = torch.stack([(p.delta() - g).flatten().double() for p, g in zip(adapters, began, strict=True)])
-        close(cohort.gram, flat @ flat.T, 1e-5)
+        close(cohort.products, flat @ flat.T, 1e-5)
         norms = torch.stack([p.delta().norm() for p in adapters])
         close(cohort.norms, norms.double(), 1e-5)

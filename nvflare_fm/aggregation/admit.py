@@ -49,12 +49,14 @@ def check_form(adapter: Adapter, sender: str) -> None:
             code="too_large",
         )
     for layer in adapter.lora:
-        a, b = found[layer + LORA_A].shape, found[layer + LORA_B].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not (a[1] and b[0]):
-            raise WireError(
-                f"{sender} sent lora_A {a} and lora_B {b} for {layer!r}; the rank of both must agree",
-                code="factor_shapes",
-            )
+        _check_factors(found[layer + LORA_A].shape, found[layer + LORA_B].shape, layer, sender)
+
+
+def _check_factors(a: tuple[int, ...], b: tuple[int, ...], layer: str, sender: str) -> None:
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not (a[1] and b[0]):
+        raise WireError(
+            f"{sender} sent lora_A {a} and lora_B {b} for {layer!r}; the rank of both must agree", code="factor_shapes"
+        )
 
 
 def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: Manifest | None) -> None:
@@ -124,16 +126,18 @@ def check_values(update: AdapterUpdate) -> None:
         WireError: names the site and the tensor.
     """
     if not 0 < update.report.max_weight <= 1:
-        raise WireError(f"{update.site} asks for a share of at most {update.report.max_weight}; it must be in (0, 1]")
+        raise WireError(
+            f"{update.site} asks for a share of at most {update.report.max_weight}; it must be in (0, 1]",
+            code="share_out_of_range",
+        )
     for layer in update.adapter.lora:
         pair = update.adapter.lora[layer]
         if not 0 < pair.scale < float("inf"):
-            raise WireError(f"{update.site} sent scale {pair.scale} for {layer!r}; a scale must be positive and finite")
-        if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
             raise WireError(
-                f"{update.site} sent lora_A {tuple(pair.A.shape)} and lora_B {tuple(pair.B.shape)} for {layer!r}; "
-                "the rank of both must agree"
+                f"{update.site} sent scale {pair.scale} for {layer!r}; a scale must be positive and finite",
+                code="scale_not_positive",
             )
+        _check_factors(tuple(pair.A.shape), tuple(pair.B.shape), layer, update.site)
         a, b = (_length(update.site, layer, factor) for factor in (pair.A, pair.B))
         _check_small(update.site, layer, pair.scale * a * b)
     for name in update.adapter.dense:

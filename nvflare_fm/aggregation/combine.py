@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
-from ..config import Aggregation
+from ..config import Aggregation, Rule
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
-from . import guard, merge, step
+from . import guard, merge, step, weigh
 from .admit import admit
 from .asked import named
 from .claims import held
-from .cohort import Cohort, Trained
+from .cohort import Cohort, Held, Need, Trained, needed
 from .late import rebased
 from .step import Memory
-from .weigh import weigh
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,20 @@ def combine(
     rule = merge.registry[how.merge]
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
-        raise WireError(f"no update can be merged: {refused or 'no site answered'}")
+        raise WireError(f"no update can be merged: {refused or 'no site answered'}", code="nothing_to_merge")
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
-    verdicts = guard.judge(how.guard, Cohort(accepted, state, rule.rest))
+    asked = how.step or _usual_step(rule, accepted[0].manifest)
+    everyone = Cohort(accepted, state, rule.rest, _looked_at(how, asked))
+    verdicts = guard.judge(how.guard, everyone)
     out = {site: f"guard: {verdict.reason}" for site, verdict in verdicts.items() if verdict.multiplier == 0}
-    accepted = [update for update in accepted if update.site not in out]
-    if not accepted:
-        raise WireError(f"no update can be merged: {refused | out}")
-    left = [verdicts[u.site].multiplier if u.site in verdicts else 1.0 for u in accepted]
-    cohort = Cohort(accepted, state, rule.rest, left if min(left) < 1 else ())
-    weights = weigh(how.weigh, cohort, how.max_weight)
+    cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
+    if not cohort.updates:
+        raise WireError(f"no update can be merged: {refused | out}", code="nothing_to_merge")
+    accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
+    weights = weigh.weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
-    taken = step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares)
+    taken = step.choose(asked, cohort, shares)
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
@@ -110,6 +110,11 @@ def combine(
 def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
     """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
     return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
+
+
+def _looked_at(how: Aggregation, asked: Rule) -> set[Need]:
+    """What the guards, weights and the server step of a round have promised to look at."""
+    return needed(guard.registry, how.guard) | needed(weigh.registry, how.weigh) | needed(step.registry, [asked])
 
 
 def _weighed_by(how: Aggregation) -> set[str]:
@@ -164,5 +169,4 @@ def _give_back() -> None:
 
 
 def _mean(name: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Tensor:
-    pairs = zip(updates, weights, strict=True)
-    return sum((w * u.adapter.dense[name].float() for u, w in pairs), torch.zeros(()))
+    return sum((w * t for t, w in zip(Held(updates, name), weights, strict=True)), torch.zeros(()))

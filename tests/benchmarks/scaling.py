@@ -160,7 +160,7 @@ def agreement(folder: Path, sites: int, blocks: int) -> dict[str, float]:
     """The Gram matrix of what the sites changed, over the first `blocks` of 32 transformer blocks."""
     cohort = Cohort(updates(folder, sites, blocks), opened(folder, -1, 0, blocks), "tail")
     with watched() as found:
-        assert (cohort.gram.diagonal() > 0).all()
+        assert (cohort.products.diagonal() > 0).all()
     return found
 
 

@@ -12,7 +12,7 @@ from . import Verdict, registry
 FEWEST = 3  # sites: of two, neither can say which is far off
 
 
-@registry.register("clip_norm")
+@registry.register("clip_norm", needs=["moved"])
 def clip_norm(
     cohort: Cohort,
     *,

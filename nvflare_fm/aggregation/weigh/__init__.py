@@ -8,7 +8,7 @@ from ...config import Rule
 from ...errors import ConfigError
 from ...registry import Registry
 from ..asked import asked, named
-from ..cohort import Cohort
+from ..cohort import Cohort, needed
 
 FAINT = 1e-12
 Factor = Callable[..., list[float]]
@@ -43,12 +43,15 @@ def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> W
 
 
 def check(entries: Sequence[Rule], update: AdapterUpdate) -> None:
-    """Refuses an update that one of the factors cannot weigh, before it can stop the others' round.
+    """Refuses an update that one of the factors cannot weigh, before it can stop the others' round. No tensor is read:
+    what a factor makes of values that `check_values` has admitted is sound.
 
     Raises:
         ConfigError: names the site and what it did not report, or reported wrongly.
     """
     for entry in entries:
+        if needed(registry, [entry]):
+            continue
         values = asked(registry, entry)(Cohort([update]))
         _refuse_unless(0 <= values[0] < float("inf"), [entry], [update.site], values)
 
