@@ -14,9 +14,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from .config import Quantization, RoundPlan
+from .config import RoundPlan
 from .errors import WireError
-from .untrusted import Amount, Count, Digest, Metrics, Number, Share, Text, Word
+from .record.site_report import Report as Report
+from .untrusted import Digest, Word
 
 BaseClass = Literal["", "nvflare_fm.site.mean_pooling.MeanPooledForSequenceClassification"]
 
@@ -235,32 +236,6 @@ class Manifest:
     labels: Annotated[tuple[Annotated[str, Field(strict=True, max_length=1000)], ...], Field(max_length=100_000)] = ()
     tokenizer: Digest = ""  # of the ids that the base model's tokenizer gives; empty: not known
     chat_template: Digest = ""  # of its conversations, where the task has any
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a site tells about one round of training. Nothing else about its data leaves the site. None: not told."""
-
-    examples: Annotated[int, Field(strict=True, ge=1, le=10**9)] | None = None  # training examples at the site
-    tokens: Count | None = None  # tokens seen in this round, padding not counted
-    steps: Count | None = None  # optimizer steps taken
-    loss: Number = float("nan")  # mean training loss over the round
-    seconds: Amount = 0.0  # training alone, without loading or evaluation
-    peak_memory_mib: Amount = 0.0  # of the training process (GPU memory where there is one)
-    rank: Count = 0
-    quantization: Quantization = "fp32"
-    before: Metrics = field(default_factory=dict)  # metrics of the adapter received
-    after: Metrics = field(default_factory=dict)  # metrics after local training
-    bad_rows: Count | None = None  # rows of the site's files that could not be used; its own log says which and why
-    label_skew: Share | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
-    max_weight: Annotated[Share, Field(gt=0)] = 1.0  # the largest share of the merge this site wants
-    lowered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()  # what the site gave less of: "rank 16 → 8"
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        if self.tokens is None:
-            return None
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_a_late_update_of_other_layers_is_left_out_by_name() -> None:
 
     sent = [late(update("alder", of(4)), of(3)), update("birch", of(3))]
     result = combine(of(3), MANIFEST, sent, Aggregation(), 2)
-    assert "layers differ" in result.refused["alder"]
+    assert result.refused["alder"].code == "other_layers"
     assert dict(result.weights) == {"birch": 1.0}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapter import LORA_A, LORA_B, Adapter, AdapterUpdate, Manifest
 from ..errors import WireError
+from ..record.reason import Reason
 
 K = TypeVar("K", bound=Hashable)
 MOST_TENSORS, MOST_BYTES = 2**16, 2**35  # of an adapter
@@ -76,8 +77,10 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
         )
     if (base := manifest.base if manifest else terms.base) and sent.base != base:
         raise WireError(f"{site} {_other_base(sent.base, base)}", code="other_base")
-    if manifest and (other := _other_words(sent, manifest)):
-        raise WireError(f"{site}: {other}", code="other_tokenization")
+    if manifest and sent.tokenizer and manifest.tokenizer not in ("", sent.tokenizer):
+        raise WireError(f"{site}: {_other_tokenizer('', '')}", code="tokenizer_differs")
+    if manifest and sent.chat_template and manifest.chat_template not in ("", sent.chat_template):
+        raise WireError(f"{site}: {_other_template('', '')}", code="chat_template_differs")
     if terms.steps is not None and (taken := update.report.steps) not in terms.steps:
         raise WireError(
             f"{site} reports {taken or 'no'} steps, the plan asks for {_span(terms.steps)}; where its job gives it "
@@ -168,7 +171,7 @@ def _check_small(site: str, name: str, length: float) -> None:
 
 def admit(
     state: Adapter, manifest: Manifest | None, updates: Sequence[AdapterUpdate], mixed_ranks: bool = True
-) -> tuple[list[AdapterUpdate], dict[str, str]]:
+) -> tuple[list[AdapterUpdate], dict[str, Reason]]:
     """Updates that belong together, sorted by site, and the reason for each that does not.
 
     The reference is the global adapter, or in the first round what most sites hold (by name where they tie).
@@ -179,25 +182,30 @@ def admit(
     updates = sorted(updates, key=lambda u: u.site)
     for one, next_ in pairwise(updates):
         if one.site == next_.site:
-            raise WireError(f"{one.site} answered one round twice; its first answer has to be replaced, not joined")
-    refused: dict[str, str] = {}
+            raise WireError(
+                f"{one.site} answered one round twice; its first answer has to be replaced, not joined",
+                code="answered_twice",
+            )
+    refused: dict[str, Reason] = {}
 
-    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str]) -> None:
+    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str], code: str) -> None:
         nonlocal updates
         if not updates:
             return
         found = [what(u) for u in updates]  # once: the answer may take reading the whole adapter
         reference = _most_common(found) if expected is None else expected
-        refused.update({u.site: say(w, reference) for u, w in zip(updates, found, strict=True) if w != reference})
+        others = [(u.site, say(w, reference)) for u, w in zip(updates, found, strict=True) if w != reference]
+        refused.update({site: Reason("rejected", text, code) for site, text in others})
         updates = [u for u, w in zip(updates, found, strict=True) if w == reference]
 
-    keep(lambda u: u.manifest.base, manifest.base if manifest else None, _other_base)
-    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind)
-    keep(lambda u: u.manifest.tokenizer, (manifest.tokenizer or None) if manifest else None, _other_tokenizer)
-    keep(lambda u: u.manifest.chat_template, (manifest.chat_template or None) if manifest else None, _other_template)
-    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers)
+    ours = manifest or Manifest("", "", "")
+    keep(lambda u: u.manifest.base, ours.base or None, _other_base, "other_base")
+    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind, "other_task")
+    keep(lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer, "tokenizer_differs")
+    keep(lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template, "chat_template_differs")
+    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers, "other_layers")
     if not mixed_ranks:
-        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
+        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks, "other_rank")
     return updates, refused
 
 
@@ -234,26 +242,17 @@ def _other_kind(theirs: object, ours: object) -> str:
     return f"trained (task, PEFT method, labels, class) {theirs}, the federation trains {ours}"
 
 
-def _other_words(sent: Manifest, ours: Manifest) -> str:
-    """Why texts become other ids there than in the federation, where both sides say what they become."""
-    if sent.tokenizer and ours.tokenizer and sent.tokenizer != ours.tokenizer:
-        return _other_tokenizer(sent.tokenizer, ours.tokenizer)
-    if sent.chat_template and ours.chat_template and sent.chat_template != ours.chat_template:
-        return _other_template(sent.chat_template, ours.chat_template)
-    return ""
-
-
 def _other_tokenizer(theirs: str, ours: str) -> str:
     return (
         "its tokenizer gives other ids than the federation's; use the same tokenizer files and the same version of "
-        "transformers [tokenizer_differs]"
+        "transformers"
     )
 
 
 def _other_template(theirs: str, ours: str) -> str:
     return (
         "its chat template words conversations otherwise than the federation's; use the same tokenizer files "
-        "(chat_template.jinja, tokenizer_config.json) [chat_template_differs]"
+        "(chat_template.jinja, tokenizer_config.json)"
     )
 
 

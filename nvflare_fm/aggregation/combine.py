@@ -13,6 +13,7 @@ from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Aggregation, Rule
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
+from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit
 from .asked import named
@@ -30,7 +31,7 @@ class Combined:
     manifest: Manifest | None  # none where no round has made an adapter yet
     weights: Mapping[str, float]  # site → share, sums to 1
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # weight factor → site → its value
-    refused: Mapping[str, str] = field(default_factory=dict)  # site → reason
+    refused: Mapping[str, Reason] = field(default_factory=dict)  # sites that do not count, and why
     guarded: Mapping[str, guard.Verdict] = field(default_factory=dict)  # sites that count less than they sent, and why
     held: Mapping[str, str] = field(default_factory=dict)  # site → numbers it reported that count as others
     energy_lost: Mapping[str, float] = field(default_factory=dict)  # layer → share of ‖ΔW‖² cut off by shortening
@@ -59,15 +60,15 @@ def combine(
     rule = merge.registry[how.merge]
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
-        raise WireError(f"no update can be merged: {refused or 'no site answered'}", code="nothing_to_merge")
+        raise _nothing_left(refused)
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
     asked = how.step or _usual_step(rule, accepted[0].manifest)
     everyone = Cohort(accepted, state, rule.rest, _looked_at(how, asked))
     verdicts = guard.judge(how.guard, everyone)
-    out = {site: f"guard: {verdict.reason}" for site, verdict in verdicts.items() if verdict.multiplier == 0}
+    refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
     cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
     if not cohort.updates:
-        raise WireError(f"no update can be merged: {refused | out}", code="nothing_to_merge")
+        raise _nothing_left(refused)
     accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
     weights = weigh.weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
@@ -97,7 +98,7 @@ def combine(
         manifest=manifest or accepted[0].manifest,
         weights=weights.shares,
         factors=weights.factors,
-        refused=refused | out,
+        refused=refused,
         guarded=verdicts,
         held=kept_down,
         energy_lost=lost,
@@ -105,6 +106,11 @@ def combine(
         step_size=taken.size,
         memory=mover.memory(),
     )
+
+
+def _nothing_left(refused: Mapping[str, Reason]) -> WireError:
+    why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items())) or "no site answered"
+    return WireError(f"no update can be merged: {why}", code="nothing_to_merge")
 
 
 def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:

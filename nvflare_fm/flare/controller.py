@@ -28,12 +28,12 @@ from pydantic import Field
 
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
-from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
 from ..combination import max_rank, of_round, settle
 from ..config import DERIVED, RoundPlan, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
+from ..record.reason import Kind, Reason, Verdict
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
@@ -136,7 +136,8 @@ class FedPEFT(FedAvg):
         self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
         check_best(self.round_plan.task, key_metric, key_metric_mode)
         self.ledger = Ledger(0, num_rounds, [], 0)
-        self.latest: dict[str, float] = {}  # the sites' median metrics known last
+        self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
+        self.scaled: Mapping[str, Verdict] = {}  # what the guards said of the round that was merged last
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
@@ -241,7 +242,8 @@ class FedPEFT(FedAvg):
             asked.targets = [fetched.client.name for fetched in asked.client_tasks]  # the others get the next one
             if not (_working(asked) and self._counts(began, task.round + 1)):
                 self._call_off(began.round)
-        self.ledger.out |= dict.fromkeys(self._behind(), "late: still at it, and counts when its answer comes")
+        late = Reason("late", "still at it, and counts when its answer comes")
+        self.ledger.out |= dict.fromkeys(self._behind(), late)
         self.ledger.silent("no answer before the round ended")
 
     def _counts(self, began: RoundTask, number: int) -> bool:
@@ -284,11 +286,11 @@ class FedPEFT(FedAvg):
         """Takes an answer to this round, or to the earlier one of `began`."""
         site = result.meta["client_name"]
         if reason := wire.refused(result):
-            return self._leave_out(site, f"refused: {reason}")
+            return self._leave_out(site, "refused", reason)
         if began and not self._counts(began, self.ledger.round):
             return self._too_late(site)
         if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, began)):
-            return self._leave_out(site, reason)
+            return self._leave_out(site, "rejected", reason)
         self._received_count += 1
         self.ledger.answered.append(site)
         of = f" round {began.round}" if began else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
@@ -301,11 +303,11 @@ class FedPEFT(FedAvg):
         try:
             read()
         except FmError as error:
-            return f"rejected: {error.message}"
+            return error.message
         except Exception as error:
             where = "".join(traceback.format_tb(error.__traceback__))  # without its text, which may be the stranger's
             self.error(f"what {site} sent cannot be read: {printable(repr(error))}\n{where}")
-            return f"rejected: malformed update ({type(error).__name__})"
+            return f"malformed update ({type(error).__name__}) [malformed]"
         return ""
 
     def _accept_train_result(
@@ -314,11 +316,10 @@ class FedPEFT(FedAvg):
         """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
         code = result.get_return_code()
         if code != ReturnCode.OK:
-            why = f"stopped: its trainer ended or could not start ({printable(code, 80)})"
-        else:
-            why = self._unreadable(client_name, partial(FLModelUtils.from_shareable, result))
-        if why:
-            return self._leave_out(client_name, why)
+            why = f"its trainer ended or could not start ({printable(code, 80)})"
+            return self._leave_out(client_name, "stopped", why)
+        if why := self._unreadable(client_name, partial(FLModelUtils.from_shareable, result)):
+            return self._leave_out(client_name, "rejected", why)
         return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
 
     def process_result_of_unknown_task(
@@ -333,9 +334,9 @@ class FedPEFT(FedAvg):
         self.ledger.late.append(site)
         return False
 
-    def _leave_out(self, site: str, reason: str) -> bool:
+    def _leave_out(self, site: str, kind: Kind, message: str) -> bool:
+        reason = self.ledger.out[site] = Reason.of(kind, message)
         self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")
-        self.ledger.out[site] = reason
         self._show()
         return False
 
@@ -345,13 +346,12 @@ class FedPEFT(FedAvg):
         self._need(self.ledger.usable())
         result = super()._get_aggregated_result()
         combined = self.aggregator.combined
-        self.ledger.close(combined, self.aggregator.updates)
-        self.ledger.how = self.aggregator.how.model_dump(mode="json")
+        self.ledger.close(combined, self.aggregator.updates, self.aggregator.how.model_dump(mode="json"))
         self._close()
         if not combined.failed:
             self._need(len(combined.weights))
         if self.aggregator.task.adapter:
-            self._consider(self.ledger.medians)
+            self._consider(self.ledger.line.medians)
         return result
 
     def _need(self, usable: int) -> None:
@@ -364,7 +364,8 @@ class FedPEFT(FedAvg):
 
     def _close(self) -> None:
         self.ledger.write(Path(self.get_run_dir()))
-        self.latest = self.ledger.medians or self.latest
+        line = self.ledger.line
+        self.latest, self.scaled = line.medians or self.latest, line.scaled if line.trained else self.scaled
         self._show()
 
     def _consider(self, metrics: Mapping[str, float]) -> None:
@@ -392,31 +393,30 @@ class FedPEFT(FedAvg):
         def take(result: FLModel) -> bool:
             site = result.meta["client_name"]
             if reason := wire.refused(result):
-                return self._leave_out(site, f"refused: {reason}")
+                return self._leave_out(site, "refused", reason)
             if reason := self._unreadable(site, lambda: measured.update({site: wire.read_metrics(result, site)})):
-                return self._leave_out(site, reason)
+                return self._leave_out(site, "rejected", reason)
             self.ledger.answered.append(site)
             return True
 
         sites = sorted(weights) if self.sites_per_round else self.sample_clients()
         self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
-        self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
-        self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
+        self.ledger.measured(measured, weights)
         self._close()
-        self._consider(self.ledger.medians)
+        self._consider(self.ledger.line.medians)
         self._tell_widgets()
 
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""
-        if self.ledger.metrics:
-            last = FLModel(metrics=dict(self.ledger.metrics), current_round=self.ledger.round)
+        if metrics := self.ledger.line.metrics:
+            last = FLModel(metrics=dict(metrics), current_round=self.ledger.round)
             self._set_metrics_aggregation_info(last)
             self.fire_event_with_data(
                 AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, last
             )
 
     def _show(self) -> None:
-        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
+        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
 
 
 def _working(asked: Task) -> set[str]:
