@@ -315,7 +315,7 @@ class FedPEFT(FedAvg):
     ) -> bool:
         """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
         code = result.get_return_code()
-        if code != ReturnCode.OK:
+        if not _is_ok(code):
             why = f"its trainer ended or could not start ({printable(code, 80)})"
             return self._leave_out(client_name, "stopped", why)
         if why := self._unreadable(client_name, partial(FLModelUtils.from_shareable, result)):
@@ -325,8 +325,7 @@ class FedPEFT(FedAvg):
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        code = result.get_return_code()
-        if code == ReturnCode.OK:
+        if _is_ok(result.get_return_code()):
             self._too_late(client.name)
 
     def _too_late(self, site: str) -> bool:
@@ -417,6 +416,11 @@ class FedPEFT(FedAvg):
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
+
+
+def _is_ok(code: object) -> bool:
+    """What a site gives as its return code may be anything, also an array, whose comparison has no truth value."""
+    return type(code) is str and code == ReturnCode.OK
 
 
 def _working(asked: Task) -> set[str]:
