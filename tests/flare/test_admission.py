@@ -275,7 +275,10 @@ def test_the_first_round_can_fail_too_and_the_next_one_starts_afresh(monkeypatch
     assert combining.Combined is type(made.aggregator.combined)
 
 
-@pytest.mark.parametrize("code", [None, 7, "EXECUTION_EXCEPTION\n\x1b[31m", torch.ones(2), numpy.ones(3), ["OK"], b"OK", "x" * 10**6])
+CODES = [None, 7, "EXECUTION_EXCEPTION\n\x1b[31m", torch.ones(2), numpy.ones(3), ["OK"], b"OK", "x" * 10**6]
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_a_return_code_ends_nobody_elses_round_and_is_printed_safely(code: Any) -> None:
     made = server()
     result = FLModelUtils.to_shareable(lie(lambda m, c: None))
