@@ -299,6 +299,7 @@ BUGS = [
         'refused |= {site: Reason("rejected", verdict.reason)',
         "test_guard",
     ),
+    Bug("flare/controller.py", "type(code) is str and code ==", "code ==", "flare/test_admission"),
     # the Gram matrix of a round
     Bug("aggregation/cohort.py", "return self.products + self.dense", "return self.products", "test_cohort"),
     Bug("aggregation/cohort.py", "found[sites][:, sites] if", "found[sites] if", "test_cohort"),
