@@ -77,6 +77,14 @@ class Description:
 
 
 @dataclass(frozen=True)
+class Described:
+    """What came with the tensors of an adapter: nothing of it needs one of them to be read."""
+
+    tensors: Mapping[str, Description]  # by PEFT name
+    scales: Mapping[str, float]  # by layer
+
+
+@dataclass(frozen=True)
 class Waiting(Description):
     """A tensor that has not been fetched yet."""
 
@@ -132,7 +140,7 @@ class Adapter:
 
     lora: Mapping[str, LoraPair] = field(default_factory=dict)
     dense: Mapping[str, Tensor] = field(default_factory=dict)
-    described: Mapping[str, Description] | None = field(default=None, compare=False, repr=False)  # by PEFT name
+    described: Described | None = field(default=None, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.lora or self.dense)
@@ -147,12 +155,14 @@ class Adapter:
 
     def scales(self) -> dict[str, float]:
         """The scale of each pair, by layer."""
+        if self.described is not None:
+            return {layer: float(self.described.scales[layer]) for layer in self.lora}
         return {layer: self.lora[layer].scale for layer in self.lora}
 
     def descriptions(self) -> Mapping[str, Description]:
         """Of each tensor by its PEFT name; where none came with the adapter, from the tensors themselves."""
         if self.described is not None:
-            return self.described
+            return self.described.tensors
         return {name: Description(tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
 
     def bytes(self) -> int:
@@ -198,7 +208,11 @@ def from_tensors(
     def waiting(name: str, known: Description) -> Waiting:
         return Waiting(known.shape, known.dtype, lambda: tensors[name])
 
-    return Adapter(Lazy(layers, pair), Lazy(dense, tensors.__getitem__), described)
+    return Adapter(
+        Lazy(layers, pair),
+        Lazy(dense, tensors.__getitem__),
+        None if described is None else Described(described, scales),
+    )
 
 
 class Lazy(Mapping[str, Any]):

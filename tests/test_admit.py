@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, from_tensors
+from nvflare_fm.adapter import Adapter, AdapterUpdate, Described, LoraPair, Manifest, from_tensors
 from nvflare_fm.aggregation.admit import Terms, admit, check_terms, check_values
 from nvflare_fm.aggregation.cohort import drawn
 from nvflare_fm.aggregation.combine import combine
@@ -286,7 +286,7 @@ def test_the_names_after_the_first_round_are_those_of_the_global_adapter_and_a_f
     names = (LAYER, *(f"base_model.model.extra.{i}" for i in range(20_000)))
     flood, on = sent(names=names), asked()
     described = flood.adapter.descriptions()  # which came with the message
-    flood = replace(flood, adapter=replace(flood.adapter, described=described))
+    flood = replace(flood, adapter=replace(flood.adapter, described=Described(described, flood.adapter.scales())))
     began = time.process_time()
     assert code_of(flood, on, state) == "other_layers"
     assert time.process_time() - began < 2  # 23 s once
