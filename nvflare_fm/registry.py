@@ -4,7 +4,7 @@ The folder is the list: a new entry is a new file, and no other file changes.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Generic, TypeVar
@@ -44,28 +44,16 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str) -> None:
         self.kind, self.package = kind, package
         self._entries: dict[str, T] = {}
-        self._needs: dict[str, frozenset[str]] = {}
         self._filled = False
 
-    def register(self, name: str, needs: Iterable[str] = ()) -> Callable[[T], T]:
-        """Add an entry under its name.
-
-        Args:
-            needs: what it promises to look at, and nothing else of that kind; a registry says what there is.
-        """
-
+    def register(self, name: str) -> Callable[[T], T]:
         def add(entry: T) -> T:
             if name in self._entries:
-                raise ConfigError(f"two {self.kind}s are called {name!r}; rename one", code="name_taken")
-            self._entries[name], self._needs[name] = entry, frozenset(needs)
+                raise ConfigError(f"two {self.kind}s are called {name!r}; rename one")
+            self._entries[name] = entry
             return entry
 
         return add
-
-    def needs(self, name: str) -> frozenset[str]:
-        """What the entry of that name has promised to look at."""
-        _ = self[name]
-        return self._needs.get(name, frozenset())
 
     def _fill(self) -> dict[str, T]:
         if not self._filled:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate
-from nvflare_fm.aggregation.cohort import Cohort, Need
+from nvflare_fm.aggregation.asked import Read
+from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.guard import judge
 from nvflare_fm.config import Rest
 from nvflare_fm.lora import head
@@ -71,7 +72,7 @@ def test_a_poisoned_head_alone_is_seen(updates, rank, far):
 
 @given(updates=cohorts(), rank=ranks, lefts=st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=4, max_size=4))
 def test_what_counts_of_the_sites_is_a_part_of_what_was_measured_of_all(updates, rank, lefts):
-    everyone = Cohort(updates, start(updates, rank), "tail", get_args(Need))
+    everyone = Cohort(updates, start(updates, rank), "tail", get_args(Read))
     whole, moved, norms = everyone.gram, everyone.moved, everyone.norms
     count = {u.site: left for u, left in zip(updates, lefts, strict=False)}
     cohort = everyone.counting(count)
@@ -86,11 +87,11 @@ def test_what_counts_of_the_sites_is_a_part_of_what_was_measured_of_all(updates,
 @given(updates=cohorts(), rank=ranks)
 def test_one_pass_measures_what_one_pass_for_each_would(updates, rank):
     state = start(updates, rank)
-    together = Cohort(updates, state, "tail", get_args(Need))
+    together = Cohort(updates, state, "tail", get_args(Read))
     assert together.moved == Cohort(updates, state, "tail").moved
     for name in ("norms", "products", "dense"):
         assert torch.equal(getattr(together, name), getattr(Cohort(updates, state, "tail"), name)), name
-    assert set(together.measured) == {*get_args(Need)}
+    assert set(together.measured) == {*get_args(Read)}
 
 
 def test_without_sites_there_is_nothing_to_measure():

@@ -7,28 +7,20 @@ import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair
-from ..config import Rest, Rule
+from ..config import Rest
 from ..inner import energy, of_sums
 from ..lora import Stack, head, owners, stack, zero
-from ..registry import Registry
-from .asked import named
+from .asked import Read
 
 NOTHING = 1e-12  # of the energy of what is compared: a smaller change is what rounding leaves of none
-Need = Literal["moved", "norms", "products", "dense"]  # what of a cohort takes reading the sites' tensors
 ENTRIES = 2**20  # of a tensor, that are multiplied in float64 at a time
-
-
-def needed(registry: Registry[Any], entries: Iterable[Rule]) -> set[Need]:
-    """What the guards, weight factors or server steps that a job asks for have promised to look at, of a `Need`."""
-    promised = {need for entry in entries for need in registry.needs(named(entry))}
-    return {need for need in get_args(Need) if need in promised}
 
 
 @dataclass(frozen=True)
@@ -54,9 +46,9 @@ class Cohort:
     updates: Sequence[AdapterUpdate]
     state: Adapter = field(default_factory=Adapter)
     rest: Rest = "none"
-    needs: Collection[Need] = ()
+    needs: Collection[Read] = ()
     multipliers: Sequence[float] = ()
-    measured: dict[Need, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    measured: dict[Read, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def products(self) -> Float[Tensor, "k k"]:
@@ -100,19 +92,19 @@ class Cohort:
         left = torch.tensor(self.multipliers, dtype=torch.float64)
         return whole * left * left[:, None] if len(left) else whole
 
-    def _measured(self, need: Need) -> Tensor:
+    def _measured(self, need: Read) -> Tensor:
         if need not in self.measured:
             self.measured.update(measure(self.updates, self.state, self.rest, {*self.needs, need}))
         return self.measured[need]
 
 
-def _of(found: Tensor, sites: list[int], need: Need) -> Tensor:
+def _of(found: Tensor, sites: list[int], need: Read) -> Tensor:
     return found[sites][:, sites] if need in ("products", "dense") else found[sites]
 
 
 def measure(
-    updates: Sequence[AdapterUpdate], state: Adapter, rest: Rest, needs: Collection[Need]
-) -> dict[Need, Tensor]:
+    updates: Sequence[AdapterUpdate], state: Adapter, rest: Rest, needs: Collection[Read]
+) -> dict[Read, Tensor]:
     """Read each tensor of the sites once and measure what is needed, in float64.
 
     Returns:
@@ -120,7 +112,7 @@ def measure(
         "products" and "dense": the inner products of what they changed.
     """
     count = len(updates)
-    sizes: dict[Need, tuple[int, ...]] = {
+    sizes: dict[Read, tuple[int, ...]] = {
         "moved": (count, 4), "norms": (count,), "products": (count, count), "dense": (count, count)
     }  # fmt: skip
     found = {need: torch.zeros(size, dtype=torch.float64) for need, size in sizes.items() if need in needs}
@@ -132,7 +124,7 @@ def measure(
     return found
 
 
-def _layer(found: dict[Need, Tensor], pairs: Sequence[LoraPair], began: LoraPair | None) -> None:
+def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], began: LoraPair | None) -> None:
     """One layer. Of the inner products each Dₖ is a sum over the same directions: those of all sites, and those of the
     global adapter, of which site k started from the first rₖ.
     """
@@ -161,7 +153,7 @@ def _change(pair: LoraPair, start: LoraPair) -> float:
     return _unless_rounding(float(both[0, 0] - 2 * both[0, 1] + both[1, 1]), float(both.trace()))
 
 
-def _tensor(found: dict[Need, Tensor], tensors: Sequence[Tensor], start: Tensor) -> None:
+def _tensor(found: dict[Read, Tensor], tensors: Sequence[Tensor], start: Tensor) -> None:
     """One tensor without factors."""
     every: Tensor | None = None
     for place, tensor in enumerate(tensors):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
-from ..config import Aggregation, Rule
+from ..config import Aggregation
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
 from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit
-from .asked import named
 from .claims import held
-from .cohort import Cohort, Held, Need, Trained, needed
+from .cohort import Cohort, Held, Trained
 from .late import rebased
+from .needed import needed
 from .step import Memory
 
 
@@ -57,13 +57,13 @@ def combine(
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
     """
-    rule = merge.registry[how.merge]
+    rule = merge.choose(how.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise _nothing_left(refused)
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
-    asked = how.step or _usual_step(rule, accepted[0].manifest)
-    everyone = Cohort(accepted, state, rule.rest, _looked_at(how, asked))
+    asked = how.step or step.usual(accepted[0].manifest.task, rule)
+    everyone = Cohort(accepted, state, rule.rest, (needed(how) | step.registry.needs([asked])).reads)
     verdicts = guard.judge(how.guard, everyone)
     refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
     cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
@@ -113,24 +113,10 @@ def _nothing_left(refused: Mapping[str, Reason]) -> WireError:
     return WireError(f"no update can be merged: {why}", code="nothing_to_merge")
 
 
-def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
-    """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
-    return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
-
-
-def _looked_at(how: Aggregation, asked: Rule) -> set[Need]:
-    """What the guards, weights and the server step of a round have promised to look at."""
-    return needed(guard.registry, how.guard) | needed(weigh.registry, how.weigh) | needed(step.registry, [asked])
-
-
 def _weighed_by(how: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
-    asked = set(map(named, how.weigh))
-    return {
-        *(["examples"] if asked & {"examples", "skew"} else []),
-        *(["loss"] if "loss" in asked else []),
-        *(["steps"] if how.normalize_steps else []),
-    }
+    needs = needed(how)
+    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if how.normalize_steps else [])}
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:

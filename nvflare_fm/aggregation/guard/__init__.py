@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ...config import Rule
 from ...record.reason import Verdict as Verdict
-from ...registry import Registry
-from ..asked import asked
+from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
 
 Guard = Callable[..., Mapping[str, Verdict]]
-registry: Registry[Guard] = Registry("guard", __name__)
+registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)
 
 
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from ...adapter import AdapterUpdate
 from ...config import Rule
 from ...errors import ConfigError
-from ...registry import Registry
-from ..asked import asked, named
-from ..cohort import Cohort, needed
+from ..asked import RuleRegistry, asked, named
+from ..cohort import Cohort
 
 FAINT = 1e-12
 Factor = Callable[..., list[float]]
-registry: Registry[Factor] = Registry("weight factor", __name__)
+registry: RuleRegistry[Factor] = RuleRegistry("weight factor", __name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def check(entries: Sequence[Rule], update: AdapterUpdate) -> None:
         ConfigError: names the site and what it did not report, or reported wrongly.
     """
     for entry in entries:
-        if needed(registry, [entry]):
+        if registry.needs([entry]).reads:
             continue
         values = asked(registry, entry)(Cohort([update]))
         _refuse_unless(0 <= values[0] < float("inf"), [entry], [update.site], values)
