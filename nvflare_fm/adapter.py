@@ -3,8 +3,9 @@
 Tensor names are PEFT's own saved names, so what travels is what `PeftModel.from_pretrained` reads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,9 +14,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from .config import Quantization, TaskPlan
+from .config import TaskPlan
 from .errors import WireError
-from .untrusted import Amount, Count, Digest, Metrics, Number, Share, Text, Word
+from .record.site_report import Report as Report
+from .untrusted import Digest, Word
 
 BaseClass = Literal["", "nvflare_fm.site.mean_pooling.MeanPooledForSequenceClassification"]
 
@@ -44,6 +46,11 @@ class LoraPair:
     def shape(self) -> tuple[int, int]:
         """(fan_out, fan_in) of the layer."""
         return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Of both factors."""
+        return self.A.nbytes + self.B.nbytes
 
     def delta(self) -> Float[Tensor, "fan_out fan_in"]:
         """The dense ΔW. For tests and export; the server never forms it."""
@@ -75,6 +82,52 @@ class Described:
 
     tensors: Mapping[str, Description]  # by PEFT name
     scales: Mapping[str, float]  # by layer
+
+
+@dataclass(frozen=True)
+class Waiting(Description):
+    """A tensor that has not been fetched yet."""
+
+    fetch: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: "Tensor | Waiting") -> "Waiting":
+        """What waits already, and a tensor that is there."""
+        return tensor if isinstance(tensor, Waiting) else cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    def to(self, dtype: torch.dtype) -> "Waiting":
+        return Waiting(self.shape, dtype, lambda: self.fetch().to(dtype))
+
+
+class WaitingPair(LoraPair):
+    """A pair whose factors are fetched when they are first read, and live as long as the pair; all else is known."""
+
+    def __init__(self, A: Tensor | Waiting, B: Tensor | Waiting, scale: float = 1.0) -> None:  # as LoraPair: `replace`
+        self._a, self._b = Waiting.of(A), Waiting.of(B)
+        object.__setattr__(self, "scale", scale)
+
+    @cached_property
+    def A(self) -> Tensor:
+        return self._a.fetch()
+
+    @cached_property
+    def B(self) -> Tensor:
+        return self._b.fetch()
+
+    @property
+    def rank(self) -> int:
+        return self._a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._b.shape[0], self._a.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return self._a.bytes + self._b.bytes
+
+    def to(self, dtype: torch.dtype) -> LoraPair:
+        return WaitingPair(self._a.to(dtype), self._b.to(dtype), self.scale)
 
 
 @dataclass(frozen=True)
@@ -128,6 +181,9 @@ def from_tensors(
 ) -> Adapter:
     """The inverse of `Adapter.tensors` and `.scales`; tensors are fetched when the adapter is read.
 
+    Args:
+        described: of all tensors, where it is known: nothing but a tensor's values makes it be fetched then.
+
     Raises:
         WireError: a factor without its other half, or without a scale.
     """
@@ -142,8 +198,18 @@ def from_tensors(
     for layer in sorted(set(scales) - layers):
         raise WireError(f"{sender} sent a scale for {layer!r} and no pair", code="scale_without_pair")
     dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
+
+    def pair(layer: str) -> LoraPair:
+        a, b, scale = layer + LORA_A, layer + LORA_B, float(scales[layer])
+        if described is None:
+            return LoraPair(tensors[a], tensors[b], scale)
+        return WaitingPair(waiting(a, described[a]), waiting(b, described[b]), scale)
+
+    def waiting(name: str, known: Description) -> Waiting:
+        return Waiting(known.shape, known.dtype, lambda: tensors[name])
+
     return Adapter(
-        Lazy(layers, lambda n: LoraPair(tensors[n + LORA_A], tensors[n + LORA_B], float(scales[n]))),
+        Lazy(layers, pair),
         Lazy(dense, tensors.__getitem__),
         None if described is None else Described(described, scales),
     )
@@ -184,32 +250,6 @@ class Manifest:
     labels: Annotated[tuple[Annotated[str, Field(strict=True, max_length=1000)], ...], Field(max_length=100_000)] = ()
     tokenizer: Digest = ""  # of the ids that the base model's tokenizer gives; empty: not known
     chat_template: Digest = ""  # of its conversations, where the task has any
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a site tells about one round of training. Nothing else about its data leaves the site. None: not told."""
-
-    examples: Annotated[int, Field(strict=True, ge=1, le=10**9)] | None = None  # training examples at the site
-    tokens: Count | None = None  # tokens seen in this round, padding not counted
-    steps: Count | None = None  # optimizer steps taken
-    loss: Number = float("nan")  # mean training loss over the round
-    seconds: Amount = 0.0  # training alone, without loading or evaluation
-    peak_memory_mib: Amount = 0.0  # of the training process (GPU memory where there is one)
-    rank: Count = 0
-    quantization: Quantization = "fp32"
-    before: Metrics = field(default_factory=dict)  # metrics of the adapter received
-    after: Metrics = field(default_factory=dict)  # metrics after local training
-    bad_rows: Count | None = None  # rows of the site's files that could not be used; its own log says which and why
-    label_skew: Share | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
-    max_weight: Annotated[Share, Field(gt=0)] = 1.0  # the largest share of the merge this site wants
-    lowered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()  # what the site gave less of: "rank 16 → 8"
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        if self.tokens is None:
-            return None
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .adapter import Manifest
 from .export import Provenance
-from .rounds import Round
+from .record.round import Round
 from .untrusted import one_line
 
 FILE_NAME = "README.md"

@@ -36,7 +36,7 @@ def export(
     from .at_rest import replacing
     from .export import CONFIG, PROVENANCE, WEIGHTS, read_adapter
     from .peft_config import adapter_config
-    from .rounds import FILE_NAME, read_rounds
+    from .record.round import FILE_NAME, read_rounds
 
     if output.exists():
         raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")

@@ -25,8 +25,8 @@ def simulate(
     `nvflare-fm simulate my_job --data north=a.jsonl --data south=b.jsonl --model models/base`. Aliases in the job stand
     for the model and the files named here. Where the job names its sites, each needs a file.
     """
-    from . import rounds
     from .flare.simulate_job import prepare
+    from .record.round import told
     from .result import measured, read_result
 
     rows, held_out = _by_site("--data", data), _by_site("--validation", validation)
@@ -34,7 +34,7 @@ def simulate(
     started = time.monotonic()
     typer.echo(one_line(f"{asked.name}: {len(rows)} sites ({', '.join(rows)}); they start within a minute"))
     for line in run.run():
-        typer.echo("\n".join(rounds.told(line)))
+        typer.echo("\n".join(told(line)))
     found = read_result(run.results)
     typer.echo("".join(f"{line}\n" for line in measured(found)), nl=False)
     adapters = [("adapter", place) for place in found.adapters.values()]

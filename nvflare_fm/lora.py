@@ -43,17 +43,40 @@ class Joined(Sequence[LoraPair]):
         raise IndexError("no pair is left")
 
 
-def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
-    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976), in the precision of the
-    first. Where `pairs` reads its items when asked, one of them is held besides the result.
+class Stack:
+    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976), made pair by pair in the
+    precision of the first. Each factor is read once.
+
+    Args:
+        ranks: of all that will be added, in that order.
     """
-    ranks = [p.rank for p in pairs]
-    (fan_out, fan_in), first = pairs[0].shape, pairs[0]
-    a, b = first.A.new_empty(sum(ranks), fan_in), first.B.new_empty(fan_out, sum(ranks))
-    for rank, end, pair, weight in zip(ranks, accumulate(ranks), pairs, weights, strict=True):
-        a[end - rank : end] = pair.A
-        b[:, end - rank : end] = weight * pair.scale * pair.B
-    return LoraPair(a, b)
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._rank, self._ends = sum(ranks), accumulate(ranks)
+        self._sum: LoraPair | None = None
+
+    def add(self, pair: LoraPair, weight: float = 1.0) -> None:
+        """Puts the next pair in its place; it need not be kept."""
+        (fan_out, fan_in), a, b = pair.shape, pair.A, weight * pair.scale * pair.B
+        if self._sum is None:
+            self._sum = LoraPair(a.new_empty(self._rank, fan_in), b.new_empty(fan_out, self._rank))
+        end = next(self._ends)
+        self._sum.A[end - pair.rank : end] = a
+        self._sum.B[:, end - pair.rank : end] = b
+
+    @property
+    def sum(self) -> LoraPair:
+        """Of all that was added, one pair at least."""
+        assert self._sum is not None
+        return self._sum
+
+
+def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
+    """The `Stack` of all pairs. Where `pairs` reads its items when asked, one of them is held besides the result."""
+    whole = Stack([p.rank for p in pairs])
+    for pair, weight in zip(pairs, weights, strict=True):
+        whole.add(pair, weight)
+    return whole.sum
 
 
 def svd(

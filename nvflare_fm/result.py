@@ -8,7 +8,8 @@ from typing import Any
 
 from .errors import DataError
 from .files import open_file, read_object
-from .rounds import FILE_NAME, Round, read_rounds, told
+from .record.reason import Reason
+from .record.round import FILE_NAME, Round, read_rounds, told
 from .untrusted import one_line
 
 MEASURED = Path("cross_site_val") / "cross_val_results.json"  # NVFlare's: site → adapter → metrics
@@ -106,12 +107,17 @@ def _of_site(site: str, rounds: Sequence[Round]) -> Iterator[str]:
     asked = [line for line in rounds if site in line.asked]
     counted = [line for line in rounds if site in line.sites and site not in line.out]
     yield one_line(f"{site}: counted in {len(counted)} of {len(asked)} rounds")
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[Reason, list[int]] = {}
     for line in rounds:
         if site in line.out:
             reasons.setdefault(line.out[site], []).append(line.round)
     for reason, numbers in reasons.items():
         yield f"  {one_line(f'{_rounds(numbers)}: {reason}')}"
+    scaled = {line.round: line.scaled[site] for line in rounds if site in line.scaled}
+    if scaled:
+        worst = min(scaled, key=lambda number: scaled[number].multiplier)
+        least = f", least in round {worst}" if len(scaled) > 1 else ""
+        yield f"  {one_line(f'counted in part in {_rounds([*scaled])}{least}: {scaled[worst]}')}"
 
 
 def _rounds(numbers: Sequence[int]) -> str:

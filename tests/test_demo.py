@@ -11,7 +11,7 @@ from nvflare_fm.demo.generator import FOLDER, STYLES, findings, generate
 from nvflare_fm.demo.picture import _apart, draw
 from nvflare_fm.demo.trial import Trial, read_sites
 from nvflare_fm.errors import DataError
-from nvflare_fm.rounds import Round
+from nvflare_fm.record.round import Round
 
 GOOD = [{"text": "a note", "label": "one"}, {"text": "another", "label": "two"}]
 

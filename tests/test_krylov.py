@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nvflare_fm.adapter import Adapter, Lazy, LoraPair
+from nvflare_fm.adapter import Adapter, Lazy, LoraPair, Waiting, WaitingPair
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
@@ -126,8 +126,10 @@ def test_energy_and_inner_products_are_those_of_the_dense_changes_however_long_t
     assert energy(pairs[0]) == pytest.approx(float(pairs[0].delta().square().sum()), rel=1e-9)
 
 
-def many(count: int, made: list[int] | None = None) -> list:
-    """Sites of rank 16; `made`: how many of their tensors A were alive when one was read."""
+def many(count: int, made: list[int] | None = None, waiting: bool = False) -> list:
+    """Sites of rank 16; `made`: how many of their tensors A were alive when one was read; `waiting`: each factor is
+    fetched on its own when it is read, as from the server's disk.
+    """
     alive: set[int] = set()
 
     def pair(site: int) -> LoraPair:
@@ -138,7 +140,12 @@ def many(count: int, made: list[int] | None = None) -> list:
             made.append(len(alive))
         return found
 
-    adapters = [Adapter(Lazy(["q"], lambda _, site=site: pair(site))) for site in range(count)]
+    def later(site: int) -> LoraPair:
+        a = Waiting((16, 50), SINGLE, lambda: pair(site).A)
+        return WaitingPair(a, Waiting((60, 16), SINGLE, lambda: pair(site).B))
+
+    read = later if waiting else pair
+    adapters = [Adapter(Lazy(["q"], lambda _, site=site: read(site))) for site in range(count)]
     return [update(f"s{site:02}", adapter, site + 1) for site, adapter in enumerate(adapters)]
 
 
@@ -158,11 +165,12 @@ def test_a_round_of_many_sites_is_the_best_approximation_of_the_weighted_mean_in
 
 @pytest.mark.parametrize("weigh", [("examples",), ("agreement",), ("norm",)])
 @pytest.mark.parametrize("merge", ["exact", "svd", "stack"])
-def test_the_server_holds_one_site_at_a_time_besides_the_sum(weigh, merge):
+@pytest.mark.parametrize("waiting", [False, True])
+def test_the_server_holds_one_site_at_a_time_besides_the_sum(weigh, merge, waiting):
     made: list[int] = []
-    combine(STATE, MANIFEST, many(20, made), Aggregation(merge=merge, weigh=weigh), 16)
+    combine(STATE, MANIFEST, many(20, made, waiting), Aggregation(merge=merge, weigh=weigh), 16)
     assert made
-    assert max(made) <= 3  # the first, the one of before and the one that is read
+    assert max(made) <= 3  # the one of before and the one that is read
 
 
 def test_the_products_of_what_sites_of_any_rank_changed_are_those_of_the_dense_changes():
@@ -172,6 +180,6 @@ def test_the_products_of_what_sites_of_any_rank_changed_are_those_of_the_dense_c
         cohort = Cohort([update(f"s{p.rank}", Adapter({"q": p})) for p in adapters], state, rest)
         began = [head(state.lora["q"], 0 if rest == "all" else p.rank).delta() for p in adapters]
         flat = torch.stack([(p.delta() - g).flatten().double() for p, g in zip(adapters, began, strict=True)])
-        close(cohort.gram, flat @ flat.T, 1e-5)
+        close(cohort.products, flat @ flat.T, 1e-5)
         norms = torch.stack([p.delta().norm() for p in adapters])
         close(cohort.norms, norms.double(), 1e-5)

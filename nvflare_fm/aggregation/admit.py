@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..adapter import LORA_A, LORA_B, Adapter, AdapterUpdate, Manifest
 from ..errors import WireError
+from ..record.reason import Reason
 
 K = TypeVar("K", bound=Hashable)
 MOST_TENSORS, MOST_BYTES = 2**16, 2**35  # of an adapter
@@ -49,12 +50,14 @@ def check_form(adapter: Adapter, sender: str) -> None:
             code="too_large",
         )
     for layer in adapter.lora:
-        a, b = found[layer + LORA_A].shape, found[layer + LORA_B].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not (a[1] and b[0]):
-            raise WireError(
-                f"{sender} sent lora_A {a} and lora_B {b} for {layer!r}; the rank of both must agree",
-                code="factor_shapes",
-            )
+        _check_factors(found[layer + LORA_A].shape, found[layer + LORA_B].shape, layer, sender)
+
+
+def _check_factors(a: tuple[int, ...], b: tuple[int, ...], layer: str, sender: str) -> None:
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not (a[1] and b[0]):
+        raise WireError(
+            f"{sender} sent lora_A {a} and lora_B {b} for {layer!r}; the rank of both must agree", code="factor_shapes"
+        )
 
 
 def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: Manifest | None) -> None:
@@ -74,8 +77,10 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
         )
     if (base := manifest.base if manifest else terms.base) and sent.base != base:
         raise WireError(f"{site} {_other_base(sent.base, base)}", code="other_base")
-    if manifest and (other := _other_words(sent, manifest)):
-        raise WireError(f"{site}: {other}", code="other_tokenization")
+    if manifest and sent.tokenizer and manifest.tokenizer not in ("", sent.tokenizer):
+        raise WireError(f"{site}: {_other_tokenizer('', '')}", code="tokenizer_differs")
+    if manifest and sent.chat_template and manifest.chat_template not in ("", sent.chat_template):
+        raise WireError(f"{site}: {_other_template('', '')}", code="chat_template_differs")
     if terms.steps is not None and (taken := update.report.steps) not in terms.steps:
         raise WireError(
             f"{site} reports {taken or 'no'} steps, the plan asks for {_span(terms.steps)}; where its job gives it "
@@ -124,16 +129,18 @@ def check_values(update: AdapterUpdate) -> None:
         WireError: names the site and the tensor.
     """
     if not 0 < update.report.max_weight <= 1:
-        raise WireError(f"{update.site} asks for a share of at most {update.report.max_weight}; it must be in (0, 1]")
+        raise WireError(
+            f"{update.site} asks for a share of at most {update.report.max_weight}; it must be in (0, 1]",
+            code="share_out_of_range",
+        )
     for layer in update.adapter.lora:
         pair = update.adapter.lora[layer]
         if not 0 < pair.scale < float("inf"):
-            raise WireError(f"{update.site} sent scale {pair.scale} for {layer!r}; a scale must be positive and finite")
-        if pair.A.ndim != 2 or pair.B.ndim != 2 or pair.A.shape[0] != pair.B.shape[1]:
             raise WireError(
-                f"{update.site} sent lora_A {tuple(pair.A.shape)} and lora_B {tuple(pair.B.shape)} for {layer!r}; "
-                "the rank of both must agree"
+                f"{update.site} sent scale {pair.scale} for {layer!r}; a scale must be positive and finite",
+                code="scale_not_positive",
             )
+        _check_factors(tuple(pair.A.shape), tuple(pair.B.shape), layer, update.site)
         a, b = (_length(update.site, layer, factor) for factor in (pair.A, pair.B))
         _check_small(update.site, layer, pair.scale * a * b)
     for name in update.adapter.dense:
@@ -164,7 +171,7 @@ def _check_small(site: str, name: str, length: float) -> None:
 
 def admit(
     state: Adapter, manifest: Manifest | None, updates: Sequence[AdapterUpdate], mixed_ranks: bool = True
-) -> tuple[list[AdapterUpdate], dict[str, str]]:
+) -> tuple[list[AdapterUpdate], dict[str, Reason]]:
     """Updates that belong together, sorted by site, and the reason for each that does not.
 
     The reference is the global adapter, or in the first round what most sites hold (by name where they tie).
@@ -175,25 +182,30 @@ def admit(
     updates = sorted(updates, key=lambda u: u.site)
     for one, next_ in pairwise(updates):
         if one.site == next_.site:
-            raise WireError(f"{one.site} answered one round twice; its first answer has to be replaced, not joined")
-    refused: dict[str, str] = {}
+            raise WireError(
+                f"{one.site} answered one round twice; its first answer has to be replaced, not joined",
+                code="answered_twice",
+            )
+    refused: dict[str, Reason] = {}
 
-    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str]) -> None:
+    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str], code: str) -> None:
         nonlocal updates
         if not updates:
             return
         found = [what(u) for u in updates]  # once: the answer may take reading the whole adapter
         reference = _most_common(found) if expected is None else expected
-        refused.update({u.site: say(w, reference) for u, w in zip(updates, found, strict=True) if w != reference})
+        others = [(u.site, say(w, reference)) for u, w in zip(updates, found, strict=True) if w != reference]
+        refused.update({site: Reason("rejected", text, code) for site, text in others})
         updates = [u for u, w in zip(updates, found, strict=True) if w == reference]
 
-    keep(lambda u: u.manifest.base, manifest.base if manifest else None, _other_base)
-    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind)
-    keep(lambda u: u.manifest.tokenizer, (manifest.tokenizer or None) if manifest else None, _other_tokenizer)
-    keep(lambda u: u.manifest.chat_template, (manifest.chat_template or None) if manifest else None, _other_template)
-    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers)
+    ours = manifest or Manifest("", "", "")
+    keep(lambda u: u.manifest.base, ours.base or None, _other_base, "other_base")
+    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind, "other_task")
+    keep(lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer, "tokenizer_differs")
+    keep(lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template, "chat_template_differs")
+    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers, "other_layers")
     if not mixed_ranks:
-        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
+        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks, "other_rank")
     return updates, refused
 
 
@@ -230,26 +242,17 @@ def _other_kind(theirs: object, ours: object) -> str:
     return f"trained (task, PEFT method, labels, class) {theirs}, the federation trains {ours}"
 
 
-def _other_words(sent: Manifest, ours: Manifest) -> str:
-    """Why texts become other ids there than in the federation, where both sides say what they become."""
-    if sent.tokenizer and ours.tokenizer and sent.tokenizer != ours.tokenizer:
-        return _other_tokenizer(sent.tokenizer, ours.tokenizer)
-    if sent.chat_template and ours.chat_template and sent.chat_template != ours.chat_template:
-        return _other_template(sent.chat_template, ours.chat_template)
-    return ""
-
-
 def _other_tokenizer(theirs: str, ours: str) -> str:
     return (
         "its tokenizer gives other ids than the federation's; use the same tokenizer files and the same version of "
-        "transformers [tokenizer_differs]"
+        "transformers"
     )
 
 
 def _other_template(theirs: str, ours: str) -> str:
     return (
         "its chat template words conversations otherwise than the federation's; use the same tokenizer files "
-        "(chat_template.jinja, tokenizer_config.json) [chat_template_differs]"
+        "(chat_template.jinja, tokenizer_config.json)"
     )
 
 

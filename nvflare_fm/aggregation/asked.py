@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import create_model
 
@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..registry import Registry
 
 T = TypeVar("T")
+Read = Literal["moved", "norms", "products", "dense"]  # see `Cohort`
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -24,7 +25,7 @@ class Needs:
         counts: of its rows and steps, what a site must report.
         labels: of how often its labels occur, what a site must report.
         loss: the loss of the adapter that each site received.
-        products: inner products or norms of the sites' products ΔW.
+        reads: what of a `Cohort` it looks at that takes reading the sites' tensors: all of it is measured in one pass.
         lateness: how many rounds ago the adapter was sent that a site trained from.
         canonical: the merged adapter as U Σ Vᵀ, because the rule acts on ΔW.
     """
@@ -32,7 +33,7 @@ class Needs:
     counts: tuple[Count, ...] = ()
     labels: tuple[Statistic, ...] = ()
     loss: bool = False
-    products: bool = False
+    reads: tuple[Read, ...] = ()
     lateness: bool = False
     canonical: bool = False
 
@@ -41,10 +42,15 @@ class Needs:
             tuple(dict.fromkeys((*self.counts, *other.counts))),
             tuple(dict.fromkeys((*self.labels, *other.labels))),
             self.loss or other.loss,
-            self.products or other.products,
+            tuple(dict.fromkeys((*self.reads, *other.reads))),
             self.lateness or other.lateness,
             self.canonical or other.canonical,
         )
+
+    @property
+    def products(self) -> bool:
+        """Inner products or norms of the sites' products ΔW, which only factored methods send."""
+        return bool({"norms", "products"} & {*self.reads})
 
 
 class RuleRegistry(Registry[F]):

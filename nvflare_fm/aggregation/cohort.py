@@ -1,9 +1,11 @@
-"""The updates of one round side by side: what each changed, how far, and how the changes lie to each other."""
+"""The updates of one round side by side: what each changed, how far, and how the changes lie to each other.
+
+All of it is measured in one pass over the sites' tensors, of which one layer of all sites is in memory at a time.
+"""
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import Tensor
 from ..adapter import Adapter, AdapterUpdate, LoraPair
 from ..config import Rest
 from ..inner import energy, of_sums
-from ..lora import Joined, head, owners, stack
+from ..lora import Stack, head, owners, stack, zero
+from .asked import Read
 
 NOTHING = 1e-12  # of the energy of what is compared: a smaller change is what rounding leaves of none
+ENTRIES = 2**20  # of a tensor, that are multiplied in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -31,68 +35,136 @@ class Moved:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The updates of one round that count, sorted by site, and the global adapter they were trained from."""
+    """The updates of one round that count, sorted by site, and the global adapter they were trained from.
+
+    Args:
+        needs: what will be asked of it: measured in one pass. What is not among them takes a pass of its own.
+        multipliers: what guards leave of each site's change; none: all of it.
+        measured: what is known already.
+    """
 
     updates: Sequence[AdapterUpdate]
     state: Adapter = field(default_factory=Adapter)
     rest: Rest = "none"
-    multipliers: Sequence[float] = ()  # what guards leave of each site's change; none: all of it
+    needs: Collection[Read] = ()
+    multipliers: Sequence[float] = ()
+    measured: dict[Read, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    @cached_property
-    def gram(self) -> Float[Tensor, "k k"]:
+    @property
+    def products(self) -> Float[Tensor, "k k"]:
         """⟨Dᵢ, Dⱼ⟩ summed over all layers, where Dₖ is what counts of what site k changed of the products."""
-        none = torch.zeros(len(self.updates), len(self.updates), dtype=torch.float64)
-        whole: Tensor = sum((self._changes(layer) for layer in self._layers), none)
+        return self._counted(self._measured("products"))
+
+    @property
+    def dense(self) -> Float[Tensor, "k k"]:
+        """⟨Dᵢ, Dⱼ⟩ summed over the tensors without factors, such as a classifier's head."""
+        return self._counted(self._measured("dense"))
+
+    @property
+    def gram(self) -> Float[Tensor, "k k"]:
+        """⟨Dᵢ, Dⱼ⟩ of all that the sites changed. A rule that would let neither part hide the other looks at both."""
+        return self.products + self.dense
+
+    @property
+    def moved(self) -> list[Moved]:
+        """How far each site moved."""
+        return [Moved(*map(sqrt, row)) for row in self._measured("moved").tolist()]
+
+    @property
+    def norms(self) -> Float[Tensor, " k"]:
+        """‖ΔWₖ‖ over all layers, of what each site trained."""
+        return self._measured("norms").sqrt()
+
+    def counting(self, multipliers: Mapping[str, float]) -> "Cohort":
+        """The cohort in which so much of a site's change counts: of one that is not named all, and at 0 it is left
+        out. No tensor is read again.
+        """
+        left = [multipliers.get(update.site, 1.0) for update in self.updates]
+        stay = [place for place, much in enumerate(left) if much > 0]
+        return replace(
+            self,
+            updates=[self.updates[place] for place in stay],
+            multipliers=[left[place] for place in stay] if min(left, default=1) < 1 else (),
+            measured={need: _of(found, stay, need) for need, found in self.measured.items()},
+        )
+
+    def _counted(self, whole: Tensor) -> Tensor:
         left = torch.tensor(self.multipliers, dtype=torch.float64)
         return whole * left * left[:, None] if len(left) else whole
 
-    @cached_property
-    def moved(self) -> list[Moved]:
-        """How far each site moved, of which every tensor is read once."""
-        return [self._moved(update.adapter) for update in self.updates]
+    def _measured(self, need: Read) -> Tensor:
+        if need not in self.measured:
+            self.measured.update(measure(self.updates, self.state, self.rest, {*self.needs, need}))
+        return self.measured[need]
 
-    @cached_property
-    def norms(self) -> Float[Tensor, " k"]:
-        """‖ΔWₖ‖ over all layers, of what each site trained."""
-        energies = [sum(energy(u.adapter.lora[layer]) for layer in self._layers) for u in self.updates]
-        return torch.tensor(energies, dtype=torch.float64).sqrt()
 
-    def _moved(self, adapter: Adapter) -> Moved:
-        products = a = b = dense = 0.0
-        for layer in self._layers:
-            pair = adapter.lora[layer].to(torch.float32)
-            products += self._change(layer, pair)
-            a, b = a + _square(pair.A), b + pair.scale**2 * _square(pair.B)
-        for name in adapter.dense:
-            tensor = adapter.dense[name].float()
-            start = self.state.dense[name].float() if self.state else torch.zeros(())
-            dense += _unless_rounding(_square(tensor - start), _square(tensor) + _square(start))
-        return Moved(sqrt(products), sqrt(dense), sqrt(a), sqrt(b))
+def _of(found: Tensor, sites: list[int], need: Read) -> Tensor:
+    return found[sites][:, sites] if need in ("products", "dense") else found[sites]
 
-    def _change(self, layer: str, pair: LoraPair) -> float:
-        """‖Dₖ‖² in one layer."""
-        if not self.state or self.rest == "all":
-            return energy(pair)
-        start = head(self.state.lora[layer], pair.rank).to(torch.float32)
-        both = of_sums(stack([pair, start], [1.0, 1.0]), owners([pair.rank, start.rank]))
-        return _unless_rounding(float(both[0, 0] - 2 * both[0, 1] + both[1, 1]), float(both.trace()))
 
-    @property
-    def _layers(self) -> list[str]:
-        return sorted(self.updates[0].adapter.lora)
+def measure(
+    updates: Sequence[AdapterUpdate], state: Adapter, rest: Rest, needs: Collection[Read]
+) -> dict[Read, Tensor]:
+    """Read each tensor of the sites once and measure what is needed, in float64.
 
-    def _changes(self, layer: str) -> Float[Tensor, "k k"]:
-        """⟨Dᵢ, Dⱼ⟩ in one layer. Each Dₖ is a sum over the same directions: those of all sites, and those of the global
-        adapter, of which site k started from the first rₖ.
-        """
-        pairs = Trained(self.updates, layer)
-        ranks = [p.rank for p in pairs]
-        if not self.state or self.rest == "all":
-            return of_sums(stack(pairs, [1.0] * len(ranks)), owners(ranks))
-        start = self.state.lora[layer].to(torch.float32)
-        began = (torch.arange(start.rank)[:, None] < torch.tensor(ranks)).double()
-        every = stack(Joined([start], pairs), [1.0] * (1 + len(ranks)))
-        return of_sums(every, torch.cat([-began, owners(ranks)]))
+    Returns:
+        "moved": the squares of what `Moved` says, a row a site; "norms": those of the products that the sites trained;
+        "products" and "dense": the inner products of what they changed.
+    """
+    count = len(updates)
+    sizes: dict[Read, tuple[int, ...]] = {
+        "moved": (count, 4), "norms": (count,), "products": (count, count), "dense": (count, count)
+    }  # fmt: skip
+    found = {need: torch.zeros(size, dtype=torch.float64) for need, size in sizes.items() if need in needs}
+    first = updates[0].adapter if updates else Adapter()
+    for layer in sorted(first.lora) if {"moved", "norms", "products"} & set(needs) else ():
+        _layer(found, Trained(updates, layer), state.lora[layer] if state and rest != "all" else None)
+    for name in sorted(first.dense) if {"moved", "dense"} & set(needs) else ():
+        _tensor(found, Held(updates, name), state.dense[name].float() if state else torch.zeros(()))
+    return found
+
+
+def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], began: LoraPair | None) -> None:
+    """One layer. Of the inner products each Dₖ is a sum over the same directions: those of all sites, and those of the
+    global adapter, of which site k started from the first rₖ.
+    """
+    ranks = [pair.rank for pair in pairs]
+    start = zero(*pairs[0].shape) if began is None else began.to(torch.float32)
+    every = Stack([start.rank, *ranks]) if "products" in found else None
+    if every:
+        every.add(start)
+    for place, pair in enumerate(pairs):
+        if "moved" in found:
+            change = energy(pair) if began is None else _change(pair, head(start, pair.rank))
+            row = [change, 0.0, _square(pair.A), pair.scale**2 * _square(pair.B)]
+            found["moved"][place] += torch.tensor(row, dtype=torch.float64)
+        if "norms" in found:
+            found["norms"][place] += energy(pair)
+        if every:
+            every.add(pair)
+    if every:
+        held = (torch.arange(start.rank)[:, None] < torch.tensor(ranks)).double()
+        found["products"] += of_sums(every.sum, torch.cat([-held, owners(ranks)]))
+
+
+def _change(pair: LoraPair, start: LoraPair) -> float:
+    """‖ΔW − ΔW_start‖²."""
+    both = of_sums(stack([pair, start], [1.0, 1.0]), owners([pair.rank, start.rank]))
+    return _unless_rounding(float(both[0, 0] - 2 * both[0, 1] + both[1, 1]), float(both.trace()))
+
+
+def _tensor(found: dict[Read, Tensor], tensors: Sequence[Tensor], start: Tensor) -> None:
+    """One tensor without factors."""
+    every: Tensor | None = None
+    for place, tensor in enumerate(tensors):
+        change = tensor - start
+        if "moved" in found:
+            found["moved"][place, 1] += _unless_rounding(_square(change), _square(tensor) + _square(start))
+        if "dense" in found:
+            every = change.new_empty(len(tensors), change.numel()) if every is None else every
+            every[place] = change.flatten()
+    for some in () if every is None else torch.split(every, ENTRIES, dim=1):
+        found["dense"] += some.double() @ some.double().T
 
 
 class Trained(Sequence[LoraPair]):
@@ -106,6 +178,19 @@ class Trained(Sequence[LoraPair]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.updates[index].adapter.lora[self.layer].to(torch.float32)
+
+
+class Held(Sequence[Tensor]):
+    """One tensor without factors of every site in float32, read as `Trained` reads a layer."""
+
+    def __init__(self, updates: Sequence[AdapterUpdate], name: str) -> None:
+        self.updates, self.name = updates, name
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.updates[index].adapter.dense[self.name].float()
 
 
 def drawn(sites: Iterable[str], count: int, seed: int, number: int) -> list[str]:

@@ -13,14 +13,14 @@ from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Aggregation
 from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
-from . import guard, merge, step
+from ..record.reason import Reason
+from . import guard, merge, step, weigh
 from .admit import admit
 from .claims import held
-from .cohort import Cohort, Trained
+from .cohort import Cohort, Held, Trained
 from .late import rebased
 from .needed import needed
 from .step import Memory
-from .weigh import weigh
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Combined:
     manifest: Manifest | None  # none where no round has made an adapter yet
     weights: Mapping[str, float]  # site → share, sums to 1
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # weight factor → site → its value
-    refused: Mapping[str, str] = field(default_factory=dict)  # site → reason
+    refused: Mapping[str, Reason] = field(default_factory=dict)  # sites that do not count, and why
     guarded: Mapping[str, guard.Verdict] = field(default_factory=dict)  # sites that count less than they sent, and why
     held: Mapping[str, str] = field(default_factory=dict)  # site → numbers it reported that count as others
     energy_lost: Mapping[str, float] = field(default_factory=dict)  # layer → share of ‖ΔW‖² cut off by shortening
@@ -60,19 +60,20 @@ def combine(
     rule = merge.choose(how.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
-        raise WireError(f"no update can be merged: {refused or 'no site answered'}")
+        raise _nothing_left(refused)
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
-    verdicts = guard.judge(how.guard, Cohort(accepted, state, rule.rest))
-    out = {site: f"guard: {verdict.reason}" for site, verdict in verdicts.items() if verdict.multiplier == 0}
-    accepted = [update for update in accepted if update.site not in out]
-    if not accepted:
-        raise WireError(f"no update can be merged: {refused | out}")
-    left = [verdicts[u.site].multiplier if u.site in verdicts else 1.0 for u in accepted]
-    cohort = Cohort(accepted, state, rule.rest, left if min(left) < 1 else ())
-    weights = weigh(how.weigh, cohort, how.max_weight)
+    asked = how.step or "plain"  # a settled plan names one
+    everyone = Cohort(accepted, state, rule.rest, (needed(how) | step.registry.needs([asked])).reads)
+    verdicts = guard.judge(how.guard, everyone)
+    refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
+    cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
+    if not cohort.updates:
+        raise _nothing_left(refused)
+    accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
+    weights = weigh.weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
-    taken = step.choose(how.step or "plain", cohort, shares)  # a settled plan names one
+    taken = step.choose(asked, cohort, shares)
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
@@ -97,7 +98,7 @@ def combine(
         manifest=manifest or accepted[0].manifest,
         weights=weights.shares,
         factors=weights.factors,
-        refused=refused | out,
+        refused=refused,
         guarded=verdicts,
         held=kept_down,
         energy_lost=lost,
@@ -105,6 +106,11 @@ def combine(
         step_size=taken.size,
         memory=mover.memory(),
     )
+
+
+def _nothing_left(refused: Mapping[str, Reason]) -> WireError:
+    why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items())) or "no site answered"
+    return WireError(f"no update can be merged: {why}", code="nothing_to_merge")
 
 
 def _weighed_by(how: Aggregation) -> set[str]:
@@ -155,5 +161,4 @@ def _give_back() -> None:
 
 
 def _mean(name: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Tensor:
-    pairs = zip(updates, weights, strict=True)
-    return sum((w * u.adapter.dense[name].float() for u, w in pairs), torch.zeros(()))
+    return sum((w * t for t, w in zip(Held(updates, name), weights, strict=True)), torch.zeros(()))

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..adapter import Adapter, AdapterUpdate, Lazy, LoraPair, RoundTask
+from ..adapter import Adapter, AdapterUpdate, Lazy, LoraPair, RoundTask, Waiting, WaitingPair
 from ..config import Rest
-from ..lora import head, stack
+from ..lora import head
 
 
 def trained_from(began: RoundTask, update: AdapterUpdate, now: RoundTask) -> AdapterUpdate:
@@ -34,7 +34,12 @@ def rebased(update: AdapterUpdate, state: Adapter, rest: Rest) -> AdapterUpdate:
     def pair(layer: str) -> LoraPair:
         trained = theirs.lora[layer].to(torch.float32)
         today, before = state.lora[layer].to(torch.float32), began.lora[layer].to(torch.float32)
-        return stack([today, trained, head(before, trained.rank)], [1.0, 1.0, -1.0])
+        terms = [(today, 1.0), (trained, 1.0), (head(before, trained.rank), -1.0)]
+        (fan_out, fan_in), rank = today.shape, sum(term.rank for term, _ in terms)
+        return WaitingPair(
+            Waiting((rank, fan_in), torch.float32, lambda: torch.cat([t.A for t, _ in terms])),
+            Waiting((fan_out, rank), torch.float32, lambda: torch.cat([s * t.scale * t.B for t, s in terms], dim=1)),
+        )
 
     def tensor(name: str) -> torch.Tensor:
         change: torch.Tensor = theirs.dense[name].float() - began.dense[name].float()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ..adapter import AdapterUpdate
 from ..errors import WireError
+from ..record.reason import Reason
 from .combine import Combined
 
 Merge = Callable[[Sequence[AdapterUpdate]], Combined]
@@ -28,9 +29,8 @@ def without_the_largest(merge: Merge, updates: Sequence[AdapterUpdate], why: str
         except Exception:  # whatever it is, the next part is smaller
             left_out *= 2
             continue
-        reasons: Mapping[str, str] = {
-            update.site: f"the round cannot be merged with it: {why}" for update in largest[:left_out]
-        }
+        with_it = Reason("rejected", f"the round cannot be merged with it: {why}", "merge_failed")
+        reasons: Mapping[str, Reason] = {update.site: with_it for update in largest[:left_out]}
         return replace(merged, refused={**merged.refused, **reasons})
     raise WireError(f"the round cannot be merged, nor most of it: {why}", code="merge_failed")
 

@@ -12,7 +12,7 @@ import typer
 
 from ..cli_terminal import console as terminal
 from ..cli_terminal import errors_told, plain
-from ..rounds import Round
+from ..record.round import Round
 from . import baselines, federation, report
 from .generator import FOLDER, generate
 from .picture import draw

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FmError
-from ..rounds import Round
+from ..record.round import Round
 from .trial import JOB, METRIC, Trial
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from statistics import mean
 from rich.table import Table
 
 from ..cli_terminal import add_row
-from ..rounds import Round
+from ..record.round import Round
 from .baselines import Scores
 from .trial import METRIC, Trial
 
@@ -19,7 +19,7 @@ def with_summary(scores: Scores) -> Scores:
 
 def scores_of(line: Round) -> Scores:
     """Each site's macro-F1 of the adapter it was sent, measured by the site on its own test notes."""
-    return {site: said["before"][METRIC] for site, said in sorted(line.sites.items())}
+    return {site: said.before[METRIC] for site, said in sorted(line.sites.items())}
 
 
 def sites_table(trial: Trial) -> Table:
@@ -68,5 +68,5 @@ def traffic(lines: Sequence[Round]) -> dict[str, int]:
     """Bytes of tensors over the whole federation: what the server sent to all sites, and what they sent back."""
     return {
         "down": sum(line.bytes_down * len(line.asked) for line in lines),
-        "up": sum(said.get("bytes_up", 0) for line in lines for said in line.sites.values()),
+        "up": sum(said.bytes_up for line in lines for said in line.sites.values()),
     }

@@ -125,9 +125,9 @@ class AdapterAggregator(ModelAggregator):
         for site, reason in sorted(combined.refused.items()):
             self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
         for site, verdict in sorted(combined.guarded.items()):
-            self.logger.warning(f"round {self.task.round}: {site} counts {verdict.multiplier:.3g}: {verdict.reason}")
-        for site, reason in sorted(combined.held.items()):
-            self.logger.warning(f"round {self.task.round}: of {site} {reason}")
+            self.logger.warning(f"round {self.task.round}: {site}: {verdict}")
+        for site, counted in sorted(combined.held.items()):
+            self.logger.warning(f"round {self.task.round}: of {site} {counted}")
         if combined.spectrum:
             ranks = [effective_rank(torch.tensor(values)) for values in combined.spectrum.values()]
             self.logger.info(

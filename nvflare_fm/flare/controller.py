@@ -32,12 +32,12 @@ from pydantic import Field
 
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
-from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
 from ..combination import settle
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
+from ..record.reason import Kind, Reason, Verdict
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
@@ -116,7 +116,8 @@ class FedPEFT(ModelController):
         self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, overrides)
         check_best(self.settled.plan.task, given.key_metric, given.key_metric_mode)
         self.ledger = Ledger(0, given.num_rounds, [], 0)
-        self.latest: dict[str, float] = {}  # the sites' median metrics known last
+        self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
+        self.scaled: Mapping[str, Verdict] = {}  # what the guards said of the round that was merged last
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
@@ -206,7 +207,8 @@ class FedPEFT(ModelController):
             self._open = None
         for over in self.standing.end_round(task.round):
             self._call_off(over)
-        self.ledger.out |= dict.fromkeys(self.standing.working(), "late: still training; counts when its answer comes")
+        late = Reason("late", "still training; counts when its answer comes")
+        self.ledger.out |= dict.fromkeys(self.standing.working(), late)
         self.ledger.silent("no answer before the round ended")
 
     def _prepare_task(self, *args: Any, **kwargs: Any) -> Task:
@@ -252,11 +254,11 @@ class FedPEFT(ModelController):
         """Takes an answer to this round, or to the earlier round `trained_in`."""
         site = result.meta["client_name"]
         if reason := wire.refused(result):
-            return self._leave_out(site, f"refused: {reason}")
+            return self._leave_out(site, "refused", reason)
         if trained_in and not self.standing.counts(trained_in, self.ledger.round):
             return self._too_late(site)
         if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, trained_in)):
-            return self._leave_out(site, reason)
+            return self._leave_out(site, "rejected", reason)
         self.ledger.answered.append(site)
         of = f" round {trained_in.round}" if trained_in else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
         self.info(f"round {self.ledger.round}: {site} answered{of}")
@@ -268,11 +270,11 @@ class FedPEFT(ModelController):
         try:
             read()
         except FmError as error:
-            return f"rejected: {error.message}"
+            return error.message
         except Exception as error:
             where = "".join(traceback.format_tb(error.__traceback__))  # without its text, which may be the stranger's
             self.error(f"what {site} sent cannot be read: {printable(repr(error))}\n{where}")
-            return f"rejected: malformed update ({type(error).__name__})"
+            return f"malformed update ({type(error).__name__}) [malformed]"
         return ""
 
     def _accept_train_result(
@@ -280,19 +282,17 @@ class FedPEFT(ModelController):
     ) -> bool:
         """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
         code = result.get_return_code()
-        if code != ReturnCode.OK:
-            why = f"stopped: its trainer ended or could not start ({printable(code, 80)})"
-        else:
-            why = self._unreadable(client_name, partial(FLModelUtils.from_shareable, result))
-        if why:
-            return self._leave_out(client_name, why)
+        if not _is_ok(code):
+            why = f"its trainer ended or could not start ({printable(code, 80)})"
+            return self._leave_out(client_name, "stopped", why)
+        if why := self._unreadable(client_name, partial(FLModelUtils.from_shareable, result)):
+            return self._leave_out(client_name, "rejected", why)
         return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        code = result.get_return_code()
-        if code == ReturnCode.OK:
+        if _is_ok(result.get_return_code()):
             self._too_late(client.name)
 
     def _too_late(self, site: str) -> bool:
@@ -300,9 +300,9 @@ class FedPEFT(ModelController):
         self.ledger.late.append(site)
         return False
 
-    def _leave_out(self, site: str, reason: str) -> bool:
+    def _leave_out(self, site: str, kind: Kind, message: str) -> bool:
+        reason = self.ledger.out[site] = Reason.of(kind, message)
         self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")
-        self.ledger.out[site] = reason
         self._show()
         return False
 
@@ -314,13 +314,12 @@ class FedPEFT(ModelController):
         model = self.aggregator.aggregate_model()
         self._sign(model)
         combined = self.aggregator.combined
-        self.ledger.close(combined, self.aggregator.updates)
-        self.ledger.how = self.settled.aggregation.model_dump(mode="json")
+        self.ledger.close(combined, self.aggregator.updates, self.settled.aggregation.model_dump(mode="json"))
         self._close()
         if not combined.failed:
             self._need(len(combined.weights))
         if self.aggregator.task.adapter:
-            self._consider(self.ledger.medians)
+            self._consider(self.ledger.line.medians)
         return model
 
     def _sign(self, model: FLModel) -> None:
@@ -345,7 +344,8 @@ class FedPEFT(ModelController):
 
     def _close(self) -> None:
         self.ledger.write(Path(self.get_run_dir()))
-        self.latest = self.ledger.medians or self.latest
+        line = self.ledger.line
+        self.latest, self.scaled = line.medians or self.latest, line.scaled if line.trained else self.scaled
         self._show()
 
     def _consider(self, metrics: Mapping[str, float]) -> None:
@@ -373,28 +373,32 @@ class FedPEFT(ModelController):
         def take(result: FLModel) -> bool:
             site = result.meta["client_name"]
             if reason := wire.refused(result):
-                return self._leave_out(site, f"refused: {reason}")
+                return self._leave_out(site, "refused", reason)
             if reason := self._unreadable(site, lambda: measured.update({site: wire.read_metrics(result, site)})):
-                return self._leave_out(site, reason)
+                return self._leave_out(site, "rejected", reason)
             self.ledger.answered.append(site)
             return True
 
         sites = sorted(weights) if self.sites_per_round else self._free_sites(self.num_rounds)
         self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
-        self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
-        self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
+        self.ledger.measured(measured, weights)
         self._close()
-        self._consider(self.ledger.medians)
+        self._consider(self.ledger.line.medians)
         self._tell_widgets()
 
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""
-        if self.ledger.metrics:
-            last = FLModel(metrics=dict(self.ledger.metrics))
+        if metrics := self.ledger.line.metrics:
+            last = FLModel(metrics=dict(metrics))
             self._sign(last)
             self.fire_event_with_data(
                 AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, last
             )
 
     def _show(self) -> None:
-        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
+        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
+
+
+def _is_ok(code: object) -> bool:
+    """What a site gives as its return code may be anything, also an array, whose comparison has no truth value."""
+    return type(code) is str and code == ReturnCode.OK

@@ -11,8 +11,8 @@ from nvflare.apis.fl_constant import WorkspaceConstants
 from nvflare.job_config.api import FedJob
 from nvflare.recipe import sim_env
 
-from .. import rounds
 from ..errors import FmError
+from ..record.round import told
 from ..site.site_config import ANYONE, FILE_NAME, SiteConfig
 from . import allow_list
 from .simulation import Simulation
@@ -54,7 +54,7 @@ class SimEnv(sim_env.SimEnv):
             run = Simulation(Path(exported) / job.name, workspace, list(self.sites), self.gpu_config, self.log_config)
             try:
                 for line in run.run():
-                    print(*rounds.told(line), sep="\n")
+                    print(*told(line), sep="\n")
             except FmError as error:
                 self.last_run_failed = True
                 raise RuntimeError(str(error)) from None

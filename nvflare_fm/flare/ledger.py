@@ -3,8 +3,6 @@
 It stays on the server: nothing in it is ever sent to a site.
 """
 
-import json
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,10 +14,11 @@ import torch
 
 from ..adapter import AdapterUpdate
 from ..aggregation.combine import Combined
-from ..aggregation.metrics import mean, medians
-from ..errors import ModelError
+from ..aggregation.metrics import Measured, mean, medians
 from ..lora import effective_rank
-from ..rounds import FILE_NAME
+from ..record.reason import Reason, Verdict
+from ..record.round import FILE_NAME, SPECTRA, Round, Spectra, append
+from ..record.site_report import Contribution
 
 
 @dataclass
@@ -31,21 +30,10 @@ class Ledger:
     asked: list[str]
     bytes_down: int  # of the task's tensors, to each site
     answered: list[str] = field(default_factory=list)  # sites whose update was accepted, in the order they came
-    out: dict[str, str] = field(default_factory=dict)  # site → why it does not count in this round
+    out: dict[str, Reason] = field(default_factory=dict)  # site → why it does not count in this round
     late: list[str] = field(default_factory=list)  # sites that answered an earlier round during this one
-    sites: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → what it contributed
-    metrics: dict[str, float] = field(default_factory=dict)  # of the adapter this round started from, their means
-    medians: dict[str, float] = field(default_factory=dict)  # of the same: what chooses the best and is monitored
-    after: dict[str, float] = field(default_factory=dict)  # of the sites' own adapters, after training
-    factors: dict[str, dict[str, float]] = field(default_factory=dict)  # weight factor → site → its value
-    guarded: dict[str, dict[str, Any]] = field(default_factory=dict)  # site → share of its change that counts, and why
-    held: dict[str, str] = field(default_factory=dict)  # site → what it reported that counts as another number
-    error: str = ""  # why nothing was merged and the adapter stayed as it was
-    step_size: float | None = None  # η of the server step
-    energy_lost: dict[str, float] = field(default_factory=dict)
-    spectrum: dict[str, list[float]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
-    effective_rank: dict[str, float] = field(default_factory=dict)  # layer → directions that carry its energy
-    how: dict[str, Any] = field(default_factory=dict)  # the job's `config.Aggregation`
+    result: dict[str, Any] = field(default_factory=dict)  # what came of it, by the names of `Round`'s fields
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer → singular values of the merged ΔW
     started: float = field(default_factory=time.monotonic)
 
     def usable(self) -> int:
@@ -54,46 +42,82 @@ class Ledger:
     def silent(self, reason: str) -> list[str]:
         """Those who were asked and said nothing; `reason` is given for them."""
         sites = sorted(set(self.asked) - set(self.answered) - set(self.out))
-        self.out |= dict.fromkeys(sites, f"silent: {reason}")
+        self.out |= dict.fromkeys(sites, Reason("silent", reason))
         return sites
 
     def reasons(self) -> str:
-        return "; ".join(f"{site}: {reason}" for site, reason in sorted(self.out.items())) or "none"
+        return _listed(self.out) or "none"
 
-    def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate]) -> None:
-        self.out |= {site: f"rejected: {reason}" for site, reason in combined.refused.items()}
-        self.guarded = {site: asdict(verdict) for site, verdict in combined.guarded.items()}
-        self.held, self.error = dict(combined.held), combined.failed
-        self.energy_lost, self.step_size = dict(combined.energy_lost), combined.step_size
-        self.factors = {name: dict(values) for name, values in combined.factors.items()}
-        self.spectrum = {layer: list(values) for layer, values in combined.spectrum.items()}
-        self.effective_rank = {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()}
-        self.sites = {site: _contribution(updates[site], weight) for site, weight in combined.weights.items()}
-        measured = received(updates)
-        self.metrics, self.medians = mean(measured, combined.weights), medians(measured, combined.weights)
-        self.after = mean({s: updates[s].report.after for s in combined.weights}, combined.weights)
+    def close(self, combined: Combined, updates: Mapping[str, AdapterUpdate], how: Mapping[str, Any] = {}) -> None:
+        """Note what the merge made of the updates.
+
+        Args:
+            how: the job's `config.Aggregation`.
+        """
+        weights, measured = combined.weights, received(updates)
+        self.out |= combined.refused
+        self.spectra = combined.spectrum
+        self.result = {
+            "sites": {site: _contribution(updates[site], weight) for site, weight in weights.items()},
+            "metrics": mean(measured, weights),
+            "medians": medians(measured, weights),
+            "after": mean({site: updates[site].report.after for site in weights}, weights),
+            "factors": combined.factors,
+            "guarded": combined.guarded,
+            "held": combined.held,
+            "error": combined.failed,
+            "step_size": combined.step_size,
+            "energy_lost": combined.energy_lost,
+            "effective_rank": {n: effective_rank(torch.tensor(v)) for n, v in combined.spectrum.items()},
+            "how": how,
+        }
+
+    def measured(self, metrics: Measured, weights: Mapping[str, float]) -> None:
+        """Note what the sites measured in a round in which nobody trains."""
+        self.result = {
+            "sites": {site: Contribution(before=its) for site, its in sorted(metrics.items())},
+            "metrics": mean(metrics, weights),
+            "medians": medians(metrics, weights),
+        }
+
+    @property
+    def line(self) -> Round:
+        """The round as it is written down."""
+        return Round(
+            round=self.round,
+            total_rounds=self.total_rounds,
+            asked=self.asked,
+            bytes_down=self.bytes_down,
+            answered=self.answered,
+            out=self.out,
+            late=self.late,
+            seconds=round(time.monotonic() - self.started, 3),
+            ended=datetime.now(UTC).isoformat(timespec="seconds"),
+            **self.result,
+        )
 
     def write(self, run_dir: Path) -> None:
-        """Add the round's line to the job's file.
+        """Add the round's line to the job's file, and its singular values to theirs.
 
         Raises:
             ModelError: the disk is full, or the folder may not be written to; the adapters are where they were.
         """
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
-        line = asdict(self) | {"seconds": round(time.monotonic() - self.started, 3), "ended": ended}
-        del line["started"]
-        try:
-            with (run_dir / FILE_NAME).open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise ModelError(
-                f"{FILE_NAME} cannot be written: {error.strerror}; make room for it and go on with nvflare-fm resume",
-                str(error),
-                code="rounds_not_written",
-            ) from None
+        if self.spectra:
+            append(run_dir / SPECTRA, Spectra(round=self.round, layers=self.spectra))
+        append(run_dir / FILE_NAME, self.line)
 
-    def progress(self, latest: Mapping[str, float]) -> dict[str, Any]:
-        """Flat, because `nvflare job monitor` looks for `round` and for metrics by name."""
+    def progress(
+        self,
+        latest: Mapping[str, float],
+        scaled: Mapping[str, Verdict] = {},
+    ) -> dict[str, Any]:
+        """Flat, because `nvflare job monitor` looks for `round` and for metrics by name.
+
+        Args:
+            latest: the metrics known last.
+            scaled: sites of which a part counts in the round that was merged last.
+        """
+        error = self.result.get("error")
         return {
             **latest,
             "round": self.round,
@@ -101,7 +125,8 @@ class Ledger:
             "sites_in": ", ".join(sorted(set(self.answered) - set(self.out))) or "none yet",
             "sites_out": self.reasons(),
             "late": ", ".join(sorted(self.late)) or "none",
-            **({"error": self.error} if self.error else {}),
+            **({"scaled": _listed(scaled)} if scaled else {}),
+            **({"error": error} if error else {}),
         }
 
 
@@ -110,7 +135,11 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
     return {site: update.report.before for site, update in updates.items() if not update.staleness}
 
 
-def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
-    told = asdict(update.report) | {"tokens_per_s": update.report.tokens_per_s}
-    numbers = {k: v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
-    return {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes(), **numbers}
+def _contribution(update: AdapterUpdate, weight: float) -> Contribution:
+    return Contribution(
+        **asdict(update.report), weight=weight, staleness=update.staleness, bytes_up=update.adapter.bytes()
+    )
+
+
+def _listed(sites: Mapping[str, object]) -> str:
+    return "; ".join(f"{site}: {said}" for site, said in sorted(sites.items()))

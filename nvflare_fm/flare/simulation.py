@@ -15,8 +15,8 @@ from nvflare.apis.fl_constant import SiteType
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from ..errors import FmError
+from ..record.round import FILE_NAME, SPECTRA, Round, read_line
 from ..result import last_errors
-from ..rounds import FILE_NAME, Round, read_line
 
 SIMULATOR = "nvflare.private.fed.app.simulator.simulator"
 _ENDS_WITHIN_S = 30.0  # from the order to stop to SIGKILL
@@ -56,7 +56,8 @@ class Simulation:
             FmError: the job failed; with the last errors of its log.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        (self.results / FILE_NAME).unlink(missing_ok=True)  # of an earlier run
+        for name in (FILE_NAME, SPECTRA):
+            (self.results / name).unlink(missing_ok=True)  # of an earlier run
         with self.log.open("wb") as log:
             process = subprocess.Popen(
                 self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -37,7 +37,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nvflare_fm.adapter import LORA_A, LORA_B, Adapter, AdapterUpdate, Lazy, LoraPair, Manifest, Report, from_tensors
+from nvflare_fm.adapter import (
+    LORA_A,
+    LORA_B,
+    Adapter,
+    AdapterUpdate,
+    Description,
+    Lazy,
+    LoraPair,
+    Manifest,
+    Report,
+    from_tensors,
+)
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
@@ -108,7 +119,8 @@ def opened(folder: Path, number: int, shift: int = 0, blocks: int = BLOCKS) -> A
         return tensor
 
     names = [layer + half for layer in layers(blocks) for half in (LORA_A, LORA_B)]
-    return from_tensors(Lazy(names, read), dict.fromkeys(layers(blocks), 1.0), str(number))
+    described = {name: Description(tuple(file.get_slice(name).get_shape()), torch.float32) for name in names}
+    return from_tensors(Lazy(names, read), dict.fromkeys(layers(blocks), 1.0), str(number), described)
 
 
 def updates(folder: Path, sites: int, blocks: int = BLOCKS) -> list[AdapterUpdate]:
@@ -160,7 +172,7 @@ def agreement(folder: Path, sites: int, blocks: int) -> dict[str, float]:
     """The Gram matrix of what the sites changed, over the first `blocks` of 32 transformer blocks."""
     cohort = Cohort(updates(folder, sites, blocks), opened(folder, -1, 0, blocks), "tail")
     with watched() as found:
-        assert (cohort.gram.diagonal() > 0).all()
+        assert (cohort.products.diagonal() > 0).all()
     return found
 
 

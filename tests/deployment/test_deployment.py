@@ -313,8 +313,8 @@ def test_a_refusal_reaches_the_scientist_and_the_sites_audit_log_in_words(
 ):
     message = REFUSED[name][site][1]
     [*_, last] = jobs.rounds(name)
-    assert message in last["out"][site]
-    assert last["out"][site].startswith("refused: ")
+    assert last["out"][site]["kind"] == "refused"
+    assert message in last["out"][site]["text"]
     line = next(line for line in system.audit(site, jobs.ids[name]).splitlines() if message in line)
     assert "nvflare_fm refused" in line
     assert jobs.ids[name] in line

@@ -74,12 +74,13 @@ def test_a_late_answer_counts_by_its_age_and_says_nothing_about_this_rounds_adap
     assert aggregator.aggregate_model().metrics == {"loss": 4.0}
     assert aggregator.combined
     ledger.close(aggregator.combined, aggregator.updates)
-    assert ledger.metrics == {"loss": 4.0}
-    assert [(s["staleness"], s["weight"]) for s in ledger.sites.values()] == [
+    assert ledger.line.metrics == {"loss": 4.0}
+    sites = ledger.line.sites
+    assert [(s.staleness, s.weight) for s in sites.values()] == [
         (3, pytest.approx(1 / 3)),
         (0, pytest.approx(2 / 3)),
     ]
-    assert ledger.sites["alder"]["bytes_up"] == ledger.sites["birch"]["bytes_up"]
+    assert sites["alder"].bytes_up == sites["birch"].bytes_up
 
 
 def test_the_description_of_the_adapter_is_attached_every_round() -> None:

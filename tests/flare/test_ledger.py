@@ -10,7 +10,7 @@ from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ModelError
 from nvflare_fm.flare.ledger import Ledger
-from nvflare_fm.rounds import FILE_NAME
+from nvflare_fm.record.round import FILE_NAME
 from tests.flare import messages
 
 
@@ -21,9 +21,10 @@ def test_a_round_s_account_holds_each_site_s_weight_speed_and_bytes():
     ledger.close(
         combine(Adapter(), None, [first, second], Aggregation(weigh=["examples"]), 8), {"alder": first, "birch": second}
     )
-    assert (ledger.sites["alder"]["weight"], ledger.sites["birch"]["weight"]) == (0.25, 0.75)
-    assert ledger.sites["alder"]["tokens_per_s"] == 150.0
-    assert ledger.sites["alder"]["bytes_up"] == sum(t.numel() * 4 for t in first.adapter.tensors().values())
+    sites = ledger.line.sites
+    assert (sites["alder"].weight, sites["birch"].weight) == (0.25, 0.75)
+    assert sites["alder"].tokens_per_s == 150.0
+    assert sites["alder"].bytes_up == sum(t.numel() * 4 for t in first.adapter.tensors().values())
 
 
 def test_an_account_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path: Path) -> None:

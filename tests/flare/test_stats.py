@@ -12,6 +12,7 @@ from nvflare.widgets.info_collector import GroupInfoCollector, InfoCollector
 
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.stats import PROGRESS, TOLD, RoundStats, let_be_seen
+from nvflare_fm.record.reason import Reason
 
 
 def told(ledger: Ledger | None, event: str = InfoCollector.EVENT_TYPE_GET_STATS) -> dict:
@@ -25,7 +26,7 @@ def told(ledger: Ledger | None, event: str = InfoCollector.EVENT_TYPE_GET_STATS)
 
 def a_round() -> Ledger:
     ledger = Ledger(1, 5, ["alder", "birch", "cedar"], 0, answered=["birch", "alder"], late=["dogwood"])
-    ledger.out["cedar"] = "refused: rank 99 is more than the 8 this site allows"
+    ledger.out["cedar"] = Reason("refused", "rank 99 is more than the 8 this site allows")
     return ledger
 
 
@@ -50,7 +51,7 @@ def test_nvflares_monitor_finds_round_and_metrics_by_itself_and_the_sites_when_a
 
 def test_a_site_that_answered_and_was_rejected_after_is_not_in():
     ledger = a_round()
-    ledger.out["birch"] = "rejected: layers differ"
+    ledger.out["birch"] = Reason("rejected", "layers differ")
     assert told(ledger)["nvflare_fm"]["sites_in"] == "alder"
 
 

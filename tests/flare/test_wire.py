@@ -15,7 +15,7 @@ from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict, _LazyRef
 from nvflare.fuel.utils import fobs
 from safetensors.torch import save_file
 
-from nvflare_fm.adapter import LORA_A, LORA_B, Adapter, LoraPair, RoundTask
+from nvflare_fm.adapter import LORA_A, Adapter, LoraPair, RoundTask
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import WireError
 from nvflare_fm.flare import wire
@@ -180,10 +180,14 @@ def test_tensors_left_on_disk_are_described_unread_and_fetched_one_layer_at_a_ti
     got = wire.read_update(on_disk(wire.write_update(sent), tmp_path), "alder")
     assert got.adapter.descriptions() == sent.adapter.descriptions()
     assert (got.adapter.scales(), got.adapter.bytes()) == (sent.adapter.scales(), sent.adapter.bytes())
-    assert fetched == []
     layer = sorted(got.adapter.lora)[0]
-    _ = got.adapter.lora[layer]
-    assert fetched == [layer + LORA_A, layer + LORA_B]
+    pair, its = got.adapter.lora[layer], sent.adapter.lora[layer]
+    assert (pair.rank, pair.shape, pair.scale, pair.bytes) == (its.rank, its.shape, its.scale, its.bytes)
+    assert fetched == []
+    _ = pair.A, pair.A
+    assert fetched == [layer + LORA_A]
+    halved = replace(pair, scale=pair.scale / 2)
+    torch.testing.assert_close(2 * halved.delta(), its.delta())
     assert same(got.adapter, sent.adapter)
 
 

@@ -73,14 +73,15 @@ def test_the_job_completes_without_bringing_code(federation: Federation) -> None
 
 def test_a_wrong_base_model_is_refused_by_name_and_the_others_go_on(federation: Federation) -> None:
     first, second, _ = federation.rounds()
-    assert "trained base model" in first["out"]["drift"]
-    assert second["out"]["drift"].startswith("refused: drift: the federation trains another base model")
+    assert first["out"]["drift"]["code"] == "other_base"
+    assert second["out"]["drift"]["kind"] == "refused"
+    assert "the federation trains another base model" in second["out"]["drift"]["text"]
     assert set(second["sites"]) == {"alder", "birch"}
 
 
 def test_a_site_without_data_says_so_every_round_and_stays(federation: Federation) -> None:
     for line in federation.rounds():
-        assert line["out"]["hollow"].startswith("refused: ")
+        assert line["out"]["hollow"]["kind"] == "refused"
         assert "hollow" in line["asked"]
 
 

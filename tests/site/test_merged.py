@@ -16,6 +16,7 @@ from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.flare.ledger import Ledger
+from nvflare_fm.record.site_report import Contribution
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 from tests.site.test_mean_pooling import OLD, declared
@@ -52,9 +53,12 @@ def trained(folder: Path, model: Path, task: str, peft: dict[str, Any]) -> Path:
     worker.train(RoundTask(plan))
     values, manifest = worker.submit()
     for number in range(4):
-        ledger = Ledger(number, 3, ["alder", "birch"], 0, how={"merge": "exact", "weigh": ["uniform"]})
-        ledger.sites = {site: {"weight": 0.5} for site in ledger.asked} if number < 3 else {}
-        ledger.metrics = {"loss": 2.0 - number / 4}
+        ledger = Ledger(number, 3, ["alder", "birch"], 0)
+        ledger.result = {
+            "sites": {site: Contribution(weight=0.5) for site in ledger.asked} if number < 3 else {},
+            "metrics": {"loss": 2.0 - number / 4},
+            "how": {"merge": "exact", "weigh": ["uniform"]},
+        }
         ledger.write(folder)
     return export.write_adapter(folder / "adapters" / "last", values, manifest, export.Provenance(2, plan))
 

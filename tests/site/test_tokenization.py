@@ -102,7 +102,7 @@ def test_a_site_with_another_tokenizer_is_left_out_and_told_so_when_it_comes_aga
     }
     plan = tiny.plan(training={"local_steps": 1, "batch_size": 1}, evaluation={"before": False, "after": False})
     (done,) = federate(workers, plan, Aggregation(), 1)
-    assert "chat_template_differs" in done.combined.refused["b"]
+    assert done.combined.refused["b"].code == "chat_template_differs"
     manifest = done.combined.manifest
     again = RoundTask(plan, done.combined.adapter, manifest, 1, 2)
     with pytest.raises(ModelError) as raised:

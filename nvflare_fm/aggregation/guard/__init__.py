@@ -1,20 +1,11 @@
 """Guards: how much of a site's update counts where it lies far from the others'. One file a guard."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from ...config import Rule
+from ...record.reason import Verdict as Verdict
 from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a guard says of a site."""
-
-    multiplier: float  # of what the site changed; 0: its update does not count at all
-    reason: str
-
 
 Guard = Callable[..., Mapping[str, Verdict]]
 registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)

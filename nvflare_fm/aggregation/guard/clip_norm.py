@@ -6,13 +6,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from ..asked import Needs
 from ..cohort import Cohort
 from . import Verdict, registry
 
 FEWEST = 3  # sites: of two, neither can say which is far off
 
 
-@registry.register("clip_norm")
+@registry.register("clip_norm", Needs(reads=("moved",)))
 def clip_norm(
     cohort: Cohort,
     *,

@@ -11,7 +11,7 @@ from ..cohort import Cohort
 from . import Step, registry
 
 
-@registry.register("fedexp", Needs(products=True, canonical=True))
+@registry.register("fedexp", Needs(reads=("products",), canonical=True))
 def fedexp(
     cohort: Cohort,
     weights: Sequence[float],
@@ -23,7 +23,7 @@ def fedexp(
 ) -> Step:
     """x + η·d with η = max(1, Σ wₖ‖Dₖ‖² / (2(‖Σ wₖDₖ‖² + ε))), at most `most`; ε relative to Σ wₖ‖Dₖ‖²."""
     share = torch.tensor(list(weights), dtype=torch.float64)
-    apart = float(share @ cohort.gram.diagonal())
-    together = float(share @ cohort.gram @ share)
+    apart = float(share @ cohort.products.diagonal())
+    together = float(share @ cohort.products @ share)
     rate = apart / (2 * (together + epsilon * apart)) if apart > 0 else 1.0
     return Step(gain=lambda _: min(max(rate, 1.0), most))

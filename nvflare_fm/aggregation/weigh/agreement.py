@@ -10,7 +10,7 @@ from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("agreement", Needs(products=True))
+@registry.register("agreement", Needs(reads=("products",)))
 def agreement(
     cohort: Cohort,
     *,
@@ -19,7 +19,7 @@ def agreement(
     """((1 + cosₖ) / 2)^power, with cosₖ the cosine of site k's change of ΔW to the sum of the others' unit changes:
     its own share in a consensus says nothing about agreement. 1 for a site that is alone or changed nothing.
     """
-    gram = cohort.gram
+    gram = cohort.products
     norms = gram.diagonal().clamp(min=0).sqrt()
     safe = torch.where(norms > 0, norms, 1.0)
     cosines = gram / safe / safe[:, None]

@@ -6,7 +6,7 @@ from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("norm", Needs(products=True))
+@registry.register("norm", Needs(reads=("norms",)))
 def norm(cohort: Cohort) -> list[float]:
     """‖ΔWₖ‖ over all layers: what a site holds, not how far it moved, and no more than ten times the median of the
     others'. The same for all where nobody holds anything.
