@@ -11,16 +11,11 @@ from typing import Any
 
 from .adapter import Manifest
 from .export import Provenance
+from .job.tasks import promises
 from .rounds import Round
 from .untrusted import one_line
 
 FILE_NAME = "README.md"
-_PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
-_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class Card:
     @property
     def model_class(self) -> str:
         """The class that loads the base model, with the task's head."""
-        return self.manifest.base_class.rpartition(".")[2] or _CLASSES.get(self.manifest.task, "AutoModel")
+        return self.manifest.base_class.rpartition(".")[2] or promises(self.manifest.task).auto_class
 
     @property
     def library(self) -> str:
@@ -95,7 +90,7 @@ def _head(card: Card) -> str:
     values: dict[str, Any] = {
         **({"base_model": card.base} if card.base else {}),
         "library_name": "transformers" if card.merged else "peft",
-        "pipeline_tag": _PIPELINES.get(card.manifest.task, "token-classification"),
+        "pipeline_tag": promises(card.manifest.task).pipeline,
         "tags": ["federated-learning", "nvflare", card.manifest.peft],
     }
     return "".join(["---\n", *(f"{name}: {json.dumps(value)}\n" for name, value in values.items()), "---\n"])

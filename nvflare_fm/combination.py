@@ -12,6 +12,7 @@ from .aggregation.asked import asked, named
 from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
 from .errors import ConfigError
 from .feasible import check_plan
+from .job.tasks import promises
 from .site.peft_methods import PeftMethod, check_training, complete, read
 
 CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
@@ -69,7 +70,7 @@ def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
     given = plan.training
     if given.head_lr_ratio is not None:
         return given
-    ratio = 8.0 if plan.task != "causal_lm" and method.factored and given.optim != "sgd" else 0.0
+    ratio = 8.0 if promises(plan.task).classes and method.factored and given.optim != "sgd" else 0.0
     return given.model_copy(update={"head_lr_ratio": ratio})
 
 

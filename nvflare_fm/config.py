@@ -40,6 +40,8 @@ Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9_.-]
 Fingerprint = Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.-]+$")]
 Labels = Annotated[tuple[Text, ...], Field(max_length=LABELS), one]
+Numbers = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(max_length=LABELS)]
+Scales = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(max_length=LABELS)]
 Modules = Annotated[tuple[ModuleName, ...], Field(max_length=1024), one]
 Statistic = Literal["skew"]
 LabelStatistics = Annotated[tuple[Statistic, ...], Field(max_length=1), one]
@@ -183,6 +185,12 @@ class TrainingSettings(Settings):
         le=1000,
         description="FedLC (arXiv:2209.00189): τ; logits are lowered by τ·n^(−1/4) in training",
     )
+    dpo_beta: float = Field(
+        0.1,
+        gt=0,
+        le=1000,
+        description="preference: β of DPO (arXiv:2305.18290); the larger, the nearer the model stays to its base",
+    )
     logit_adjustment: float = Field(
         0.0,
         ge=0,
@@ -212,7 +220,10 @@ class RoundPlan(Settings):
     `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
     """
 
-    task: Name = Field("causal_lm", description="causal_lm, sequence_classification, token_classification")
+    task: Name = Field(
+        "causal_lm",
+        description="causal_lm, preference, sequence_classification, multi_label, regression, token_classification",
+    )
     model: Text = Field("base", description="alias in the site's models")
     data: Text = Field("notes", description="alias in the site's data")
     fingerprint: Fingerprint = Field(
@@ -224,7 +235,15 @@ class RoundPlan(Settings):
         "auto", description="auto: bf16 where the GPU, or a CPU with AMX, is fast in it; fp32 on other CPUs"
     )
     peft: PeftSettings = Field(default_factory=lambda: {"method": "lora"}, description="a PEFT method and its settings")
-    labels: Labels = Field((), description="classes, in order, for the classification tasks")
+    labels: Labels = Field(
+        (), description="classes, in order, for the classification tasks and multi_label; names of regression's numbers"
+    )
+    target_mean: Numbers = Field(
+        (), description="regression: what is subtracted from each number before it is learned; empty: 0"
+    )
+    target_scale: Scales = Field(
+        (), description="regression: what each number is then divided by, the same at all sites; empty: 1"
+    )
     max_length: int = Field(512, ge=8, le=LENGTH, description="tokens; longer texts are cut")
     rest: Rest = Field(
         "tail",

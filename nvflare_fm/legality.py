@@ -7,6 +7,7 @@ from .aggregation.asked import named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
+from .job.tasks import Promises, promises
 from .site.peft_methods import PeftMethod
 
 
@@ -18,6 +19,10 @@ class Job:
     how: Aggregation
     rule: MergeRule
     method: PeftMethod
+
+    @property
+    def task(self) -> Promises:
+        return promises(self.plan.task)
 
     @property
     def step(self) -> str:
@@ -124,16 +129,16 @@ CLASHES = (
     ),
     Clash(
         "weight `skew`",
-        "a task other than `sequence_classification`",
-        lambda job: job.weighs("skew") and job.plan.task != "sequence_classification",
+        "a task whose texts do not have exactly one class each",
+        lambda job: job.weighs("skew") and not (job.task.exclusive and not job.task.per_token),
         "it needs how each site's rows are spread over the labels, and rows have no one label",
         "weigh uniform or by examples",
     ),
     Clash(
         "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",
-        "`causal_lm`",
-        lambda job: job.plan.task == "causal_lm" and _shifts_classes(job.plan.training),
-        "they are about classes, and the task has none",
+        "a task without classes that exclude each other",
+        lambda job: not job.task.exclusive and _shifts_classes(job.plan.training),
+        "they change how one class is chosen among several, and the task chooses none",
         "leave them out",
     ),
     Clash(
@@ -145,9 +150,16 @@ CLASHES = (
     ),
     Clash(
         "`head_lr_ratio`",
-        "`causal_lm`",
-        lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.task == "causal_lm",
-        "it is about a classifier's head, and the task has none",
+        "a task that writes text",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.task.learns_text,
+        "it is about a new head, and the task has none",
+        "leave it out",
+    ),
+    Clash(
+        "`dpo_beta`",
+        "a task other than `preference`",
+        lambda job: job.plan.training.dpo_beta != TrainingSettings().dpo_beta and not job.task.paired,
+        "it is about pairs of answers, and the task has none",
         "leave it out",
     ),
     Clash(

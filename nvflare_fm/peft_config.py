@@ -9,8 +9,8 @@ from typing import Any
 
 from .adapter import LORA_A, LORA_B, Adapter, Manifest
 from .config import RoundPlan
+from .job.tasks import TASKS
 
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
 _PREFIX, _IA3, _MAGNITUDE, _PROMPT = "base_model.model.", ".ia3_l", ".lora_magnitude_vector", "prompt_embeddings"
 
 
@@ -32,7 +32,7 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
         own = _prompt(adapter)
     return own | {
         "peft_type": manifest.peft.upper(),
-        "task_type": TASK_TYPES.get(manifest.task),
+        "task_type": TASKS[manifest.task].peft_type if manifest.task in TASKS else None,
         "auto_mapping": _auto_mapping(manifest.base_class),
         "base_model_name_or_path": None,
         "inference_mode": True,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Aggregation
 from ..errors import WireError
+from ..job.tasks import promises
 from ..lora import refill, shorten, spectrum, zero
 from . import guard, merge, step
 from .admit import admit
@@ -109,7 +110,7 @@ def combine(
 
 def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
     """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
-    return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
+    return "fedexp" if promises(manifest.task).learns_text and rule.delta and rule.canonical else "plain"
 
 
 def _weighed_by(how: Aggregation) -> set[str]:

@@ -177,7 +177,7 @@ class Welcome(Settings):
     )
     tasks: Listed = Field(
         None,
-        description="causal_lm, sequence_classification, token_classification; unset: any",
+        description="names of tasks, see task in the plan; unset: any",
         examples=[["sequence_classification"]],
     )
 

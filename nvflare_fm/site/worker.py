@@ -200,8 +200,9 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, method = tasks[plan.task], peft_methods.read(plan.peft)
         peft_methods.check_training(method, plan.training)
-        if kind.needs_labels and len(plan.labels) < 2:
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least two", code="no_labels")
+        if len(plan.labels) < kind.promises.least_labels:
+            least = kind.promises.least_labels
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)

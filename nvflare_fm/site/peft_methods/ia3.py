@@ -31,7 +31,7 @@ class IA3(PeftMethod):
         from peft import IA3Config
 
         return IA3Config(
-            task_type=base.task.peft_type,
+            task_type=base.task.promises.peft_type,
             target_modules=list(self.target_modules) or None,
             feedforward_modules=list(self.feedforward_modules) if self.target_modules else None,
             modules_to_save=sorted({*base.heads, *self.modules_to_save}) or None,

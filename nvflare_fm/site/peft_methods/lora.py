@@ -105,7 +105,7 @@ class Lora(PeftMethod):
         from peft import LoraConfig
 
         return LoraConfig(
-            task_type=base.task.peft_type,
+            task_type=base.task.promises.peft_type,
             r=self.rank,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,

@@ -28,7 +28,7 @@ class PrefixTuning(PeftMethod):
     def config(self, base: "BaseModel") -> "PeftConfig":
         from peft import PrefixTuningConfig
 
-        return PrefixTuningConfig(task_type=base.task.peft_type, num_virtual_tokens=self.num_virtual_tokens)
+        return PrefixTuningConfig(task_type=base.task.promises.peft_type, num_virtual_tokens=self.num_virtual_tokens)
 
     def initialise(self, model: "PeftModel", seed: int) -> None:
         from ..attach import fill_prompt

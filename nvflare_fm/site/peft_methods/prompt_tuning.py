@@ -24,7 +24,7 @@ class PromptTuning(PeftMethod):
     def config(self, base: "BaseModel") -> "PeftConfig":
         from peft import PromptTuningConfig
 
-        return PromptTuningConfig(task_type=base.task.peft_type, num_virtual_tokens=self.num_virtual_tokens)
+        return PromptTuningConfig(task_type=base.task.promises.peft_type, num_virtual_tokens=self.num_virtual_tokens)
 
     def initialise(self, model: "PeftModel", seed: int) -> None:
         from ..attach import fill_prompt

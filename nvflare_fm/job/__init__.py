@@ -1,0 +1,1 @@
+"""What is settled before a job runs: knows neither transformers nor peft."""
