@@ -25,11 +25,16 @@ REFUSED = [
     ({}, {"merge": "share_a", "weigh": [{"rule": "norm"}]}, "compare the products"),
     ({"peft": {"method": "prompt_tuning"}}, {"step": {"rule": "fedexp"}}, "acts on ΔW|compare the products"),
     ({}, {"weigh": ["examples", "skew"]}, "rows have no one label"),
-    ({"training": {"restricted_softmax": 0.5}}, {}, "about classes"),
-    ({"training": {"logit_calibration": 1.0}}, {}, "about classes"),
-    ({"training": {"logit_adjustment": 1.0}}, {}, "about classes"),
+    ({"task": "multi_label", "labels": ["a", "b"]}, {"weigh": ["skew"]}, "rows have no one label"),
+    ({"task": "token_classification", "labels": ["a", "b"]}, {"weigh": ["skew"]}, "rows have no one label"),
+    ({"training": {"restricted_softmax": 0.5}}, {}, "the task chooses none"),
+    ({"training": {"logit_calibration": 1.0}}, {}, "the task chooses none"),
+    ({"training": {"logit_adjustment": 1.0}}, {}, "the task chooses none"),
+    ({"task": "multi_label", "labels": ["a"], "training": {"logit_adjustment": 1.0}}, {}, "the task chooses none"),
     ({"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}, "SGD keeps none"),
-    ({"training": {"head_lr_ratio": 2.0}}, {}, "about a classifier's head"),
+    ({"training": {"head_lr_ratio": 2.0}}, {}, "about a new head"),
+    ({"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}, "about a new head"),
+    ({"training": {"dpo_beta": 0.2}}, {}, "about pairs of answers"),
     ({"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}, "set evaluation.before"),
 ]
 
@@ -64,6 +69,8 @@ def test_every_clash_of_the_table_is_tried_here():
         (CLASSIFY, {"weigh": ["examples", {"rule": "skew", "a": 1.0}]}),
         (CLASSIFY | {"training": {"restricted_softmax": 0.5, "logit_calibration": 1.0}}, {}),
         ({"peft": {"method": "ia3"}}, {"weigh": ["loss"]}),
+        ({"task": "preference", "training": {"dpo_beta": 0.2}}, {"step": "fedexp"}),
+        ({"task": "regression", "labels": ["age"], "training": {"head_lr_ratio": 2.0}}, {}),
         ({"peft": {"method": "lora", "use_dora": True}}, {"merge": "exact"}),
         ({}, {"keep_energy": 0.9, "max_weight": 0.4}),
     ],
@@ -78,7 +85,15 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("task", "ratio"), [("causal_lm", 0.0), ("sequence_classification", 8.0), ("token_classification", 8.0)]
+    ("task", "ratio"),
+    [
+        ("causal_lm", 0.0),
+        ("preference", 0.0),
+        ("regression", 0.0),
+        ("multi_label", 8.0),
+        ("sequence_classification", 8.0),
+        ("token_classification", 8.0),
+    ],
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     def settled(method: str = "lora", **training: object) -> TrainingSettings:

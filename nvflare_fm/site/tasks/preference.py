@@ -52,10 +52,10 @@ class Preference(CausalLM):
                     f"{name!r} has several answers, and the base model's chat template rewrites earlier ones; give one"
                 )
         chosen, rejected = (each.examples[0] for each in found)
-        if chosen["input_ids"] == rejected["input_ids"]:
+        cut = found[0].cut + found[1].cut
+        if cut.tokens and chosen["input_ids"] == rejected["input_ids"]:
             raise BadRow(f"'chosen' and 'rejected' are the same in max_length = {plan.max_length} tokens")
         example = {name: chosen[name] + rejected[name] for name in ("input_ids", "labels")}
-        cut = found[0].cut + found[1].cut
         return Encoded(({**example, "chosen_tokens": len(chosen["input_ids"])},), replace(cut, rows=min(cut.rows, 1)))
 
     def batch(self, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class Preference(CausalLM):
         return -logsigmoid(_margins(model, base, batch, plan)).sum()
 
     def measure(self, model: Any, base: "BaseModel", batch: Columns, plan: RoundPlan) -> list[dict[str, Tensor]]:
-        return [{"margin": _margins(model, base, batch, plan)}]
+        return [{"margin": _margins(model, base, batch, plan).detach()}]
 
     def metrics(self, columns: Columns, plan: RoundPlan) -> dict[str, float]:
         """Mean loss; how often the chosen answer has the larger reward; by how much it is larger, in the mean."""
@@ -143,6 +143,8 @@ def _parts(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
             raise BadRow(f"{name!r} is {'missing' if answer is None else 'neither a text nor a list of messages'}")
     if not isinstance(rejected, type(chosen)):
         raise BadRow("one of 'chosen' and 'rejected' is a text, the other a list of messages")
+    if chosen == rejected:
+        raise BadRow("'chosen' and 'rejected' are the same")
     if prompt is not None and isinstance(prompt, type(chosen)):
         return prompt, chosen, rejected
     if prompt is not None and isinstance(chosen, str):
