@@ -117,6 +117,8 @@ def _table(card: Card) -> str:
         ("weights", json.dumps(how["weigh"]) if how.get("weigh") else None),
         ("quantization of the base model in training", plan.quantization if plan else None),
         ("texts in training were cut after (tokens)", plan.max_length if plan else None),
+        ("multiply each answer by", _numbers(plan.target_scale) if plan else None),
+        ("then add", _numbers(plan.target_mean) if plan else None),
         ("ended", found.ended),
         *((f"{_text(name)}, as the sites measured it", f"{v:.4g}") for name, v in sorted(found.metrics.items())),
         ("exported", card.exported.isoformat()),
@@ -124,6 +126,10 @@ def _table(card: Card) -> str:
     ]
     known = [f"| {name} | {_text(str(value))} |" for name, value in rows if value not in (None, "")]
     return "\n".join(["## Where it comes from\n", "| what | |", "|---|---|", *known, ""])
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _peft(settings: Mapping[str, Any]) -> str:
