@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from .config import Quantization, RoundPlan
+from .config import Quantization, TaskPlan
 from .errors import WireError
 from .untrusted import Amount, Count, Digest, Metrics, Number, Share, Text, Word
 
@@ -228,8 +228,9 @@ class AdapterUpdate:
 class RoundTask:
     """What the server sends: the plan, and the global adapter (empty before the first round)."""
 
-    plan: RoundPlan
+    plan: TaskPlan
     adapter: Adapter = Adapter()
     manifest: Manifest | None = None
     round: int = 0
     total_rounds: int = 1
+    lowered: tuple[str, ...] = ()  # what the site's gate has given less of already than the server asked

@@ -14,7 +14,7 @@ from .errors import FmError
 from .untrusted import one_line
 
 if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
-    from .config import RoundPlan
+    from .config import TaskPlan
     from .site.finding import Finding
 
 app = typer.Typer(
@@ -77,7 +77,7 @@ def check(
 
     Exit status 0: ready, 1: each line marked ✗ says what to do.
     """
-    from .config import RoundPlan
+    from .config import TaskPlan
 
     asked = {
         "task": task,
@@ -89,7 +89,7 @@ def check(
         "training": {"batch_size": batch_size},
     }
     findings = []
-    for finding in _findings(kit, RoundPlan.read(asked, "nvflare-fm site check")):
+    for finding in _findings(kit, TaskPlan.read(asked, "nvflare-fm site check")):
         findings.append(finding)
         if not as_json:  # each as it is found: a large model takes minutes
             _show(finding)
@@ -98,7 +98,7 @@ def check(
     raise typer.Exit(0 if all(finding.good for finding in findings) else 1)
 
 
-def _findings(kit: Path, plan: "RoundPlan") -> "Iterator[Finding]":
+def _findings(kit: Path, plan: "TaskPlan") -> "Iterator[Finding]":
     from .site.checkup import checkup
     from .site.finding import Finding
     from .site.machine import machine

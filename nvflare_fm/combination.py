@@ -1,25 +1,83 @@
-"""What a plan must say for its merge rule, and which plan each round sends. Checked when a job loads.
+"""What follows from a job's choices, decided once, when the job loads: each later stage is handed the `SettledPlan`.
 
-Knows neither transformers nor peft: the server asks here before any site is bothered.
+Knows neither transformers nor peft, and nothing of a site: the server decides here before any site is bothered.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from . import legality
 from .aggregation import guard, merge, step, weigh
 from .aggregation.admit import Terms
 from .aggregation.asked import asked, named
-from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
+from .aggregation.merge import MergeRule
+from .config import Aggregation, RoundPlan, Rule, SiteOverrides, TaskPlan, TrainingSettings, at_rank
 from .errors import ConfigError
 from .feasible import check_plan
+from .job.peft import PeftMethod, check_training, complete, read
 from .job.tasks import promises
-from .site.peft_methods import PeftMethod, check_training, complete, read
 
 CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
 
 
-def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> RoundPlan:
-    """The plan as it is sent: the method's defaults written out, and what follows from the merge rule.
+@dataclass(frozen=True)
+class SettledPlan:
+    """What a job asks, and all that follows from it. Made by `settle` alone.
+
+    Args:
+        plan: as the first round sends it: the PEFT method's defaults, the head's rate and what follows from the merge
+            rule and the weights are written out.
+        aggregation: as the job asks for it, with the server's step written out.
+        sites: what the job asks of single sites differently, as far as the server knows it.
+        method: the PEFT method.
+        rule: the merge rule.
+        global_rank: the largest that the global adapter, and so any site's, can have; 0: there are no factors.
+    """
+
+    plan: TaskPlan
+    aggregation: Aggregation
+    sites: Mapping[str, SiteOverrides]
+    method: PeftMethod
+    rule: MergeRule
+    global_rank: int
+
+    def of_round(self, number: int) -> TaskPlan:
+        """The plan that round `number` sends: the factors whose turn it is."""
+        turns = self.rule.factors
+        return self.plan.model_copy(update={"factors": turns[number % len(turns)]})
+
+    def merged_rank(self, ranks: Iterable[int]) -> int:
+        """The global adapter's rank after sites have trained at `ranks`. Rules that keep canonical form fill it up;
+        others keep the widest site's.
+        """
+        return self.global_rank if self.rule.canonical else max(ranks)
+
+    def terms(self, site: str) -> Terms:
+        """What `site` may send: what it was asked for, less what it may lower. Of a site that is not listed, the server
+        takes any rank up to the global one, and at each the scale that follows.
+        """
+        listed = self.sites.get(site)
+        mine = listed.applied(self.plan) if listed else self.plan
+        steps, known = mine.training.local_steps, listed and listed.local_steps
+        held = steps and (known or self.aggregation.normalize_steps)
+        return Terms(
+            task=self.plan.task,
+            peft=str(self.plan.peft["method"]),
+            base=self.plan.fingerprint,
+            pairs=self.method.factored and self.plan.shares == "AB",
+            ranks=self._ranks(mine, bool(listed)) if self.method.factored else range(0),
+            scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
+            steps=_up_to(steps, "local_steps" in self.plan.negotiable) if held else None,
+        )
+
+    def _ranks(self, mine: RoundPlan, listed: bool) -> range:
+        if listed or _one_rank(self.rule, self.method):
+            return _up_to(mine.rank, "rank" in mine.negotiable)
+        return _up_to(self.global_rank, lowered=True)
+
+
+def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> SettledPlan:
+    """Decide all that follows from a job's choices.
 
     Args:
         sites: what the job asks of single sites differently, as far as the server knows it.
@@ -27,6 +85,7 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     Raises:
         ConfigError: an unknown name or setting, or choices that do not go together, with the reason.
     """
+    sites = dict(sites or {})
     check_plan(plan, sites)
     rule, method = merge.registry[how.merge], read(plan.peft)
     check_training(method, plan.training)
@@ -34,24 +93,63 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
     for entry in how.guard:
         asked(guard.registry, entry)
-    if how.step is not None:
-        asked(step.registry, how.step)
-    rest = rule.rest if method.side_adapter else "none"
-    plan = plan.model_copy(
-        update={
+    how = how.model_copy(update={"step": _step(plan, how, rule, method)})
+    settled = TaskPlan.read(
+        {
+            **dict(plan),
             "peft": complete(plan.peft),
             "training": _with_head(plan, method),
-            "rest": rest,
+            "rest": rule.rest if method.side_adapter else "none",
+            "factors": rule.factors[0],
             "shares": rule.shares,
             "label_statistics": ("skew",) if "skew" in map(named, how.weigh) else (),
             "counts": _counts(plan, how),
-        }
+        },
+        "plan",
     )
-    legality.check(legality.Job(plan, how, rule, method))
-    if method.factored:
-        for site, overrides in sorted((sites or {}).items()):
-            _check_rank(site, overrides.rank, plan, how)
-    return plan
+    legality.check(legality.Job(settled, how, rule, method))
+    if method.factored and _one_rank(rule, method):
+        _check_one_rank(settled.rank, sites, "DoRA" if rule.mixed_ranks else how.merge)
+    widest = _global_rank(settled, how, sites) if method.factored else 0
+    return SettledPlan(settled, how, sites, method, rule, widest)
+
+
+def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str) -> None:
+    for site, overrides in sorted(sites.items()):
+        if overrides.rank not in (None, rank):
+            raise ConfigError(
+                f"{site} is to train at rank {overrides.rank}, and {needing} needs one rank everywhere; "
+                + ("leave use_dora out" if needing == "DoRA" else "use exact"),
+                code="one_rank",
+            )
+
+
+def _step(plan: RoundPlan, how: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:
+    """The server's step. Unless the job names one, it is longer where text is written: the mean change of sites of
+    mixed rank is too short there (docs/log.md).
+    """
+    if how.step is not None:
+        asked(step.registry, how.step)
+        return how.step
+    changes = rule.delta and rule.canonical and method.factored
+    return "fedexp" if promises(plan.task).learns_text and changes else "plain"
+
+
+def _global_rank(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]) -> int:
+    """The job's `max_rank`, or the largest rank that it asks of any site: what a site trains is never cut unasked.
+
+    Raises:
+        ConfigError: a site would train at more than `max_rank`.
+    """
+    ranks = {"peft": plan.rank, **{site: asked.rank for site, asked in sorted(sites.items()) if asked.rank}}
+    widest = max(ranks, key=lambda where: ranks[where])
+    if how.max_rank and ranks[widest] > how.max_rank:
+        raise ConfigError(
+            f"{widest}: rank {ranks[widest]} is above max_rank {how.max_rank}, so the global adapter could not hold "
+            "what is trained; raise max_rank, lower the rank, or leave max_rank out",
+            code="rank_above_global",
+        )
+    return how.max_rank or ranks[widest]
 
 
 def _counts(plan: RoundPlan, how: Aggregation) -> tuple[str, ...]:
@@ -74,53 +172,9 @@ def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
     return given.model_copy(update={"head_lr_ratio": ratio})
 
 
-def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:
-    """The settled plan for one round: the factors whose turn it is."""
-    turns = merge.registry[how.merge].factors
-    return plan.model_copy(update={"factors": turns[number % len(turns)]})
-
-
-def max_rank(plan: RoundPlan, how: Aggregation) -> int:
-    """Of the global adapter of a settled plan."""
-    return how.max_rank or plan.rank
-
-
-def terms(plan: RoundPlan, how: Aggregation, site: str, sites: Mapping[str, SiteOverrides]) -> Terms:
-    """What `site` may send in answer to a settled plan: what it was asked for, less what it may lower.
-
-    Args:
-        sites: what the job asks of single sites differently, as far as the server knows it. Of a site that is not among
-            them the server takes any rank up to the global adapter's or the plan's, and at each the scale that follows.
-    """
-    method, listed = read(plan.peft), sites.get(site)
-    mine = listed.applied(plan) if listed else plan
-    steps, known = mine.training.local_steps, listed and listed.local_steps
-    return Terms(
-        task=plan.task,
-        peft=str(plan.peft["method"]),
-        base=plan.fingerprint,
-        pairs=method.factored and plan.shares == "AB",
-        ranks=_ranks(mine, how, bool(listed)) if method.factored else range(0),
-        scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
-        steps=_up_to(steps, "local_steps" in plan.negotiable) if steps and (known or how.normalize_steps) else None,
-    )
-
-
-def _ranks(mine: RoundPlan, how: Aggregation, listed: bool) -> range:
-    rank = mine.rank
-    if listed or not merge.registry[how.merge].mixed_ranks or mine.peft.get("use_dora"):
-        return _up_to(rank, "rank" in mine.negotiable)
-    return _up_to(max(rank, how.max_rank), lowered=True)
+def _one_rank(rule: MergeRule, method: PeftMethod) -> bool:
+    return not (rule.mixed_ranks and method.side_adapter)
 
 
 def _up_to(most: int, lowered: bool) -> range:
     return range(1 if lowered else most, most + 1)
-
-
-def _check_rank(site: str, rank: int | None, plan: RoundPlan, how: Aggregation) -> None:
-    if rank in (None, plan.peft["rank"]):
-        return
-    if not merge.registry[how.merge].mixed_ranks:
-        raise ConfigError(f"{site} is to train at rank {rank}, and {how.merge} needs one rank everywhere; use exact")
-    if plan.peft.get("use_dora"):
-        raise ConfigError(f"{site} is to train at rank {rank}, and DoRA needs one rank everywhere; leave it out")

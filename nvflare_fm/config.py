@@ -7,7 +7,7 @@ site's own files or environment before it came here, so no message repeats one; 
 import math
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -215,7 +215,7 @@ class EvaluationSettings(Settings):
 
 
 class RoundPlan(Settings):
-    """All that the server asks of a site in a round. Travels with every task: one source of truth.
+    """What a job asks of every site. What follows from it and from how adapters are merged is `combination.settle`'s.
 
     `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
     """
@@ -245,16 +245,6 @@ class RoundPlan(Settings):
         (), description="regression: what each number is then divided by, the same at all sites; empty: 1"
     )
     max_length: int = Field(512, ge=8, le=LENGTH, description="tokens; longer texts are cut")
-    rest: Rest = Field(
-        "tail",
-        description="what of the global adapter rides along frozen; from the merge rule, as the next two",
-    )
-    factors: Factors = Field("AB", description="those a site trains in this round")
-    shares: Factors = Field("AB", description="those that leave a site")
-    label_statistics: LabelStatistics = Field(
-        (), description="what a site is asked to tell of how often its labels occur; follows from the weights"
-    )
-    counts: Counts = Field((), description="of its rows and steps, what a site is asked to tell; from the weights, too")
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(0, ge=0, le=SEED)
@@ -272,13 +262,18 @@ class RoundPlan(Settings):
         return rank if isinstance(rank, int) else 0
 
 
-DERIVED = (
-    "rest",
-    "factors",
-    "shares",
-    "label_statistics",
-    "counts",
-)  # of a plan: they follow from how adapters are merged
+class TaskPlan(RoundPlan):
+    """A plan as it travels with a round's task: with what a site must know of how adapters are merged. The server
+    settles it; a job cannot write it.
+    """
+
+    rest: Rest = Field("tail", description="what of the global adapter rides along frozen")
+    factors: Factors = Field("AB", description="those a site trains in this round")
+    shares: Factors = Field("AB", description="those that leave a site")
+    label_statistics: LabelStatistics = Field(
+        (), description="what a site is asked to tell of how often its labels occur"
+    )
+    counts: Counts = Field((), description="of its rows and steps, what a site is asked to tell")
 
 
 class Aggregation(Settings):
@@ -298,7 +293,12 @@ class Aggregation(Settings):
         description="a server step: what is done with the mean of the sites' changes; unset: fedexp for causal_lm with "
         "exact or stack, else plain",
     )
-    max_rank: int = Field(0, ge=0, le=WIDEST, description="of the global adapter; 0: the plan's rank")
+    max_rank: int = Field(
+        0,
+        ge=0,
+        le=WIDEST,
+        description="of the global adapter, and so of every site; 0: the largest rank that the job asks of any site",
+    )
     max_staleness: int = Field(
         0,
         ge=0,
@@ -323,6 +323,9 @@ def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
     return changed  # what is no number stays, for the method to refuse
 
 
+P = TypeVar("P", bound=RoundPlan)
+
+
 class SiteOverrides(Settings):
     """What a job asks of one site differently from the plan. None: as the plan says."""
 
@@ -336,7 +339,7 @@ class SiteOverrides(Settings):
     model: Text | None = None
     data: Text | None = None
 
-    def applied(self, plan: RoundPlan) -> RoundPlan:
+    def applied(self, plan: P) -> P:
         """The plan as this site is to carry it out."""
         given = self.model_dump(exclude_none=True, exclude={"rank", "lora_alpha"})
         peft = at_rank(plan.peft, self.rank) if self.rank else dict(plan.peft)

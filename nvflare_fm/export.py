@@ -22,7 +22,7 @@ from torch import Tensor
 from . import __version__, at_rest
 from .adapter import LORA_A, LORA_B, Adapter, BaseClass, Manifest, from_tensors, own_class
 from .aggregation.step import Memory
-from .config import MANY, Labels, Name, RoundPlan, Rule, Settings
+from .config import MANY, Labels, Name, Rule, Settings, TaskPlan
 from .errors import ConfigError, FmError, ModelError, WireError
 from .files import read_object
 from .peft_config import adapter_config, exactly
@@ -42,7 +42,7 @@ class Provenance:
     """Where an adapter comes from, beside what its manifest says."""
 
     round: int | None = None  # of the federation that made it; None: unknown
-    plan: RoundPlan | None = None
+    plan: TaskPlan | None = None
     step: Rule | None = None  # the server step, as the job asked for it
     memory: Memory = field(default_factory=Memory)  # what that step remembers after the round
 
@@ -58,7 +58,7 @@ class ProvenanceFile(Settings):
     tokenizer: Name = ""
     chat_template: Name = ""
     round: int | None = Field(None, ge=0, le=MANY)
-    plan: RoundPlan | None = None
+    plan: TaskPlan | None = None
 
 
 def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance: Provenance = Provenance()) -> Path:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 
 from .config import RoundPlan, SiteOverrides
 from .errors import ConfigError
+from .job.aliases import not_an_alias
 from .job.tasks import Promises, promises
 from .registry import nearest
-from .site.site_config import not_an_alias
 
 
 def check_plan(plan: RoundPlan, sites: Mapping[str, SiteOverrides] | None = None) -> None:

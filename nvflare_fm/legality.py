@@ -7,8 +7,8 @@ from .aggregation.asked import named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
+from .job.peft import PeftMethod
 from .job.tasks import Promises, promises
-from .site.peft_methods import PeftMethod
 
 
 @dataclass(frozen=True)

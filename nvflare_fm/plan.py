@@ -5,12 +5,11 @@ Korthikanti et al. (arXiv:2205.05198), for a base model that is frozen.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 
-from .aggregation import merge
-from .config import Aggregation, RoundPlan
+from .config import RoundPlan, TaskPlan
 from .job.tasks import promises
 
 FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
@@ -111,7 +110,7 @@ def number_width(plan: RoundPlan) -> int:
     return _BITS[kind] // 8 if kind in ("fp16", "bf16", "fp32") else 2
 
 
-def trained_bytes(shape: AdapterShape, plan: RoundPlan, rank: int, widest: int) -> int:
+def trained_bytes(shape: AdapterShape, plan: TaskPlan, rank: int, widest: int) -> int:
     """Memory of what is trained: its values, gradients and optimizer state, what FedProx keeps, and the directions
     of the global adapter that ride along frozen.
     """
@@ -181,7 +180,7 @@ class Cost:
 
 def cost(
     site: str,
-    plan: RoundPlan,
+    plan: TaskPlan,
     processes: int,
     widest: int,
     starts_at: int,
@@ -196,7 +195,7 @@ def cost(
     Args:
         plan: as this site is to carry it out.
         processes: trainer processes; memory is that of one.
-        widest: rank of the global adapter, see `global_rank`.
+        widest: rank of the global adapter.
         starts_at: bytes of the adapter the job starts from; 0: none.
         memory_bytes: that the site has; None: not known.
         trains: otherwise the adapter comes once and metrics go back.
@@ -224,13 +223,13 @@ def cost(
     )
 
 
-def rank_that_fits(memory_bytes: float, base: BaseShape, adapter: AdapterShape, plan: RoundPlan, widest: int) -> int:
+def rank_that_fits(memory_bytes: float, base: BaseShape, adapter: AdapterShape, plan: TaskPlan, widest: int) -> int:
     """The largest rank, up to that of the global adapter, at which a site trains in its memory; 0: not even at 1."""
     left = memory_bytes - base.size(plan) - _most_bytes(base, adapter, plan)
     return bisect_right(range(1, widest + 1), left, key=lambda rank: trained_bytes(adapter, plan, rank, widest))
 
 
-def _held_bytes(adapter: AdapterShape, plan: RoundPlan, rank: int, widest: int, trains: bool) -> int:
+def _held_bytes(adapter: AdapterShape, plan: TaskPlan, rank: int, widest: int, trains: bool) -> int:
     return trained_bytes(adapter, plan, rank, widest) if trains else adapter.size(widest)
 
 
@@ -243,10 +242,3 @@ def _size(adapter: AdapterShape, rank: int, shares: str) -> int:
     """Bytes of what travels: where only A does, each layer's fan_out does not count."""
     travels = {n: (fan_out if "B" in shares else 0, fan_in) for n, (fan_out, fan_in) in adapter.layers.items()}
     return AdapterShape(travels, adapter.dense).size(rank)
-
-
-def global_rank(plan: RoundPlan, how: Aggregation, ranks: Iterable[int]) -> int:
-    """Of the merged adapter. Rules that keep canonical form fill it up; others keep the widest site's rank."""
-    if merge.registry[how.merge].canonical:
-        return how.max_rank or plan.rank
-    return max(ranks)

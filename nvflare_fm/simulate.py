@@ -10,8 +10,8 @@ from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
 from .aggregation.late import trained_from
 from .aggregation.step import Memory
-from .combination import max_rank, of_round, settle
-from .config import Aggregation, RoundPlan
+from .combination import settle
+from .config import Aggregation, RoundPlan, TaskPlan
 from .site.worker import Worker
 
 
@@ -48,19 +48,19 @@ def federate(
     Raises:
         FmError: a site fails; unlike NVFlare's controller, nothing here goes on without it.
     """
-    plan = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
+    settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
     adapter = adapter or Adapter()
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
     for number in range(rounds):
-        task = RoundTask(of_round(plan, how, number), adapter, manifest, number, rounds)
+        task = RoundTask(settled.of_round(number), adapter, manifest, number, rounds)
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
         due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
         updates = tuple(trained_from(began, workers[site].train(began), task) for site, began in tasks.items())
         for update in updates:
             check_values(update)
-        combined = combine(adapter, manifest, updates, how, max_rank(plan, how), memory)
+        combined = combine(adapter, manifest, updates, settled.aggregation, settled.global_rank, memory)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
         at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
         if number == 0:
@@ -68,7 +68,7 @@ def federate(
         yield Round(number, combined, updates)
 
 
-def alone(worker: Worker, plan: RoundPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
+def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
     """The baseline: one worker trains by itself for as many steps as it would in `rounds` rounds."""
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds

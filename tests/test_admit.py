@@ -13,10 +13,11 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate, Described, LoraPair, Mani
 from nvflare_fm.aggregation.admit import Terms, admit, check_terms, check_values
 from nvflare_fm.aggregation.cohort import drawn
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle, terms
+from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import WireError
-from nvflare_fm.site.peft_methods import read as read_method
+from nvflare_fm.job.peft import complete
+from nvflare_fm.job.peft import read as read_method
 from tests.strategies import MANIFEST, SINGLE, make_pair, update
 
 LAYER = "base_model.model.layers.0.q_proj"
@@ -185,14 +186,12 @@ def test_sites_are_drawn_by_the_seed_and_the_round_alone_and_all_have_their_turn
 
 # --- what the plan asked, before a tensor is read
 
-PLAN = settle(
-    RoundPlan(peft={"method": "lora", "rank": 4, "lora_alpha": 8}, training={"local_steps": 20}), Aggregation()
-)
+PLAN = RoundPlan(peft={"method": "lora", "rank": 4, "lora_alpha": 8}, training={"local_steps": 20})
 MIXED = Aggregation(max_rank=16)
 
 
 def asked(site: str = "a", how: Aggregation = MIXED, plan: RoundPlan = PLAN, **sites: dict) -> Terms:
-    return terms(plan, how, site, {name: SiteOverrides.read(said, "test") for name, said in sites.items()})
+    return settle(plan, how, {name: SiteOverrides.read(said, "test") for name, said in sites.items()}).terms(site)
 
 
 def sent(rank: int = 4, scale: float = 2.0, names: tuple[str, ...] = (LAYER,), **report) -> AdapterUpdate:
@@ -212,7 +211,7 @@ def code_of(found: AdapterUpdate, on: Terms, state: Adapter | None = None, manif
 
 @given(plan_rank=st.integers(1, 64), rank=st.integers(1, 64), rslora=st.booleans())
 def test_at_every_rank_the_scale_is_the_one_the_site_trains_with(plan_rank, rank, rslora):
-    plan = settle(RoundPlan(peft={"method": "lora", "rank": plan_rank, "use_rslora": rslora}), Aggregation(max_rank=64))
+    plan = RoundPlan(peft=complete({"method": "lora", "rank": plan_rank, "use_rslora": rslora}))
     trained = read_method(SiteOverrides(rank=rank).applied(plan).peft).scale
     assert code_of(sent(rank, trained), asked(plan=plan, how=Aggregation(max_rank=64))) == ""
     assert code_of(sent(rank, trained * 1.001), asked(plan=plan, how=Aggregation(max_rank=64))) == "scale_not_in_plan"
@@ -234,7 +233,7 @@ def test_a_site_that_is_listed_is_held_to_its_rank_or_less_where_it_may_lower_it
 
 
 def test_a_rule_for_one_rank_and_dora_take_the_plans_rank_alone():
-    for how, plan in ((Aggregation(merge="factor_mean"), PLAN), (MIXED, _with(PLAN, use_dora=True))):
+    for how, plan in ((Aggregation(merge="factor_mean"), PLAN), (Aggregation(), _with(PLAN, use_dora=True))):
         assert code_of(sent(4), asked(how=how, plan=plan)) == ""
         assert code_of(sent(3, 2.0 * (4 / 3) ** 0.5), asked(how=how, plan=plan)) == "rank_not_in_plan"
 
@@ -267,7 +266,7 @@ def test_where_changes_count_by_the_step_a_site_has_taken_those_it_was_asked_for
 
 
 def test_another_task_method_or_base_than_the_plans_is_refused_though_nobody_else_has_answered():
-    pinned = PLAN.model_copy(update={"fingerprint": "base-2"})
+    pinned = PLAN.model_copy(update={"fingerprint": "ba5e2"})
     assert code_of(sent(), asked(plan=pinned)) == "other_base"
     assert code_of(sent(), asked(), manifest=replace(MANIFEST, base="base-2")) == "other_base"
     assert code_of(replace(sent(), manifest=replace(MANIFEST, peft="ia3")), asked()) == "other_task"
@@ -276,7 +275,7 @@ def test_another_task_method_or_base_than_the_plans_is_refused_though_nobody_els
 
 def test_pairs_come_where_the_plan_asks_for_them_and_nowhere_else():
     assert code_of(replace(sent(), adapter=Adapter({}, {"v": torch.ones(2)})), asked()) == "pairs_not_in_plan"
-    vectors = settle(RoundPlan(peft={"method": "ia3"}), Aggregation())
+    vectors = RoundPlan(peft={"method": "ia3"})
     found = replace(sent(), manifest=replace(MANIFEST, peft="ia3"))
     assert code_of(found, asked(plan=vectors)) == "pairs_not_in_plan"
 

@@ -190,7 +190,7 @@ def test_a_rule_may_be_given_with_its_settings(job: Path) -> None:
     weigh = 'weigh=["examples", {"rule": "loss", "q": 2}]'
     done = typed("new", "lora_instruction_tuning", "-o", job, weigh, 'step={"rule": "momentum", "beta": 0.9}')
     assert done.exit_code == 0, done.exception
-    how = read_job(job).how
+    how = read_job(job).settled.aggregation
     assert list(how.weigh) == ["examples", {"rule": "loss", "q": 2}]
     assert how.step == {"rule": "momentum", "beta": 0.9}
 
@@ -253,7 +253,7 @@ def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(jo
     assert typed("new", "continue_from_adapter", "-o", job, f"adapter={earlier}").exit_code == 0
     made = read_job(job)
     assert made.adapter
-    assert (made.plan.peft["rank"], made.plan.peft["target_modules"], made.how.max_rank) == (2, ("q_proj",), 3)
+    assert (made.plan.peft["rank"], made.plan.peft["target_modules"], made.settled.global_rank) == (2, ("q_proj",), 3)
     assert (made.plan.model, made.plan.quantization, made.plan.max_length) == ("small", "bf16", 77)
     typed("new", "continue_from_adapter", "-o", job.parent / "c", f"adapter={earlier}", "max_length=99")
     assert read_job(job.parent / "c").plan.max_length == 99

@@ -19,7 +19,7 @@ from nvflare_fm.export import ProvenanceFile
 from nvflare_fm.flare import components
 from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement
-from nvflare_fm.site import peft_methods
+from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.site.site_config import SiteConfig
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, Aggregation, SiteOverrides, SiteConfig]

@@ -12,7 +12,7 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.aggregation.late import rebased, trained_from
 from nvflare_fm.aggregation.weigh import weigh
-from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.config import Aggregation, TaskPlan
 from nvflare_fm.lora import head
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, make_pair, ranks, update
 
@@ -77,13 +77,13 @@ def test_a_late_update_of_other_layers_is_left_out_by_name() -> None:
 
 def test_who_is_in_time_is_left_as_it_is() -> None:
     one = update("alder", Adapter())
-    task = RoundTask(RoundPlan(), round=3)
+    task = RoundTask(TaskPlan(), round=3)
     assert trained_from(task, one, task) is one
     assert rebased(one, Adapter(), "tail") is one
 
 
 def test_a_late_update_knows_how_late_it_is_and_what_it_was_trained_from() -> None:
-    began = RoundTask(RoundPlan(), Adapter(dense={"head": torch.ones(2)}), round=3)
+    began = RoundTask(TaskPlan(), Adapter(dense={"head": torch.ones(2)}), round=3)
     found = trained_from(began, update("alder", Adapter()), replace(began, round=5, adapter=Adapter()))
     assert (found.staleness, found.began) == (2, began.adapter)
 

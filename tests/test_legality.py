@@ -80,8 +80,8 @@ def test_what_goes_together_is_let_through(plan, how):
 
 
 def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_other_does():
-    assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["examples", "skew"])).label_statistics == ("skew",)
-    assert settle(RoundPlan(**CLASSIFY, label_statistics=["skew"]), Aggregation()).label_statistics == ()
+    assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["examples", "skew"])).plan.label_statistics == ("skew",)
+    assert settle(RoundPlan(**CLASSIFY), Aggregation()).plan.label_statistics == ()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     def settled(method: str = "lora", **training: object) -> TrainingSettings:
         plan = RoundPlan(task=task, labels=["a", "b"], peft={"method": method}, training=training)
-        return settle(plan, Aggregation()).training
+        return settle(plan, Aggregation()).plan.training
 
     assert settled().head_lr_ratio == ratio
     assert settled(optim="sgd").head_lr_ratio == 0

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, TrainingSettings
+from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
@@ -23,7 +23,6 @@ from nvflare_fm.plan import (
     AdapterShape,
     BaseShape,
     activation_bytes,
-    global_rank,
     measuring_bytes,
     rank_that_fits,
     trained_bytes,
@@ -74,7 +73,7 @@ def test_bytes_down_are_those_of_the_merged_adapter(merge: str, models: dict[str
     ]
     merged = combine(RoundTask(plans[0]).adapter, None, sent, how, max_rank=8)
     _, shape = shapes(models["llama"], plans[0])
-    widest = global_rank(plans[0], how, [2, 5])
+    widest = settle(plans[0], how).merged_rank([2, 5])
     assert widest == (5 if merge == "zero_pad" else 8)
     assert shape.size(widest) == merged.adapter.bytes()
 
@@ -183,7 +182,7 @@ def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
 def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path: Path) -> None:
     from nvflare_fm.export import Provenance, write_adapter
 
-    plan = RoundPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
+    plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
     size = adapter(1).bytes()
     (cost,) = told(exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3})).costs
@@ -255,7 +254,7 @@ def test_the_rank_that_fits_is_the_largest_whose_memory_is_there(rank: int, wide
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True), (False, False)])
 def test_measuring_counts_where_it_takes_more_than_a_step_and_where_there_is_any(before: bool, after: bool) -> None:
-    plan = RoundPlan(
+    plan = TaskPlan(
         peft={"method": "lora", "rank": 4},
         max_length=64,
         training=TrainingSettings(batch_size=1),
@@ -282,7 +281,7 @@ def test_a_site_is_told_the_rank_that_fits_into_its_memory(tmp_path: Path, model
 @pytest.mark.parametrize("shares", ["AB", "A"])
 def test_where_a_alone_is_shared_only_a_is_paid_for(shares: str, models: dict[str, Path], tmp_path: Path) -> None:
     job = exported(tmp_path, merge="share_a" if shares == "A" else "factor_mean", peft={"method": "lora", "rank": 4})
-    plan = settle(tiny.plan(), Aggregation(merge="share_a" if shares == "A" else "factor_mean"))
+    plan = settle(tiny.plan(), Aggregation(merge="share_a" if shares == "A" else "factor_mean")).plan
     sent = tiny.worker(tmp_path, models["llama"], "causal_lm").train(RoundTask(plan))
     (cost,) = told(job, models["llama"]).costs
     assert cost.bytes_up == cost.bytes_down == sent.adapter.bytes()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import of_round, settle
+from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import WireError
 from nvflare_fm.lora import head, zero
@@ -78,17 +78,17 @@ def test_rolora_is_exact_where_one_factor_was_frozen(layer):
 def test_rolora_trains_b_first_and_then_a_in_turn():
     how = Aggregation(merge="alternate")
     plan = settle(RoundPlan(), how)
-    assert [of_round(plan, how, number).factors for number in range(4)] == ["B", "A", "B", "A"]
+    assert [plan.of_round(number).factors for number in range(4)] == ["B", "A", "B", "A"]
 
 
 def test_ffa_lora_trains_b_in_every_round():
     how = Aggregation(merge="freeze_a")
-    assert [of_round(settle(RoundPlan(), how), how, number).factors for number in range(3)] == ["B", "B", "B"]
+    assert [settle(RoundPlan(), how).of_round(number).factors for number in range(3)] == ["B", "B", "B"]
 
 
 def test_every_other_rule_trains_both_factors():
     for name in set(merge.registry) - set(FROZEN):
-        assert of_round(RoundPlan(), Aggregation(merge=name), 3).factors == "AB", name
+        assert settle(RoundPlan(), Aggregation(merge=name)).of_round(3).factors == "AB", name
 
 
 def test_fedsa_lora_averages_a_and_refuses_a_site_that_sends_its_b():

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from nvflare_fm import templates
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
-from nvflare_fm.config import DERIVED, EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
+from nvflare_fm.config import EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.export import Provenance, read_adapter, write_adapter
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
@@ -31,7 +31,7 @@ from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.flare.simulate_job import prepare
-from nvflare_fm.site.peft_methods import registry as methods
+from nvflare_fm.job.peft import registry as methods
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny
@@ -76,7 +76,7 @@ def said(component: Any) -> str:
     """What it is and was made with, defaults written out."""
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
-    held = {"plan": "round_plan", "settings": "how" if hasattr(component, "how") else "overrides"}
+    held = {"plan": "settled", "settings": "how" if hasattr(component, "how") else "overrides"}
     values = {name: getattr(component, held.get(name, name)) for name in names if ours and name != "aggregator"}
     return f"{type(component).__name__} {values}"
 
@@ -114,7 +114,7 @@ def test_nvflare_accepts_a_template_as_a_job_that_brings_no_code(template: str, 
 
 @every_training
 def test_every_component_takes_its_arguments(template: str) -> None:
-    assert only(FedPEFT, built(FOLDER / template)).round_plan.template == template
+    assert only(FedPEFT, built(FOLDER / template)).settled.plan.template == template
 
 
 @every_template
@@ -138,7 +138,7 @@ def test_every_setting_is_a_knob(template: str) -> None:
     (controller,) = [p for p in parts(FOLDER / template, "server") if p["path"].endswith("FedPEFT")]
     plan = controller["args"]["plan"]
     labels = {"labels"} if plan["task"] == "causal_lm" else set()  # it has none
-    assert set(plan) == set(RoundPlan.model_fields) - set(DERIVED) - labels
+    assert set(plan) == set(RoundPlan.model_fields) - labels
     assert set(plan["training"]) == set(TrainingSettings.model_fields)
     assert set(plan["evaluation"]) == set(EvaluationSettings.model_fields)
     assert set(plan["peft"]) == {"method", *methods[plan["peft"]["method"]].model_fields}

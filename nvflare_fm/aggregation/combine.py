@@ -12,7 +12,6 @@ from torch import Tensor
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..config import Aggregation
 from ..errors import WireError
-from ..job.tasks import promises
 from ..lora import refill, shorten, spectrum, zero
 from . import guard, merge, step
 from .admit import admit
@@ -73,7 +72,7 @@ def combine(
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
-    taken = step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares)
+    taken = step.choose(how.step or "plain", cohort, shares)  # a settled plan names one
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
@@ -106,11 +105,6 @@ def combine(
         step_size=taken.size,
         memory=mover.memory(),
     )
-
-
-def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
-    """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
-    return "fedexp" if promises(manifest.task).learns_text and rule.delta and rule.canonical else "plain"
 
 
 def _weighed_by(how: Aggregation) -> set[str]:

@@ -47,7 +47,7 @@ def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scor
     from ..simulate import alone as train_alone
     from ..site.worker import Worker
 
-    plan = settle(trial.plan(), Aggregation())
+    plan = settle(trial.plan(), Aggregation()).plan
     plan = plan.model_copy(update={"evaluation": plan.evaluation.model_copy(update={"before": False})})
     overrides = SiteOverrides(rank=rank, batch_size=batch * plan.training.batch_size)
     first = trial.sites[0].folder

@@ -25,7 +25,7 @@ def simulation(trial: Trial) -> "Simulation":
         sites={site.name: {"rank": site.rank} for site in trial.sites},
         key_metric=METRIC,
         key_metric_mode="max",
-        **trial.plan().model_dump(exclude={"rest"}, exclude_defaults=True),
+        **trial.plan().model_dump(exclude_defaults=True),
     )
     folder = trial.output / "federation"
     recipe.export(str(folder / "job"))

@@ -23,8 +23,8 @@ from ..aggregation.metrics import mean
 from ..aggregation.salvage import without_the_largest
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
-from ..combination import terms
-from ..config import Aggregation, RoundPlan, SiteOverrides
+from ..combination import SettledPlan
+from ..config import Aggregation
 from ..errors import FmError
 from ..lora import effective_rank
 from ..untrusted import printable
@@ -56,21 +56,15 @@ class AdapterAggregator(ModelAggregator):
         self.updates: dict[str, AdapterUpdate] = {}
         self.combined: Combined | None = None
         self.memory = Memory()  # of the server step
-        self.begin(RoundTask(RoundPlan()), rank=1)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
         if event_type == EventType.START_RUN:
             fobs.register(TensorDecomposer)
 
-    def begin(self, task: RoundTask, rank: int, sites: Mapping[str, SiteOverrides] | None = None) -> None:
-        """Opens a round in which the sites train from `task`.
-
-        Args:
-            rank: the result has at most so many directions.
-            sites: what the job asks of single sites differently.
-        """
-        self.task, self.rank, self.sites = task, rank, dict(sites or {})
+    def begin(self, task: RoundTask, settled: SettledPlan) -> None:
+        """Open a round in which the sites train from `task`, a round of `settled`."""
+        self.task, self.settled = task, settled
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -88,8 +82,7 @@ class AdapterAggregator(ModelAggregator):
         began = began or self.task
         names = began.adapter.descriptions()
         update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names)
-        asked = terms(began.plan, self.how, update.site, self.sites)
-        check_terms(update, asked, began.adapter, self.task.manifest)
+        check_terms(update, self.settled.terms(update.site), began.adapter, self.task.manifest)
         check_values(update)
         check(self.how.weigh, update)
         if self.how.normalize_steps:
@@ -107,10 +100,10 @@ class AdapterAggregator(ModelAggregator):
         return model
 
     def _combined(self, updates: Sequence[AdapterUpdate]) -> Combined:
-        task = self.task
+        task, how, rank = self.task, self.settled.aggregation, self.settled.global_rank
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
-            return combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory)
+            return combine(task.adapter, task.manifest, updates, how, rank, self.memory)
 
         try:
             return merge(updates)
@@ -145,6 +138,6 @@ class AdapterAggregator(ModelAggregator):
             worst = max(lost, key=lambda layer: lost[layer])
             average = sum(lost.values()) / len(lost)
             self.logger.info(
-                f"round {self.task.round}: shortening to rank {self.rank} lost {average:.2e} of the energy on average, "
-                f"{lost[worst]:.2e} in {worst}"
+                f"round {self.task.round}: shortening to rank {self.settled.global_rank} lost {average:.2e} of the "
+                f"energy on average, {lost[worst]:.2e} in {worst}"
             )

@@ -30,8 +30,8 @@ from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
-from ..combination import max_rank, of_round, settle
-from ..config import DERIVED, RoundPlan, SiteOverrides
+from ..combination import settle
+from ..config import RoundPlan, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
 from ..untrusted import printable
@@ -129,12 +129,10 @@ class FedPEFT(FedAvg):
         )
         self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
         self.disk_offload, self.sites_per_round, self.total_rounds = disk_offload, sites_per_round, num_rounds
-        if decided := [name for name in DERIVED if name in self.plan]:
-            raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
         self.sites = dict(sites or {})
-        self.overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
-        self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
-        check_best(self.round_plan.task, key_metric, key_metric_mode)
+        overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
+        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, overrides)
+        check_best(self.settled.plan.task, key_metric, key_metric_mode)
         self.ledger = Ledger(0, num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the sites' median metrics known last
         self.best: float | None = None
@@ -170,13 +168,13 @@ class FedPEFT(FedAvg):
                 f"the adapter is of round {made_by} and num_rounds is {self.total_rounds}: raise num_rounds"
             )
         step, memory = self.fl_ctx.get_prop(REMEMBERED) or (None, Memory())
-        if step == self.aggregator.how.step:  # what one step remembers is of no use to another
+        if step == self.settled.aggregation.step:  # what one step remembers is of no use to another
             self.aggregator.memory = memory
         return model
 
     def save_model(self, model: FLModel) -> None:
         """Saves the global adapter, and what the server's step remembers with it."""
-        remembered = self.aggregator.how.step, self.aggregator.memory
+        remembered = self.settled.aggregation.step, self.aggregator.memory
         self.fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
         super().save_model(model)
 
@@ -184,7 +182,7 @@ class FedPEFT(FedAvg):
         """The connected sites of this round that are not at an earlier one, in the order of their names."""
         there = {client.name for client in self.engine.get_clients()}
         free = {site for site in there if not self.get_client_disconnect_time(site)} - self._behind()
-        return drawn(free, self.sites_per_round, self.round_plan.seed, self.current_round)
+        return drawn(free, self.sites_per_round, self.settled.plan.seed, self.current_round)
 
     def get_num_standing_tasks(self) -> int:
         """None that FedAvg should wait for: `send_model` has."""
@@ -199,9 +197,9 @@ class FedPEFT(FedAvg):
     ) -> None:
         """Sends the round's task to all sites at once, and returns when the round is over."""
         saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
-        plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
+        plan = self.settled.of_round(self.current_round)
         task = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
-        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides)
+        self.aggregator.begin(task, self.settled)
         self._ask(task, task_name, targets or self.sample_clients(), partial(self._came, task))
 
     def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
@@ -346,7 +344,7 @@ class FedPEFT(FedAvg):
         result = super()._get_aggregated_result()
         combined = self.aggregator.combined
         self.ledger.close(combined, self.aggregator.updates)
-        self.ledger.how = self.aggregator.how.model_dump(mode="json")
+        self.ledger.how = self.settled.aggregation.model_dump(mode="json")
         self._close()
         if not combined.failed:
             self._need(len(combined.weights))
@@ -383,10 +381,10 @@ class FedPEFT(FedAvg):
         """The adapter of the last round has not been measured yet: it may be the best."""
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
-        if not (self.key_metric and self.round_plan.evaluation.before and saved.adapter):
+        if not (self.key_metric and self.settled.plan.evaluation.before and saved.adapter):
             return
         weights = self.aggregator.combined.weights
-        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.total_rounds, self.total_rounds)
+        task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.total_rounds, self.total_rounds)
         measured: dict[str, dict[str, float]] = {}
 
         def take(result: FLModel) -> bool:

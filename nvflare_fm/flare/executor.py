@@ -4,7 +4,6 @@ A thin `ClientAPIExecutor`. The job chooses values; the command is fixed: the si
 """
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from pydantic import Field
 from ..config import SiteOverrides
 from ..errors import FmError
 from ..site import secret
-from ..site.site_config import FILE_NAME, load_site
+from ..site.site_config import FILE_NAME
 from . import wire
 from .arguments import A_YEAR, Arguments
 from .gate import Gate
@@ -84,7 +83,7 @@ class PeftExecutor(ClientAPIExecutor):
             job_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
             self._command = self._argv(str(site_file), job_folder)
             self._gate = Gate(site_file, self.overrides, self.processes)
-            _limit_threads(site_file)
+            _limit_threads(self._gate)
             with contextlib.suppress(FmError):  # a site without a secret is the trainer's to report
                 secret.make(site_file)
             serve_the_server_only(fl_ctx.get_engine())
@@ -93,7 +92,7 @@ class PeftExecutor(ClientAPIExecutor):
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
         self._at = fl_ctx.get_prop(FLContextKey.TASK_ID), abort_signal
-        if refusal := self._gate.refusal(task_name, shareable, fl_ctx):
+        if refusal := self._gate.decide(task_name, shareable, fl_ctx):
             return refusal
         result = super().execute(task_name, shareable, fl_ctx, abort_signal)
         self._gate.note(result, fl_ctx)
@@ -112,12 +111,10 @@ class PeftExecutor(ClientAPIExecutor):
 
     def _argv(self, site_file: str, job_folder: str) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
-        # NVFlare would resolve ${secret:NAME} in a command, from the site's environment, whoever wrote it there
-        overrides = json.dumps(self.overrides.model_dump(exclude_none=True)).replace("$", "\\u0024")
         return [
             sys.executable,
             *(launcher if self.processes > 1 else []),
-            *("-m", TRAINER, "--site-file", site_file, "--job-folder", job_folder, "--overrides", overrides),
+            *("-m", TRAINER, "--site-file", site_file, "--job-folder", job_folder),
         ]
 
     def _create_external_process_backend(self) -> ExternalProcessBackend:
@@ -131,10 +128,10 @@ def serve_the_server_only(engine: Any) -> None:
     engine.aux_runner.topic_table.pop(ReservedTopic.DO_TASK)
 
 
-def _limit_threads(site_file: Path) -> None:
+def _limit_threads(gate: Gate) -> None:
     """Libraries read these when they load, so they must be there before the trainer starts."""
     with contextlib.suppress(FmError):  # a faulty site file is the trainer's to report
-        if threads := load_site(site_file).limits.threads:
+        if threads := gate.config.limits.threads:
             os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
 
 

@@ -12,7 +12,6 @@ from ..plan import (
     Cost,
     activation_bytes,
     cost,
-    global_rank,
     measuring_bytes,
     remarks,
 )
@@ -86,7 +85,7 @@ def _cost(
         EVERY if site == ALL else site,
         plan,
         processes=job.sites[site].processes,
-        widest=global_rank(job.plan, job.how, ranks),
+        widest=job.settled.merged_rank(ranks) if job.settled else job.plan.rank,
         starts_at=job.adapter.bytes() if job.adapter else 0,
         adapter=adapter,
         base=base,

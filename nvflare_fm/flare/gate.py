@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nvflare.apis.dxo import from_shareable
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.job_def import JobMetaKey
@@ -11,7 +12,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from ..config import RoundPlan, SiteOverrides
+from ..config import SiteOverrides
 from ..errors import FmError
 from ..site.policy import Decision, Submitter, accept, decide
 from ..site.site_config import SiteConfig, load_site
@@ -22,7 +23,7 @@ class Gate:
     """What a site file says to each task of a job.
 
     Args:
-        site_file: read once, when the job's first task arrives.
+        site_file: read once; while it is faulty, again with each task, so that it can be mended.
         overrides, processes: what the job asks of this site alone.
     """
 
@@ -30,15 +31,34 @@ class Gate:
         self.site_file, self.overrides, self.processes = site_file, overrides, processes
         self._config: SiteConfig | None = None
 
-    def refusal(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> Shareable | None:
-        """The reply where the site refuses; nothing where the trainer may have the task."""
+    @property
+    def config(self) -> SiteConfig:
+        """What the site file says.
+
+        Raises:
+            ConfigError: it is missing or faulty.
+        """
+        self._config = self._config or load_site(self.site_file)
+        return self._config
+
+    def decide(self, task_name: str, task: Shareable, fl_ctx: FLContext) -> Shareable | None:
+        """Decide on a task of the server, and put the decision on record.
+
+        Args:
+            task: where it may be carried out, what was decided is put beside its plan, for the trainer.
+        Returns:
+            The reply where the site refuses; nothing where the trainer may have the task.
+        """
         who, about, reply = submitter(fl_ctx), task_name, None
         try:
-            if (asked := wire.read_plan(FLModelUtils.from_shareable(task))) is None:
+            model = FLModelUtils.from_shareable(task)
+            if (asked := wire.read_plan(model)) is None:
                 return None
             plan = self.overrides.applied(asked)
             about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
-            said = str(accept(self._decide(plan, who, trains=task_name == AppConstants.TASK_TRAIN)))
+            decision = accept(decide(plan, self.config, who, self.processes, task_name == AppConstants.TASK_TRAIN))
+            _hand_over(decision, model, task)
+            said = str(decision)
         except FmError as error:
             said, reply = f"refused: {error}", _reply(error.message)
         except Exception as error:  # what cannot be decided is refused, and the job goes on elsewhere
@@ -52,10 +72,6 @@ class Gate:
         kind = result.get_header(ReservedHeaderKey.CONTENT_TYPE)
         if kind and (reason := wire.refused(FLModelUtils.from_shareable(result))):
             self._audit(f"refused by the trainer: {reason}", fl_ctx)
-
-    def _decide(self, plan: RoundPlan, who: Submitter, trains: bool) -> Decision:
-        self._config = self._config or load_site(self.site_file)
-        return decide(plan, self._config, who, self.processes, trains)
 
     @staticmethod
     def _audit(what: str, fl_ctx: FLContext) -> None:
@@ -73,6 +89,14 @@ def submitter(fl_ctx: FLContext) -> Submitter:
     """Who submitted the job, as NVFlare's server authenticated them; nobody in the simulator."""
     meta = fl_ctx.get_prop(FLContextKey.JOB_META) or {}
     return Submitter(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""), meta.get(JobMetaKey.SUBMITTER_ORG.value, ""))
+
+
+def _hand_over(decision: Decision, model: FLModel, task: Shareable) -> None:
+    """Puts a decision into `task`, whose content is `model`; its tensors stay where they are."""
+    wire.write_decision(model, decision.plan, decision.lowered)
+    dxo = from_shareable(task)
+    dxo.meta = {**dxo.meta, wire.KEY: model.meta[wire.KEY]}
+    dxo.update_shareable(task)
 
 
 def _reply(reason: str) -> Shareable:

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from .. import export, job_files
 from ..adapter import Adapter, Manifest
 from ..aggregation.admit import Terms
-from ..combination import CHECKED, settle, terms
-from ..config import Aggregation, RoundPlan, SiteOverrides
+from ..combination import CHECKED, SettledPlan
+from ..config import SiteOverrides, TaskPlan
 from ..errors import ConfigError
-from ..feasible import check_sites
-from ..site.peft_methods import read
+from ..feasible import check_plan, check_sites
+from ..job.peft import read
 from . import components
 from .controller import FedPEFT
 from .deployment import check_folder, head
@@ -34,8 +34,8 @@ class Job:
     """What a job folder says."""
 
     name: str
-    plan: RoundPlan  # settled
-    how: Aggregation
+    plan: TaskPlan  # as its first task sends it
+    settled: SettledPlan | None  # none: it only measures
     rounds: range  # that it trains, counted on from those of the adapter where it resumes; empty: it only measures
     sites: Mapping[str, PeftExecutor]  # what runs where; `ALL` stands for every site
     adapter: Adapter | None  # that it starts from
@@ -60,23 +60,23 @@ def read_job(folder: Path) -> Job:
     check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
     measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
     if measured:
-        return Job(name, measured.applied(made.plan), Aggregation(), range(0), sites, adapter, needed)
+        return Job(name, measured.applied(made.plan), None, range(0), sites, adapter, needed)
     controller = _only(FedPEFT, server)
     needed = max(needed, controller.min_responses)
     check_sites(set(sites) - {ALL}, needed)
-    how, last = controller.aggregator.how, controller.total_rounds
-    plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
+    settled, last = controller.settled, controller.total_rounds
+    check_plan(settled.plan, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
-        for each in (ALL, *controller.overrides) if site == ALL else (site,):
-            _check_admitted(each, executor.overrides, terms(plan, how, each, controller.overrides), plan)
+        for each in (ALL, *settled.sites) if site == ALL else (site,):
+            _check_admitted(each, executor.overrides, settled.terms(each), settled.plan)
     if manifest:
-        _check_fits(plan, manifest)
+        _check_fits(settled.plan, manifest)
     first = made.round + 1 if persistor.resume and made.round is not None else 0
     if first >= last:
         raise ConfigError(
             f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
         )
-    return Job(name, plan, how, range(first, last), sites, adapter, needed)
+    return Job(name, settled.plan, settled, range(first, last), sites, adapter, needed)
 
 
 def _min_sites(meta: Mapping[str, Any]) -> int:
@@ -190,7 +190,7 @@ def _only(kind: type[T], parts: Sequence[Any]) -> T:
     return found[0]
 
 
-def _check_admitted(site: str, overrides: SiteOverrides, asked: Terms, plan: RoundPlan) -> None:
+def _check_admitted(site: str, overrides: SiteOverrides, asked: Terms, plan: TaskPlan) -> None:
     """Whether the server will take what the job has `site` send.
 
     Raises:
@@ -212,9 +212,12 @@ def _check_admitted(site: str, overrides: SiteOverrides, asked: Terms, plan: Rou
         )
 
 
-def _check_fits(plan: RoundPlan, manifest: Manifest) -> None:
+def _check_fits(plan: TaskPlan, manifest: Manifest) -> None:
     asked = (plan.task, plan.labels, plan.peft["method"])
     had = (manifest.task, manifest.labels, manifest.peft)
     for name, ours, theirs in zip(("task", "labels", "peft.method"), asked, had, strict=True):
         if ours != theirs:
-            raise ConfigError(f"the adapter was trained with {name} {theirs!r} and the job asks {ours!r}; take its own")
+            raise ConfigError(
+                f"the adapter was trained with {name} {theirs!r} and the job asks {ours!r}; take its own",
+                code="other_adapter",
+            )

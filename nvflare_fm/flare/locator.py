@@ -17,8 +17,8 @@ from ..config import (
     EvaluationSettings,
     Name,
     Quantization,
-    RoundPlan,
     Settings,
+    TaskPlan,
     Text,
     TrainingSettings,
 )
@@ -39,7 +39,7 @@ class Measurement(Settings):
     max_examples: int = Field(0, ge=0, le=MANY, description="0: all of them")
     template: Name = Field("", description="the job template this comes from; sites may welcome some and not others")
 
-    def applied(self, plan: RoundPlan | None) -> RoundPlan:
+    def applied(self, plan: TaskPlan | None) -> TaskPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
         what a site does not hold as trained rides along frozen. Limits on training do not bite.
 

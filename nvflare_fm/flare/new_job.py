@@ -65,6 +65,7 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
         raise ConfigError(f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe")
     plan = provenance.plan
     widest = max((values.lora[layer].rank for layer in values.lora), default=0)
+    widest = max(widest, plan.rank) if widest else 0  # an adapter can be shorter than what trained it
     peft = {f"plan.peft.{name}": _plain(value) for name, value in plan.peft.items()}
     labels = {"labels": list(plan.labels)} if plan.labels else {}
     kept = {f"plan.{name}": getattr(plan, name) for name in _KEPT}

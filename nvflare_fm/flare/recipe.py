@@ -19,7 +19,6 @@ from ..config import Aggregation, RoundPlan, SiteOverrides
 from ..errors import ConfigError
 from ..feasible import check_plan, check_sites
 from ..registry import nearest
-from ..site import peft_methods
 from .aggregator import AdapterAggregator
 from .controller import ROUND_SETTINGS, FedPEFT
 from .executor import PeftExecutor
@@ -92,7 +91,7 @@ class FedPEFTRecipe(AdapterRecipe):
         resume: continue the round count and the schedule after the initial adapter's round.
         cross_site_evaluation: measure every site's and the server's adapters at every site at the end.
         settings: those of `config.RoundPlan` (task, model, data, peft, training, …), of `config.Aggregation` (merge,
-            weigh, step, max_rank, …; max_rank 0 is the largest rank any site trains) and of `FedPEFT` (num_rounds,
+            weigh, step, max_rank, …) and of `FedPEFT` (num_rounds,
             deadline_s, grace_s, key_metric, …).
 
     Raises:
@@ -117,9 +116,6 @@ class FedPEFTRecipe(AdapterRecipe):
         plan, aggregation, rounds = sorted_out(settings)
         asked = RoundPlan.read(plan, "plan")
         check_plan(asked, overrides)
-        largest = max((o.rank for o in overrides.values() if o.rank), default=0)
-        if not aggregation.get("max_rank") and largest > peft_methods.complete(asked.peft).get("rank", largest):
-            aggregation["max_rank"] = largest
         controller = FedPEFT(
             min_responses=min_sites,
             plan=plan,

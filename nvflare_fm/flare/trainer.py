@@ -6,16 +6,14 @@ process speaks with NVFlare and shares every order with the others.
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import nvflare.client as flare
 from nvflare.apis.analytix import AnalyticsDataType
@@ -25,7 +23,7 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
-from ..config import RoundPlan, SiteOverrides
+from ..config import TaskPlan
 from ..errors import FmError, TrainingError
 from ..site.site_config import load_site
 from . import wire
@@ -42,12 +40,11 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--site-file", type=Path, required=True, help="the site's fm_site.yaml")
     options.add_argument("--job-folder", type=Path, required=True, help="where this site keeps what is its own")
-    options.add_argument("--overrides", type=json.loads, default={}, help="a config.SiteOverrides, as JSON")
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     flare.init()
     crew = Crew() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    post = Post(given.site_file, given.job_folder, given.overrides)
+    post = Post(given.site_file, given.job_folder)
     while (order := _next_order(crew)) is not None:
         answer = post.answer(*order)
         if speaks() and not should_stop():
@@ -92,11 +89,11 @@ def _report(name: str, value: float, step: int) -> None:
 class Post:
     """Carries out orders, and answers each whatever happens."""
 
-    def __init__(self, site_file: Path, job_folder: Path, overrides: Mapping[str, Any]) -> None:
-        self.site_file, self.job_folder, self.overrides = site_file, job_folder, overrides
+    def __init__(self, site_file: Path, job_folder: Path) -> None:
+        self.site_file, self.job_folder = site_file, job_folder
         self.unwell = False  # failed in a way that other processes of the site need not have noticed
         self._worker: Worker | None = None
-        self._plan: RoundPlan | None = None  # what the adapter we may be asked to submit was trained by
+        self._asked: TaskPlan | None = None  # what the server asked of the adapter that we may be told to submit
         self._labels: tuple[str, ...] = ()  # of this job, as the server named them
 
     def answer(self, name: str, message: FLModel) -> FLModel:
@@ -115,8 +112,8 @@ class Post:
         worker = self._hire()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            return wire.write_submission(adapter, manifest, self._plan)
-        task = wire.labelled(wire.read_task(message), self._labels)
+            return wire.write_submission(adapter, manifest, self._asked)
+        task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
             metrics = worker.validate(task)
@@ -125,7 +122,7 @@ class Post:
                     _report(f"before/{metric}", value, task.round)
             return wire.write_metrics(metrics)
         update = worker.train(task)
-        self._plan = task.plan
+        self._asked = wire.read_task(message).plan
         return wire.write_update(update)
 
     def _hire(self) -> "Worker":
@@ -136,10 +133,10 @@ class Post:
             from ..site.own_adapter import OwnAdapter
             from ..site.worker import Worker
 
-            config, overrides = load_site(self.site_file), SiteOverrides.read(self.overrides, "overrides")
+            config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            self._worker = Worker(flare.get_site_name(), config, overrides, should_stop, _report, own, kept)
+            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept)
         return self._worker
 
 

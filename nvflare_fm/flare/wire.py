@@ -5,7 +5,7 @@ Everything under one meta key, with a version; what is missing or of the wrong t
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Annotated, Any, TypeVar
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, Description, Lazy, Manifest, Report, RoundTask, from_tensors
 from ..aggregation.admit import MOST_TENSORS, TYPES, check_form
-from ..config import RoundPlan
+from ..config import TaskPlan
 from ..errors import ConfigError, WireError
-from ..untrusted import Metrics, printable, usable
+from ..untrusted import Metrics, Text, printable, usable
 
 KEY, VERSION = "nvflare_fm", 1
 ROUND_OVER = "nvflare_fm.round_over"  # the server's word to sites that are still at a round it has ended
@@ -30,6 +30,8 @@ _LONGEST_NAME = 256
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 _SCALES = TypeAdapter(dict[str, Annotated[float, Field(strict=True, gt=0, le=1e6)]])
 _MANIFEST, _REPORT, _METRICS = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(Metrics)
+_DECIDED = TypeAdapter(dict[str, Any])
+_LOWERED = TypeAdapter(Annotated[tuple[Text, ...], Field(max_length=16)])
 _ROUND = TypeAdapter(Annotated[int, Field(strict=True, ge=0, le=10**6)] | None)
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Saved:
     adapter: Adapter = field(default_factory=Adapter)
     manifest: Manifest | None = None
     round: int | None = None  # that made it; None: no round of this federation did
-    plan: RoundPlan | None = None
+    plan: TaskPlan | None = None
 
 
 def write_saved(saved: Saved) -> FLModel:
@@ -88,7 +90,7 @@ def read_task(model: FLModel) -> RoundTask:
         raise WireError(f"there is no adapter to work on: {reason}")
     saved = read_saved(model.params, model.meta, "the server")
     if saved.plan is None:
-        raise WireError("the server sent no plan; update nvflare_fm there")
+        raise WireError("the server sent no plan; update nvflare_fm there", code="no_plan")
     number = _typed(_ROUND, {"round": model.current_round}, "round", "the server") or 0
     total = _typed(_ROUND, {"total_rounds": model.total_rounds}, "total_rounds", "the server") or 1
     if number > total:
@@ -96,7 +98,7 @@ def read_task(model: FLModel) -> RoundTask:
     return RoundTask(saved.plan, saved.adapter, saved.manifest, number, total)
 
 
-def read_plan(model: FLModel) -> RoundPlan | None:
+def read_plan(model: FLModel) -> TaskPlan | None:
     """What a task asks, without its tensors; nothing where it asks for no work, as submit_model.
 
     Raises:
@@ -105,6 +107,33 @@ def read_plan(model: FLModel) -> RoundPlan | None:
     if refused(model) or KEY not in (model.meta or {}):
         return None
     return _plan(_content(model.meta, "the server"), "the server")
+
+
+def write_decision(model: FLModel, plan: TaskPlan, lowered: Sequence[str]) -> None:
+    """Put what a site's gate has decided beside what the server asked, for the site's own trainer.
+
+    Args:
+        model: a task as it came; whatever it says of a decision already is replaced.
+        plan: as the site is to carry it out.
+        lowered: what the site gives less of than the server asked.
+    """
+    decided = {"plan": plan.model_dump(mode="json"), "lowered": list(lowered)}
+    model.meta = {**model.meta, KEY: {**_content(model.meta, "the server"), "decided": decided}}
+
+
+def read_decided(model: FLModel) -> RoundTask:
+    """Read a task as the site's gate has decided it: what the trainer carries out.
+
+    Raises:
+        WireError: as `read_task`, or no gate has decided the task.
+        ConfigError: the plan has a setting that is not one we know.
+    """
+    task = read_task(model)
+    decided = _typed(_DECIDED, _content(model.meta, "the server"), "decided", "the site's gate")
+    plan = _plan(decided, "the site's gate")
+    if plan is None:
+        raise WireError("the site's gate has decided no plan; update nvflare_fm at the site", code="no_plan")
+    return replace(task, plan=plan, lowered=_typed(_LOWERED, decided, "lowered", "the site's gate"))
 
 
 def write_update(update: AdapterUpdate) -> FLModel:
@@ -143,7 +172,7 @@ def read_update(model: FLModel, site: str, labels: tuple[str, ...] = (), names: 
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
 
 
-def write_submission(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None) -> FLModel:
+def write_submission(adapter: Adapter, manifest: Manifest, plan: TaskPlan | None) -> FLModel:
     """What a site sends for others to measure: an adapter and the plan it was trained by, both without labels."""
     plan = plan.model_copy(update={"labels": ()}) if plan else None
     return write_saved(Saved(adapter, replace(manifest, labels=()), plan=plan))
@@ -284,20 +313,20 @@ def _fetched(value: Any) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else value.materialize()
 
 
-def _plan(content: Mapping[str, Any], sender: str) -> RoundPlan | None:
+def _plan(content: Mapping[str, Any], sender: str) -> TaskPlan | None:
     if "plan" not in content:
         return None
     if not isinstance(content["plan"], Mapping):
         raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="no_plan")
     try:
-        return RoundPlan.read(content["plan"], f"the plan {sender} sent")
+        return TaskPlan.read(content["plan"], f"the plan {sender} sent")
     except ConfigError as error:  # it repeats what came, however long
         raise ConfigError(printable(error.message.removesuffix(f" [{error.code}]")), code=error.code) from None
 
 
 def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: str) -> T:
     if name not in content:
-        raise WireError(f"{sender} sent no {name}; update nvflare_fm there")
+        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code=f"no_{name}")
     try:
         return kind.validate_python(content[name])
     except ValidationError as error:

@@ -1,1 +1,1 @@
-"""What is settled before a job runs: knows neither transformers nor peft."""
+"""What a job says and what follows from it, before anything runs: the server and the sites read it alike."""

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..adapter import RoundTask
-from ..config import RoundPlan
+from ..config import TaskPlan
 from ..errors import FmError
 from ..plan import remarks
 from .finding import Finding
@@ -20,7 +20,7 @@ STEPS = 3
 _REMARKS = 5  # on labels
 
 
-def checkup(file: Path, plan: RoundPlan) -> Iterator[Finding]:
+def checkup(file: Path, plan: TaskPlan) -> Iterator[Finding]:
     """What is found at a site, one thing after the other.
 
     Args:
@@ -73,7 +73,7 @@ def _hashed(site: SiteConfig, alias: str) -> Finding | str:
     return Finding(f"model {alias}", not site.limits.pinned_only, f"not pinned; to pin it, add fingerprint: {found}")
 
 
-def _trained(site: SiteConfig, plan: RoundPlan) -> str:
+def _trained(site: SiteConfig, plan: TaskPlan) -> str:
     from .base_model import locate
     from .rows import how_to_read
     from .shapes import shapes

@@ -8,11 +8,11 @@ A reason names a setting and what is allowed, never what the job says: that may 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..config import RoundPlan, at_rank
+from ..config import TaskPlan, at_rank
 from ..errors import PolicyError
+from ..job.peft import complete
 from ..plan import AdapterShape, BaseShape, trained_bytes
 from .confine import GIB
-from .peft_methods import complete
 from .site_config import ANYONE, FILE_NAME, Limits, Privacy, SiteConfig, Welcome
 
 
@@ -28,7 +28,7 @@ class Submitter:
 class Decision:
     """What the site says to a plan: the plan as it will be carried out, what it lowered, and why it refuses."""
 
-    plan: RoundPlan
+    plan: TaskPlan
     lowered: tuple[str, ...] = ()
     refused: tuple[PolicyError, ...] = ()
 
@@ -47,21 +47,21 @@ class Bound:
 
     setting: str  # as a job writes it
     limit: str  # the field of `Limits`
-    asked: Callable[[RoundPlan, int], int]  # of a plan that this many processes carry out
+    asked: Callable[[TaskPlan, int], int]  # of a plan that this many processes carry out
     trains: bool = True  # it matters in training alone
     negotiable: str = ""  # what a plan calls it where a site may lower it; MEASURING: it always may
 
 
-def _rows_per_step(plan: RoundPlan, processes: int) -> int:
+def _rows_per_step(plan: TaskPlan, processes: int) -> int:
     return plan.training.batch_size * plan.training.gradient_accumulation_steps * processes
 
 
-def _virtual_tokens(plan: RoundPlan, processes: int) -> int:
+def _virtual_tokens(plan: TaskPlan, processes: int) -> int:
     count = plan.peft.get("num_virtual_tokens")
     return count if isinstance(count, int) else 0
 
 
-def _steps(plan: RoundPlan, processes: int) -> int:
+def _steps(plan: TaskPlan, processes: int) -> int:
     return plan.training.local_steps
 
 
@@ -78,7 +78,7 @@ BOUNDS = (
 )
 
 
-def decide(plan: RoundPlan, site: SiteConfig, who: Submitter, processes: int = 1, trains: bool = True) -> Decision:
+def decide(plan: TaskPlan, site: SiteConfig, who: Submitter, processes: int = 1, trains: bool = True) -> Decision:
     """The site's whole word on a job.
 
     Args:
@@ -92,7 +92,7 @@ def decide(plan: RoundPlan, site: SiteConfig, who: Submitter, processes: int = 1
     return Decision(decision.plan, decision.lowered, (*_unwelcome(plan, site.welcome, who), *decision.refused))
 
 
-def fit(plan: RoundPlan, site: SiteConfig, processes: int = 1, trains: bool = True) -> Decision:
+def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = True) -> Decision:
     """The plan within the site's limits, whoever asks. What fits already stays as it is.
 
     Raises:
@@ -128,8 +128,8 @@ def accept(decision: Decision) -> Decision:
 
 
 def _within(
-    plan: RoundPlan, limits: Limits, processes: int, trains: bool
-) -> tuple[RoundPlan, tuple[str, ...], tuple[PolicyError, ...]]:
+    plan: TaskPlan, limits: Limits, processes: int, trains: bool
+) -> tuple[TaskPlan, tuple[str, ...], tuple[PolicyError, ...]]:
     lowered, refused = [], []
     for bound in BOUNDS:
         most = getattr(limits, bound.limit)
@@ -154,7 +154,7 @@ def _divisor(value: int, most: int) -> int:
     return max(d for d in range(1, most + 1) if value % d == 0)
 
 
-def _lowered(plan: RoundPlan, name: str, value: int) -> RoundPlan:
+def _lowered(plan: TaskPlan, name: str, value: int) -> TaskPlan:
     if name == "rank":
         return plan.model_copy(update={"peft": at_rank(plan.peft, value)})
     changes = {name: value}
@@ -163,7 +163,7 @@ def _lowered(plan: RoundPlan, name: str, value: int) -> RoundPlan:
     return plan.model_copy(update={"training": plan.training.model_copy(update=changes)})
 
 
-def _not_offered(plan: RoundPlan, site: SiteConfig) -> list[PolicyError]:
+def _not_offered(plan: TaskPlan, site: SiteConfig) -> list[PolicyError]:
     reasons = []
     allowed = site.limits.quantizations
     try:
@@ -186,7 +186,7 @@ def _not_offered(plan: RoundPlan, site: SiteConfig) -> list[PolicyError]:
     return reasons
 
 
-def _too_few_rows(plan: RoundPlan, privacy: Privacy, processes: int, trains: bool) -> list[PolicyError]:
+def _too_few_rows(plan: TaskPlan, privacy: Privacy, processes: int, trains: bool) -> list[PolicyError]:
     """What the plan alone tells of the floors; the worker counts how many of the rows are different."""
     reasons = []
     if trains and 0 < plan.training.local_steps * _rows_per_step(plan, processes) < privacy.min_update_rows:
@@ -198,7 +198,7 @@ def _too_few_rows(plan: RoundPlan, privacy: Privacy, processes: int, trains: boo
 
 
 def check_shapes(
-    base: BaseShape, adapter: AdapterShape, plan: RoundPlan, site: SiteConfig, processes: int, trains: bool
+    base: BaseShape, adapter: AdapterShape, plan: TaskPlan, site: SiteConfig, processes: int, trains: bool
 ) -> None:
     """What the base model's layers tell, before its weights are loaded.
 
@@ -269,7 +269,7 @@ def few_metric_rows(privacy: Privacy) -> PolicyError:
     )
 
 
-def _kept_here(plan: RoundPlan, privacy: Privacy) -> list[PolicyError]:
+def _kept_here(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
     """What the job's weights need to know of the rows and the site does not tell."""
     return [
         PolicyError(
@@ -293,7 +293,7 @@ def _unprotected(privacy: Privacy) -> list[PolicyError]:
     ]
 
 
-def _unwelcome(plan: RoundPlan, welcome: Welcome, who: Submitter) -> list[PolicyError]:
+def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyError]:
     if welcome.submitters is None and welcome.orgs is None:
         said = f"this site works for nobody yet; ask its admin to name submitters or orgs under welcome in {FILE_NAME}"
         return [PolicyError(said, code="not_welcome")]

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from ..adapter import RoundTask
-from ..config import LABELS, LENGTH, MANY, ROWS, WIDEST, EvaluationSettings, RoundPlan
+from ..config import LABELS, LENGTH, MANY, ROWS, WIDEST, EvaluationSettings, TaskPlan
 from .site_config import SiteConfig
 from .tasks import registry as tasks
 
@@ -24,7 +24,7 @@ _LIMITS = {  # as much as any plan may ask
 _PRIVACY = {"min_examples": 1, "min_update_rows": 1, "min_metric_rows": 1}  # the rows are all the same
 
 
-def seconds_per_step(model: Path, plan: RoundPlan) -> float:
+def seconds_per_step(model: Path, plan: TaskPlan) -> float:
     """Train a few steps on made-up rows, and tell how long one takes.
 
     Args:

@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter import LORA_A, LORA_B
 from ..config import RoundPlan
 from ..errors import FmError, ModelError
+from ..job import peft
 from ..plan import AdapterShape, BaseShape
-from . import peft_methods
 from .attach import LOCAL, trained_modules, wrap
 from .base_model import BaseModel, check_head, compute_dtype, load_tokenizer, parts_on_top
 from .logits import find_backbone
+from .peft_methods import attachment_of
 from .probe import TOKENS, check_length, positions, stacked, unreached
 from .tasks import registry as tasks
 
@@ -37,7 +38,7 @@ def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
     """
     decisive = {"task", "labels", "peft", "quantization", "double_quant", "compute_dtype"}
     base, adapter = _shapes(folder, plan.model_dump_json(include=decisive))
-    check_length(base.positions, plan.max_length, peft_methods.read(plan.peft).virtual_tokens)
+    check_length(base.positions, plan.max_length, peft.read(plan.peft).virtual_tokens)
     return base, adapter
 
 
@@ -45,12 +46,12 @@ def shapes(folder: Path, plan: RoundPlan) -> tuple[BaseShape, AdapterShape]:
 def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
     plan = RoundPlan.model_validate_json(asked)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' and PEFT's to each other
-    task, method = tasks[plan.task], peft_methods.read(plan.peft)
+    task, attachment = tasks[plan.task], attachment_of(plan.peft)
     config, model = _built(folder, plan)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         load_tokenizer(folder)  # is refused where it is not the model's
     on_top = parts_on_top(model)
-    skipped = {*on_top, *method.trained_whole}
+    skipped = {*on_top, *attachment.method.trained_whole}
     linear = [
         module
         for name, module in model.named_modules()
@@ -78,7 +79,7 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]  # no method asks for it
     lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset(), beside)
     with torch.device("meta"):
-        wrapped = wrap(lent, method.config(lent), plan.seed)
+        wrapped = wrap(lent, attachment.config(lent), plan.seed)
     whole, embeddings = trained_modules(wrapped, heads)
     own = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     saved = {name.replace(f".{LOCAL}.", "."): parameter for name, parameter in own.items()}  # as in PEFT's file

@@ -29,6 +29,7 @@ from ..config import (
     one,
 )
 from ..errors import ConfigError, PolicyError
+from ..job.aliases import not_an_alias
 from ..registry import nearest
 from .site_yaml import read_yaml
 
@@ -232,23 +233,6 @@ def _offered(offers: Mapping[str, T], alias: str, setting: str) -> T:
             code="not_offered",
         )
     return offers[alias]
-
-
-_LOOKS = [  # the first that matches says what a name is that is no alias
-    (r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", ""),
-    (r"(.*[/\\])?\.\.([/\\].*)?", "a way out of a folder"),
-    (r"[A-Za-z]:\\.*|\\.*", "a path"),
-    (r"[A-Za-z_]\w*([.:][A-Za-z_]\w*)*:[A-Za-z_]\w*", "a class path"),
-    (r"[a-z][a-z0-9+.-]*:.*", "a URL"),
-    (r"[\w.-]+/[\w.-]+", "a hub id"),
-    (r"[~.]?[\w .~-]*[/\\].*|.*\.(jsonl?|csv|parquet|safetensors|bin|gz|txt)", "a path"),
-    (r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", "a class path"),
-]
-
-
-def not_an_alias(name: str) -> str:
-    """What `name` looks like, if it is no alias."""
-    return next((kind for pattern, kind in _LOOKS if re.fullmatch(pattern, name, re.DOTALL)), "code or not a name")
 
 
 def load_site(file: Path) -> SiteConfig:

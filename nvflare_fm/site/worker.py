@@ -14,15 +14,16 @@ import torch
 from datasets import Dataset
 
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
-from ..config import RoundPlan, SiteOverrides
+from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
-from . import base_model, data, distributed, evaluation, memory, peft_methods, training
+from ..job.peft import check_training
+from . import base_model, data, distributed, evaluation, memory, training
 from .attach import base_class, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
 from .fingerprint import read_config
 from .own_adapter import OwnAdapter, shared_half
-from .peft_methods import PeftMethod
+from .peft_methods import Attachment, attachment_of
 from .policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
 from .shapes import shapes
 from .site_config import ModelSource, SiteConfig
@@ -34,8 +35,8 @@ from .tasks import registry as tasks
 class Job:
     """All that a task names, found at this site."""
 
-    plan: RoundPlan
-    method: PeftMethod
+    plan: TaskPlan
+    attachment: Attachment  # how the plan's PEFT method is put on the base model
     base: BaseModel
     data: SiteData
     chosen: list[int]  # the rows to train on, in their order; of a task that only measures, none
@@ -46,7 +47,10 @@ class Job:
 class Worker:
     """One site. Holds its base model and tokenized data from round to round; its answers depend on the task alone.
 
+    A task is checked here whoever sent it, and put on the base model once.
+
     Args:
+        overrides: what the job asks of this site differently, where no gate has seen to it already.
         secret: which nobody but the site knows; the order of its rows follows from it. Empty: from the plan's seed
             alone, in simulations.
     """
@@ -81,11 +85,14 @@ class Worker:
 
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
-        plan, method, base = job.plan, job.method, job.base
+        plan, attachment, base = job.plan, job.attachment, job.base
         task = replace(task, plan=plan)
         with base.lent(), self._within_time() as stop:
-            before = self._measured("before", task, self._measure(job, task, stop)) if plan.evaluation.before else {}
-            model = self._checked(method.attach(base, task.adapter, plan, task.round, self.own.read()), base)
+            model, before = self._attached(job, task), {}
+            if plan.evaluation.before:
+                before = self._measured("before", task, self._evaluate(model, job, stop))
+            if plan.rest == "none":
+                attachment.leave_rest(model, plan.factors)
             done = training.train(
                 model,
                 base,
@@ -96,10 +103,10 @@ class Worker:
                 stop,
                 self.log if "steps" in self._told(plan) else None,
                 self._steps_between_logs(job),
-                method.scale,
+                attachment.method.scale,
             )
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
-            adapter, whole = method.extract(model), method.extract(model, whole=True)
+            adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
             manifest = Manifest(
                 base.fingerprint,
                 plan.task,
@@ -128,8 +135,10 @@ class Worker:
         job = self._job(task, trains=False)
         if job.measured is None:
             raise few_metric_rows(self.config.privacy)
+        plan = job.plan.model_copy(update={"rest": "tail"})  # the whole adapter, whatever of it is trained
         with job.base.lent(), self._within_time() as stop:
-            return self._measure(job, task, stop)
+            model = job.attachment.attach(job.base, task.adapter, plan, own=self.own.read())
+            return self._evaluate(model, job, stop)
 
     def rows(self, plan: RoundPlan) -> SiteData:
         """The site's rows under the plan's alias as token ids, read once. They are for the site's own eyes.
@@ -173,12 +182,18 @@ class Worker:
                 code="too_slow",
             ) from None
 
-    def _measure(self, job: Job, task: RoundTask, stop: Callable[[], bool]) -> dict[str, float]:
-        """The metrics of the task's adapter, whatever of it is to be trained."""
-        plan = job.plan.model_copy(update={"rest": "tail"})
-        with job.base.lent():
-            model = job.method.attach(job.base, task.adapter, plan, own=self.own.read())
-            return self._evaluate(model, job, stop)
+    def _attached(self, job: Job, task: RoundTask) -> Any:
+        """The base model with the task's adapter to be trained. Where it is measured first, all of it is there.
+
+        Raises:
+            PolicyError: more would be trained than the site allows: the weights may lack what then is new.
+        """
+        plan = job.plan
+        if plan.rest == "none" and plan.evaluation.before:
+            plan = plan.model_copy(update={"rest": "tail"})
+        model = job.attachment.attach(job.base, task.adapter, plan, task.round, self.own.read())
+        check_trained(*trained_modules(model, job.base.heads), self.config.limits)
+        return model
 
     def _evaluate(self, model: Any, job: Job, stop: Callable[[], bool]) -> dict[str, float]:
         return {} if job.measured is None else evaluation.evaluate(model, job.base, job.measured, job.plan, stop)
@@ -198,8 +213,8 @@ class Worker:
         world = distributed.processes()[1]
         decision = accept(fit(self.overrides.applied(task.plan), self.config, world, trains))
         plan, privacy = decision.plan, self.config.privacy
-        kind, method = tasks[plan.task], peft_methods.read(plan.peft)
-        peft_methods.check_training(method, plan.training)
+        kind, attachment = tasks[plan.task], attachment_of(plan.peft)
+        check_training(attachment.method, plan.training)
         if len(plan.labels) < kind.promises.least_labels:
             least = kind.promises.least_labels
             raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")
@@ -215,10 +230,10 @@ class Worker:
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
         withheld = ("metrics to none: too few rows to measure on",) if measures and not enough else ()
-        base = base_model.load(source, plan, kind, method.trained_whole)
+        base = base_model.load(source, plan, kind, attachment.method.trained_whole)
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
-        return Job(plan, method, base, found, chosen, measured, (*decision.lowered, *withheld))
+        return Job(plan, attachment, base, found, chosen, measured, (*task.lowered, *decision.lowered, *withheld))
 
     def _chosen(self, task: RoundTask, found: SiteData, world: int) -> list[int]:
         """The rows to train on in this round.
@@ -237,11 +252,6 @@ class Worker:
         if len({found.contents[0][row] for row in chosen}) < privacy.min_update_rows:
             raise few_update_rows(privacy)
         return chosen
-
-    def _checked(self, model: Any, base: BaseModel) -> Any:
-        """`model`, once it is sure that nothing is trained that may not be: the weights may lack what then is new."""
-        check_trained(*trained_modules(model, base.heads), self.config.limits)
-        return model
 
     def _report(self, job: Job, done: training.Trained, before: dict[str, float], after: dict[str, float]) -> Report:
         """What is told of a round: no count that the site keeps, and no loss of fewer rows than metrics may be of."""

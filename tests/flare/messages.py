@@ -11,7 +11,8 @@ LAYERS = {
     "base_model.model.model.layers.1.self_attn.q_proj": (6, 5),
 }
 MANIFEST = Manifest("base-1", "causal_lm", "lora")
-PLAN = settle(RoundPlan(peft={"method": "lora", "rank": 3, "lora_alpha": 12}), Aggregation())  # what they were asked
+SETTLED = settle(RoundPlan(peft={"method": "lora", "rank": 3, "lora_alpha": 12}), Aggregation())
+PLAN = SETTLED.plan  # what they were asked
 
 
 def adapter(seed: int, rank: int = 3, scale: float = 4.0) -> Adapter:

@@ -41,8 +41,8 @@ def server(number: int = 1, **settings: Any) -> FedPEFT:
     made.fl_ctx = FLContext()
     made.ledger = Ledger(number, 9, [*HONEST, "liar"], 0)
     state = adapter(9) if number else Adapter()
-    task = RoundTask(made.round_plan, state, MANIFEST if number else None, number, 9)
-    made.aggregator.begin(task, rank=3, sites=made.overrides)
+    task = RoundTask(made.settled.plan, state, MANIFEST if number else None, number, 9)
+    made.aggregator.begin(task, made.settled)
     for seed, site in enumerate(HONEST):
         assert came(made, stepped(update(site, seed)))
     return made

@@ -13,6 +13,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
+from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, SiteOverrides
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
@@ -21,14 +22,15 @@ from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 
-from .messages import MANIFEST, PLAN, adapter, same, update
+from .messages import MANIFEST, PLAN, SETTLED, adapter, same, update
 
 
 def opened(
     task: RoundTask | None = None, sites: dict[str, SiteOverrides] | None = None, **settings: Any
 ) -> AdapterAggregator:
     aggregator = AdapterAggregator(settings)
-    aggregator.begin(task or RoundTask(PLAN), rank=3, sites=sites)
+    settled = replace(settle(PLAN, Aggregation(), sites), aggregation=aggregator.how)  # some suit another task
+    aggregator.begin(task or RoundTask(PLAN), settled)
     return aggregator
 
 
@@ -98,7 +100,7 @@ def test_values_that_are_not_finite_are_rejected_by_site_and_tensor(poison: floa
 def test_a_round_starts_without_the_updates_of_the_last() -> None:
     aggregator = opened()
     aggregator.accept_model(arrival(update("alder", 0)))
-    aggregator.begin(RoundTask(PLAN), rank=3)
+    aggregator.begin(RoundTask(PLAN), SETTLED)
     aggregator.accept_model(arrival(update("birch", 1)))
     aggregator.aggregate_model()
     assert aggregator.combined
@@ -128,7 +130,7 @@ def test_an_answer_counts_while_it_is_not_too_old_there_was_an_adapter_and_a_rou
     controller = FedPEFT(num_rounds=5, aggregator=AdapterAggregator({"max_staleness": 2}), grace_s=1)
     began = RoundTask(PLAN, adapter(1) if sent_in else Adapter(), MANIFEST, sent_in, 5)
     controller.fl_ctx = FLContext()
-    controller.aggregator.begin(RoundTask(PLAN, adapter(2), MANIFEST, now, 5), rank=3)
+    controller.aggregator.begin(RoundTask(PLAN, adapter(2), MANIFEST, now, 5), settle(PLAN, controller.aggregator.how))
     controller.ledger = Ledger(now, 5, ["birch"], 0)
     assert controller._aggregate_one_result(arrival(update("alder", 0)), began) is counts
     assert controller.ledger.late == ([] if counts else ["alder"])

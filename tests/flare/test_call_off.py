@@ -14,7 +14,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.private.aux_runner import AuxRunner
 
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.executor import PeftExecutor, serve_the_server_only
@@ -30,7 +30,7 @@ class Site:
         self.stop, self.messages = Signal(), AuxRunner(None)
         self.messages.register_aux_message_handler(ReservedTopic.DO_TASK, self._nvflares)
         self.executor = PeftExecutor()
-        self.executor._gate = SimpleNamespace(refusal=lambda *_: make_reply(ReturnCode.OK))
+        self.executor._gate = SimpleNamespace(decide=lambda *_: make_reply(ReturnCode.OK))
         serve_the_server_only(SimpleNamespace(aux_runner=self.messages))
         self.messages.register_aux_message_handler(wire.ROUND_OVER, self.executor._call_off)
         self.context = FLContextManager(None, "clinic", "job").new_context()
@@ -84,7 +84,7 @@ def test_the_server_tells_each_site_the_name_of_its_own_task_alone(monkeypatch: 
         for site, name in names.items()
     ]
     asked = SimpleNamespace(completion_status=None, targets=[*names, "never came"], client_tasks=fetched)
-    controller._asked[ROUND] = RoundTask(RoundPlan()), asked
+    controller._asked[ROUND] = RoundTask(TaskPlan()), asked
     controller.engine = SimpleNamespace(
         multicast_aux_requests=lambda topic, messages, *_, **__: sent.update({topic: messages})
     )

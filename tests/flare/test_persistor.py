@@ -55,7 +55,7 @@ def saved(fl_ctx: FLContext, step: object = ADAM, memory: Memory = MEMORY) -> Pa
     federation = controller(fl_ctx, step, AdapterPersistor(keep_rounds=True))
     federation.aggregator.memory = memory
     fl_ctx.set_prop(AppConstants.CURRENT_ROUND, 3)
-    model = wire.write_saved(wire.Saved(adapter(1), MANIFEST, 3, federation.round_plan))
+    model = wire.write_saved(wire.Saved(adapter(1), MANIFEST, 3, federation.settled.plan))
     federation.save_model(model)
     assert all(torch.equal(tensor, adapter(1).tensors()[name]) for name, tensor in model.params.items())
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / FOLDER / LAST

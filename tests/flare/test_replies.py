@@ -12,7 +12,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.sec.audit import AuditService
 
-from nvflare_fm.config import SiteOverrides
+from nvflare_fm.config import SiteOverrides, TaskPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.gate import Gate, written_out
 from nvflare_fm.flare.trainer import Post
@@ -52,16 +52,29 @@ def audit(tmp_path: Path) -> Iterator[Path]:
     AuditService.close()
 
 
-def post(site_file: Path, overrides: dict[str, Any] | None = None) -> Post:
+def post(site_file: Path) -> Post:
     """The trainer's own end, with the worker it would hire."""
-    made = Post(site_file, site_file.parent / "job", {})
+    made = Post(site_file, site_file.parent / "job")
     config = tiny.site(site_file.parent / "model", site_file.parent / "rows.jsonl")
-    made._worker = Worker("site-1", config, SiteOverrides(**(overrides or {})))
+    made._worker = Worker("site-1", config)
     return made
 
 
-def message(plan: Any) -> FLModel:
-    return FLModel(params={}, meta={wire.KEY: {"version": wire.VERSION, "plan": plan, "scales": {}}})
+def message(plan: Any, decided: Any = None) -> FLModel:
+    """A task, as if the site's gate had let it pass unread: the trainer checks it again.
+
+    Args:
+        decided: what the gate made of the plan, if that is another.
+    """
+    passed = {"plan": plan if decided is None else decided, "lowered": []}
+    content = {"version": wire.VERSION, "plan": plan, "scales": {}, "decided": passed}
+    return FLModel(params={}, meta={wire.KEY: content})
+
+
+def refusal(gate: Gate, name: str, task: FLModel) -> FLModel | None:
+    """What the gate replies where it refuses."""
+    reply = gate.decide(name, FLModelUtils.to_shareable(task), FLContext())
+    return None if reply is None else FLModelUtils.from_shareable(reply)
 
 
 def with_value(place: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -89,9 +102,9 @@ def test_no_reply_of_the_gate_or_the_trainer_repeats_a_value_of_the_job(site_fil
     gate, trainer = Gate(site_file, SiteOverrides(), 1), post(site_file)
     for value in VALUES:
         task = message(with_value(place, value))
-        reply = gate.refusal(TRAIN, FLModelUtils.to_shareable(task), FLContext())
+        reply = refusal(gate, TRAIN, task)
         if reply is not None:
-            reason = wire.refused(FLModelUtils.from_shareable(reply))
+            reason = wire.refused(reply)
             silent(reason)
             assert re.search(r"\[\w+\]$", reason)
             assert "internal error" not in reason
@@ -105,9 +118,10 @@ def test_no_reply_of_the_gate_or_the_trainer_repeats_a_value_of_the_job(site_fil
 
 @pytest.mark.parametrize("plan", [None, [], [1], TEXT, NUMBER, {TEXT: TEXT}, {"training": TEXT}, {"peft": [TEXT]}])
 def test_a_plan_that_is_none_is_refused_in_words(site_file: Path, plan: Any):
-    reply = Gate(site_file, SiteOverrides(), 1).refusal(TRAIN, FLModelUtils.to_shareable(message(plan)), FLContext())
+    reply = refusal(Gate(site_file, SiteOverrides(), 1), TRAIN, message(plan))
     assert reply is not None
-    silent(wire.refused(FLModelUtils.from_shareable(reply)) or TEXT)
+    silent(wire.refused(reply) or TEXT)
+    silent(wire.refused(post(site_file).answer(TRAIN, message(PLAN, plan))) or TEXT if plan is not None else "")
 
 
 @pytest.mark.parametrize(
@@ -125,15 +139,15 @@ def test_a_round_that_is_none_is_refused_in_words(site_file: Path, rounds: Any):
 def test_nor_does_one_repeat_what_the_job_says_of_this_site_alone(site_file: Path, overrides: dict[str, Any]):
     for name in (TRAIN, VALIDATE):
         gate = Gate(site_file, SiteOverrides(**overrides), 1)
-        reply = gate.refusal(name, FLModelUtils.to_shareable(message(PLAN)), FLContext())
         if name == TRAIN or "local_steps" not in overrides:
-            silent(wire.refused(FLModelUtils.from_shareable(reply)) or TEXT)
-        silent(everything(post(site_file, overrides).answer(name, message(PLAN))))
+            silent(wire.refused(refusal(gate, name, message(PLAN)) or message(TEXT)) or TEXT)
+        asked = SiteOverrides(**overrides).applied(TaskPlan.read(PLAN, "test")).model_dump(mode="json")
+        silent(everything(post(site_file).answer(name, message(PLAN, asked))))
 
 
 def test_the_sites_own_audit_log_has_it_on_one_line(site_file: Path, audit: Path):
     plan = {**PLAN, "data": f"{TEXT}\n[E:forged] \x1b[31m", "model": TEXT}
-    Gate(site_file, SiteOverrides(), 1).refusal(TRAIN, FLModelUtils.to_shareable(message(plan)), FLContext())
+    refusal(Gate(site_file, SiteOverrides(), 1), TRAIN, message(plan))
     (line,) = audit.read_text().splitlines()
     assert TEXT in line
     assert "\x1b" not in line

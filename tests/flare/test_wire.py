@@ -16,7 +16,7 @@ from nvflare.fuel.utils import fobs
 from safetensors.torch import save_file
 
 from nvflare_fm.adapter import LORA_A, LORA_B, Adapter, LoraPair, RoundTask
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import WireError
 from nvflare_fm.flare import wire
 
@@ -45,7 +45,7 @@ def test_no_list_of_labels_leaves_a_site_and_the_server_knows_the_ones_it_asked_
 
 
 def test_what_a_site_submits_names_no_labels_and_is_measured_with_those_of_the_job() -> None:
-    plan = RoundPlan(task="sequence_classification", labels=("calm", "ill"))
+    plan = TaskPlan(task="sequence_classification", labels=("calm", "ill"))
     manifest = replace(MANIFEST, labels=plan.labels)
     message = wire.write_submission(adapter(0), manifest, plan)
     assert "calm" not in repr(message.meta)
@@ -57,14 +57,14 @@ def test_what_a_site_submits_names_no_labels_and_is_measured_with_those_of_the_j
 
 
 def test_a_task_arrives_with_its_plan_and_round() -> None:
-    task = RoundTask(RoundPlan(seed=3, peft={"method": "lora", "rank": 2}), adapter(0), MANIFEST, 4, 9)
+    task = RoundTask(TaskPlan(seed=3, peft={"method": "lora", "rank": 2}), adapter(0), MANIFEST, 4, 9)
     got = wire.read_task(posted(wire.write_task(task)))
     assert same(got.adapter, task.adapter)
     assert replace(got, adapter=Adapter()) == replace(task, adapter=Adapter())
 
 
 def test_the_first_task_needs_no_adapter() -> None:
-    got = wire.read_task(posted(wire.write_task(RoundTask(RoundPlan()))))
+    got = wire.read_task(posted(wire.write_task(RoundTask(TaskPlan()))))
     assert not got.adapter
     assert got.manifest is None
 

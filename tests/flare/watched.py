@@ -143,8 +143,7 @@ def use(component: Any, workspace: Workspace) -> None:
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={component.processes}"]
         fixed = [sys.executable, *several * (component.processes > 1), "-m", TRAINER, "--site-file"]
         assert command[: len(fixed)] == fixed, command
-        assert command[-2] == "--overrides"
-        assert "$" not in command[-1]
+        assert command[len(fixed) :] == ["/site/fm_site.yaml", "--job-folder", "/site/job"]
     elif isinstance(component, CrossSiteModelEval):
         component._engine = context.get_engine()
         component.start_controller(context)

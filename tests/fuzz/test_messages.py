@@ -23,7 +23,6 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, Report, RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
@@ -256,7 +255,7 @@ SERVERS = {
 LOGGERS = {
     logging.getLogger(name) for name in (wire.__name__, SERVERS[0].logger.name, SERVERS[0].aggregator.logger.name)
 }
-SETTLED = {place: settle(PLAN, server.aggregator.how) for place, server in SERVERS.items()}
+SETTLED = {place: replace(server.settled, global_rank=24) for place, server in SERVERS.items()}
 
 
 ACCEPTED: dict[tuple[int, int], dict[str, AdapterUpdate]] = {}  # what the honest sites sent is read once
@@ -268,8 +267,8 @@ def opened(job: int, late: int) -> FedPEFT:
     server.panic = lambda reason: pytest.fail(f"the job was ended: {reason}")
     server.ledger = Ledger(late, 9, [*HONEST, "dogwood"], 0)
     state = STATES[late]
-    task = RoundTask(SETTLED[job], state, MANIFEST if state else None, late, 9)
-    server.aggregator.begin(task, rank=24)
+    task = RoundTask(SETTLED[job].plan, state, MANIFEST if state else None, late, 9)
+    server.aggregator.begin(task, SETTLED[job])
     if (job, late) not in ACCEPTED:
         for sent in SENT[late]:
             server.aggregator.accept_model(sent)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.export import Provenance, write_adapter
 from nvflare_fm.lora import shorten
@@ -20,12 +20,12 @@ from nvflare_fm.peft_config import adapter_config
 from nvflare_fm.site import base_model, peft_methods
 from nvflare_fm.site.attach import wrap
 from nvflare_fm.site.base_model import BaseModel
-from nvflare_fm.site.peft_methods import PeftMethod
+from nvflare_fm.site.peft_methods import Attachment
 from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from tests.site import tiny
 
-START = RoundPlan()
+START = TaskPlan()
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 7, 5]])
 
 
@@ -34,8 +34,8 @@ def base_of(folder: Path, task: str = "causal_lm", quantization: str = "nf4") ->
     return base_model.load(ModelSource(path=str(folder)), plan, tasks[task])
 
 
-def method(rank: int, **more: Any) -> PeftMethod:
-    return peft_methods.read({"method": "lora", "rank": rank, "lora_alpha": 16, **more})
+def method(rank: int, **more: Any) -> Attachment:
+    return peft_methods.attachment_of({"method": "lora", "rank": rank, "lora_alpha": 16, **more})
 
 
 def global_adapter(base: BaseModel, rank: int) -> Adapter:
@@ -78,7 +78,7 @@ def test_without_rest_a_site_starts_from_the_first_directions_alone(llama: Path)
     base = base_of(llama, quantization="fp32")
     start = global_adapter(base, 6)
     with base.lent():
-        alone = method(2).extract(method(2).attach(base, start, RoundPlan(rest="none")), whole=True)
+        alone = method(2).extract(method(2).attach(base, start, TaskPlan(rest="none")), whole=True)
     for layer, pair in alone.lora.items():
         first = LoraPair(start.lora[layer].A[:2], start.lora[layer].B[:, :2], start.lora[layer].scale)
         torch.testing.assert_close(pair.delta(), first.delta(), atol=1e-5, rtol=1e-4)
@@ -111,7 +111,7 @@ def test_fresh_adapters_are_nested_by_rank_and_change_nothing(llama: Path) -> No
     adapters = {}
     for rank in (2, 5):
         with base.lent():
-            adapters[rank] = method(rank).extract(method(rank).attach(base, Adapter(), RoundPlan(seed=7)))
+            adapters[rank] = method(rank).extract(method(rank).attach(base, Adapter(), TaskPlan(seed=7)))
     for layer, small in adapters[2].lora.items():
         assert torch.equal(small.A, adapters[5].lora[layer].A[:2])
         assert not small.B.any()
@@ -184,7 +184,7 @@ def test_what_was_lent_is_given_back_as_it_was_to_the_last_bit(
             tiny.worker(tmp_path, llama, task).train(RoundTask(plan))
         assert raised.value.code == "dora_on_int8"
         with suppress(AttributeError), base.lent():  # as if it were not refused
-            logits(wrap(base, peft_methods.read(peft).config(base), 0))
+            logits(wrap(base, peft_methods.attachment_of(peft).config(base), 0))
     else:
         tiny.worker(tmp_path, llama, task).train(RoundTask(plan))
     assert base_of(llama, task, quantization) is base
@@ -213,7 +213,7 @@ def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path:
     travelled = from_tensors(update.adapter.tensors(), update.adapter.scales(), "site-1")
     folder = write_adapter(tmp_path / "adapter", travelled, update.manifest, Provenance(0, plan))
     with base.lent():
-        ours = logits(peft_methods.read(plan.peft).attach(base, travelled, START).eval())
+        ours = logits(peft_methods.attachment_of(plan.peft).attach(base, travelled, START).eval())
     with base.lent() as bare:
         theirs = logits(PeftModel.from_pretrained(bare, folder).eval())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -229,7 +229,7 @@ def test_dora_trains_with_its_magnitudes_and_refuses_another_rank(llama: Path, t
     assert worker.validate(RoundTask(plan, update.adapter))["loss"] == pytest.approx(update.report.after["loss"])
     folder, base = write_adapter(tmp_path / "adapter", update.adapter, update.manifest), base_of(llama)
     with base.lent():
-        ours = logits(peft_methods.read(plan.peft).attach(base, update.adapter, START).eval())
+        ours = logits(peft_methods.attachment_of(plan.peft).attach(base, update.adapter, START).eval())
     with base.lent() as bare:
         torch.testing.assert_close(ours, logits(PeftModel.from_pretrained(bare, folder).eval()), atol=1e-5, rtol=1e-5)
     wider = tiny.plan(peft={"method": "lora", "rank": 2, "use_dora": True}, quantization="nf4")
@@ -258,7 +258,7 @@ def test_what_peft_puts_before_and_between_layers_fits_a_base_of_another_type(
     plan = tiny.plan(quantization=quantization, compute_dtype=dtype, peft={"method": name})
     base = base_model.load(ModelSource(path=str(llama)), plan, tasks[plan.task])
     with base.lent():
-        peft_methods.read(plan.peft).attach(base, Adapter(), plan)  # is tried with a text, or refused
+        peft_methods.attachment_of(plan.peft).attach(base, Adapter(), plan)  # is tried with a text, or refused
 
 
 def test_target_modules_that_match_nothing_are_refused(llama: Path) -> None:

@@ -239,7 +239,7 @@ def test_the_head_stays_out_of_quantization_and_the_backbone_does_not(bert: Path
 def start(model: Path, **more: Any) -> Adapter:
     plan = tiny.plan("sequence_classification", **more)
     base = load(model, "sequence_classification", **more)
-    method = peft_methods.read(plan.peft)
+    method = peft_methods.attachment_of(plan.peft)
     with base.lent():
         return method.extract(method.attach(base, Adapter(), plan))
 

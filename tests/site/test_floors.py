@@ -116,10 +116,10 @@ def test_no_count_leaves_unless_the_site_lets_it(llama: Path, tmp_path: Path):
 def test_what_weights_need_is_asked_for_and_a_site_that_keeps_it_says_so(llama: Path, tmp_path: Path):
     plan = tiny.plan(evaluation=QUIET)
     for how in ({"weigh": ["examples"]}, {"normalize_steps": True}):
-        assert settle(plan, Aggregation(**how)).counts == (("examples",) if "weigh" in how else ())
+        assert settle(plan, Aggregation(**how)).plan.counts == (("examples",) if "weigh" in how else ())
     epochs = plan.model_copy(update={"training": plan.training.model_copy(update={"local_steps": 0})})
-    assert settle(epochs, Aggregation(normalize_steps=True)).counts == ("steps",)
-    asks = settle(plan, Aggregation(weigh=["examples"]))
+    assert settle(epochs, Aggregation(normalize_steps=True)).plan.counts == ("steps",)
+    asks = settle(plan, Aggregation(weigh=["examples"])).plan
     assert code(worker(tmp_path, llama, ROWS, validation=12).train, asks) == "kept_here"
     told = worker(tmp_path, llama, ROWS, validation=12, privacy={"counts": "examples"}).train(RoundTask(asks)).report
     assert told.examples == 24

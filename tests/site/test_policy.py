@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, TrainingSettings
+from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site import peft_methods
+from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.site.policy import BOUNDS, Submitter, accept, decide, fit
 from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
@@ -30,17 +30,17 @@ def site(**more: Any) -> SiteConfig:
     return SiteConfig.read(OFFER | more, FILE_NAME)
 
 
-def plan(**more: Any) -> RoundPlan:
-    return RoundPlan.read(more, "plan")
+def plan(**more: Any) -> TaskPlan:
+    return TaskPlan.read(more, "plan")
 
 
-def refusal(asked: RoundPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> str:
+def refusal(asked: TaskPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> str:
     with pytest.raises(PolicyError) as refused:
         accept(decide(asked, config, who, **more))
     return refused.value.message
 
 
-def codes(asked: RoundPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> list[str]:
+def codes(asked: TaskPlan, config: SiteConfig, who: Submitter = WHO, **more: Any) -> list[str]:
     return [reason.code for reason in decide(asked, config, who, **more).refused]
 
 
@@ -221,7 +221,7 @@ def test_measuring_in_smaller_batches_gives_the_same_so_a_site_may_always_do_so(
 
 
 def test_every_number_that_a_plan_asks_for_has_a_limit_or_costs_nothing():
-    groups = {"": RoundPlan, "training.": TrainingSettings, "evaluation.": EvaluationSettings}
+    groups = {"": TaskPlan, "training.": TrainingSettings, "evaluation.": EvaluationSettings}
     groups |= {f"peft.{name}": peft_methods.registry[name] for name in peft_methods.registry}
     numbers = {
         f"{where.split('.')[0]}.{name}".lstrip(".")
@@ -362,7 +362,7 @@ def test_a_lowered_rank_trains_at_the_scale_that_goes_with_it():
 def test_a_rank_is_negotiable_only_where_ranks_may_differ():
     with pytest.raises(ConfigError, match="one rank; take rank out of negotiable"):
         settle(plan(negotiable="rank"), Aggregation(merge="factor_mean"))
-    assert settle(plan(negotiable="rank"), Aggregation()).negotiable == ("rank",)
+    assert settle(plan(negotiable="rank"), Aggregation()).plan.negotiable == ("rank",)
 
 
 def test_a_worker_trains_with_what_its_site_gives_and_says_so(tmp_path: Path):

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.export import write_adapter
-from nvflare_fm.site import base_model, logits, peft_methods
+from nvflare_fm.site import base_model, logits
 from nvflare_fm.site.base_model import BaseModel
+from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import BadRow, registry
 from nvflare_fm.site.tasks.preference import alone
@@ -62,7 +63,7 @@ def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def plan(**more: Any) -> RoundPlan:
+def plan(**more: Any) -> TaskPlan:
     training = {"local_steps": 2, "batch_size": 6, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 1e9}
     return tiny.plan("preference", training=training | {"dpo_beta": BETA} | more.pop("training", {}), **more)
 
@@ -73,7 +74,7 @@ def base_of(folder: Path, quantization: str = "fp32") -> BaseModel:
 
 def of_size(base: BaseModel, rank: int) -> Adapter:
     """A global adapter that is far from nothing, at scale 1."""
-    method = peft_methods.read({"method": "lora", "rank": 1, "lora_alpha": 1})
+    method = attachment_of({"method": "lora", "rank": 1, "lora_alpha": 1})
     with base.lent():
         blank = method.extract(method.attach(base, Adapter(), plan()))
     torch.manual_seed(1)
@@ -112,7 +113,7 @@ def test_loss_and_gradients_are_trls_whatever_rides_along_frozen(
     encoded = [example for row in ROWS[rows] for example in TASK.encode(row, base.tokenizer, asked).examples]
     batch = TASK.batch(encoded, 0)
     with base.lent():
-        model = peft_methods.read(asked.peft).attach(base, start, asked)
+        model = attachment_of(asked.peft).attach(base, start, asked)
         loss = TASK.loss(model, base, batch, asked) / TASK.items(batch)
         loss.backward()
         found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -136,7 +137,7 @@ def test_a_round_ends_where_trls_training_ends(folder: Path, tmp_path: Path) -> 
     source = {"notes": {"train": file, "validation": file}}
     asked = plan(peft={"method": "lora", "rank": 2, "lora_alpha": 2}, evaluation={"before": False, "after": False})
     base = base_of(folder)
-    method = peft_methods.read(asked.peft)
+    method = attachment_of(asked.peft)
     with base.lent():
         start = method.extract(method.attach(base, Adapter(), asked))
     theirs = trl(folder, rows, start, tmp_path, learning_rate=0.5)
@@ -171,7 +172,7 @@ def test_the_reference_is_the_base_model_alone_and_leaves_no_trace(llama: Path, 
         bare = base.model(input_ids=IDS).logits
     with base.lent():
         start = of_size(base, 6) if "rest" in name else Adapter()
-        model = peft_methods.read(asked.peft).attach(base, start, asked, number=1).train()
+        model = attachment_of(asked.peft).attach(base, start, asked, number=1).train()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -212,7 +213,7 @@ def test_training_makes_chosen_answers_likelier_and_what_is_exported_answers_ali
     assert worker.validate(RoundTask(asked, update.adapter))["loss"] == pytest.approx(report.after["loss"], rel=1e-4)
     folder, base = write_adapter(tmp_path / "adapter", update.adapter, update.manifest), base_of(llama)
     with base.lent():
-        ours = peft_methods.read(asked.peft).attach(base, update.adapter, asked).eval()(input_ids=IDS).logits
+        ours = attachment_of(asked.peft).attach(base, update.adapter, asked).eval()(input_ids=IDS).logits
     with base.lent() as bare:
         theirs = PeftModel.from_pretrained(bare, folder).eval()(input_ids=IDS).logits
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

@@ -275,7 +275,7 @@ def test_only_what_a_text_goes_through_is_adapted(tmp_path: Path, task: str, tar
     assert first.combined.adapter.lora
     assert all(pair.B.any() for pair in first.updates[0].adapter.lora.values()), "every layer moves"
     assert not [name for name in second.combined.adapter.tensors() if "vision" in name]
-    told = shapes(folder, settle(plan, Aggregation()))[1]
+    told = shapes(folder, settle(plan, Aggregation()).plan)[1]
     assert told.layers.keys() == first.combined.adapter.lora.keys()
 
 

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, RoundTask
-from nvflare_fm.combination import max_rank, settle
-from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
+from nvflare_fm.combination import settle
+from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError, WireError
 from nvflare_fm.export import read_adapter
 from nvflare_fm.lora import stack
@@ -71,7 +71,7 @@ def test_one_round_by_one_site_is_that_site_alone(llama: Path, tmp_path: Path) -
     plan = tiny.plan()
     worker = tiny.worker(tmp_path, llama, "causal_lm")
     (only,) = federate({"site-1": worker}, plan, Aggregation(), 1)
-    adapter, _, report = alone(worker, settle(plan, Aggregation()), 1)
+    adapter, _, report = alone(worker, settle(plan, Aggregation()).plan, 1)
     assert report.after == only.reports["site-1"].after
     for layer, pair in only.combined.adapter.lora.items():
         torch.testing.assert_close(pair.delta(), adapter.lora[layer].delta(), atol=1e-6, rtol=1e-4)
@@ -106,11 +106,11 @@ def test_nothing_can_be_submitted_before_training(llama: Path, tmp_path: Path) -
     ("merge", "rest"), [("exact", "tail"), ("svd", "none"), ("factor_mean", "none"), ("stack", "all")]
 )
 def test_the_merge_rule_decides_whether_the_rest_rides_along(merge: str, rest: str) -> None:
-    plan = settle(
+    settled = settle(
         tiny.plan(rest="none" if rest == "tail" else "tail", peft={"method": "lora"}), Aggregation(merge=merge)
     )
-    assert plan.rest == rest
-    assert plan.peft["rank"] == max_rank(plan, Aggregation(merge=merge)) == 8
+    assert settled.plan.rest == rest
+    assert settled.plan.peft["rank"] == settled.global_rank == 8
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def medquad(shared: Path, column: str) -> list[dict[str, Any]]:
     return [{"prompt": r["question"] + "\n", column: r["answer"], "label": r["qtype"]} for r in rows]
 
 
-def quick(**more: Any) -> RoundPlan:
+def quick(**more: Any) -> TaskPlan:
     return tiny.plan(**({"training": {"local_steps": 2, "batch_size": 4, "learning_rate": 1e-2}} | more))
 
 
@@ -237,7 +237,7 @@ def test_a_site_that_shares_a_keeps_its_b_is_measured_with_it_and_ends_with_a_mo
         for sent in done.updates:
             assert not sent.adapter.lora
             assert not [name for name in sent.adapter.dense if "lora_B" in name]
-    plan = settle(quick(), Aggregation(merge="share_a"))
+    plan = settle(quick(), Aggregation(merge="share_a")).plan
     task = RoundTask(plan, second.combined.adapter, second.combined.manifest)
     own = [workers[site].validate(task)["loss"] for site in sorted(workers)]
     stranger = sites(tmp_path, llama, "causal_lm", (4, 4))
@@ -262,7 +262,7 @@ def test_sites_may_be_drawn_for_each_round(llama: Path, tmp_path: Path) -> None:
 
 def test_a_site_may_take_fewer_steps_and_says_so(llama: Path, tmp_path: Path) -> None:
     worker = tiny.worker(tmp_path, llama, "causal_lm", overrides=SiteOverrides(local_steps=1))
-    assert worker.train(RoundTask(settle(quick(), Aggregation()))).report.steps == 1
+    assert worker.train(RoundTask(settle(quick(), Aggregation()).plan)).report.steps == 1
 
 
 def one_sided(folder: Path, model: Path, **privacy: Any) -> Worker:
@@ -311,11 +311,11 @@ def test_adjusted_logits_leave_out_what_a_sites_own_frequencies_explain(bert: Pa
 
 def test_how_labels_are_spread_leaves_a_site_only_where_both_sides_say_so(bert: Path, tmp_path: Path) -> None:
     plan = quick(task="sequence_classification")
-    asks = settle(plan, Aggregation(weigh=["examples", "skew"]))
+    asks = settle(plan, Aggregation(weigh=["examples", "skew"])).plan
     willing = one_sided(tmp_path, bert, privacy={"label_statistics": "skew"})
     expected = float((torch.tensor([20, 10, 0]) / 30 - 1 / 3).norm())
     assert willing.train(RoundTask(asks)).report.label_skew == pytest.approx(expected)
-    assert willing.train(RoundTask(settle(plan, Aggregation()))).report.label_skew is None
+    assert willing.train(RoundTask(settle(plan, Aggregation()).plan)).report.label_skew is None
     with pytest.raises(PolicyError, match="does not tell skew") as refused:
         one_sided(tmp_path, bert).train(RoundTask(asks))
     assert refused.value.code == "kept_here"

@@ -99,7 +99,7 @@ def test_after_training_on_an_answer_generation_stops_behind_it(llama: Path, tmp
     ids, labels = job.data.train[0]["input_ids"], job.data.train[0]["labels"]
     begins = next(i for i, label in enumerate(labels) if label != IGNORED)
     with job.base.lent():
-        model = peft_methods.read(plan.peft).attach(job.base, update.adapter, plan).eval()
+        model = peft_methods.attachment_of(plan.peft).attach(job.base, update.adapter, plan).eval()
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 40}
         prompt = torch.tensor([ids[:begins]], device=model.device)
         said = model.generate(input_ids=prompt, do_sample=False, **ends)[0, begins:].tolist()

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.site.site_config import SiteConfig
 from nvflare_fm.site.worker import Worker
 
@@ -98,7 +98,7 @@ def worker(folder: Path, model: Path, task: str, name: str = "site-1", shift: in
     return Worker(name, site(model, Path(file), data={"notes": {"train": file, "validation": file}}), **more)
 
 
-def plan(task: str = "causal_lm", **more: Any) -> RoundPlan:
+def plan(task: str = "causal_lm", **more: Any) -> TaskPlan:
     values: dict[str, Any] = {
         "task": task,
         "quantization": "fp32",
@@ -107,4 +107,4 @@ def plan(task: str = "causal_lm", **more: Any) -> RoundPlan:
         "peft": {"method": "lora", "rank": 4, "lora_alpha": 8},
         "training": {"local_steps": 3, "batch_size": 4, "learning_rate": 1e-2},
     }
-    return RoundPlan.read(values | more, "test")
+    return TaskPlan.read(values | more, "test")

@@ -1,11 +1,16 @@
-"""PEFT methods: what each trains, what of it travels, and how a global adapter is fitted into a site's model."""
+"""How a site puts a PEFT method on its base model, fits a global adapter into it, and takes the trained one off again.
+
+The methods, their settings and promises are those of `nvflare_fm.job.peft`. PEFT's own way does for most of them; a
+method that needs another has a module of its name here.
+"""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter
-from ...config import RoundPlan, Settings, TrainingSettings
-from ...errors import ConfigError
+from ...config import Factors, TaskPlan
+from ...job import peft as methods
+from ...job.peft import PeftMethod
 from ...registry import Registry
 
 if TYPE_CHECKING:
@@ -14,46 +19,31 @@ if TYPE_CHECKING:
     from ..base_model import BaseModel
 
 
-class PeftMethod(Settings):
-    """Settings of one method, and what it does at a site. PEFT itself is imported only when a site calls it.
+class Attachment:
+    """One method at a site, in PEFT's own way. PEFT is imported only when a site calls it."""
 
-    Subclasses set `factored` where the method sends B @ A pairs.
-    """
-
-    factored: ClassVar[bool] = False
-    checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
-
-    @property
-    def scale(self) -> float:
-        """Of the pairs it trains; 1 where it has none."""
-        return 1.0
-
-    @property
-    def side_adapter(self) -> bool:
-        """Whether directions above the site's rank can ride along frozen: ΔW must be additive."""
-        return False
-
-    @property
-    def trained_whole(self) -> tuple[str, ...]:
-        """Modules that are trained beside the method's own parameters, so they must stay out of quantization."""
-        return ()
-
-    @property
-    def virtual_tokens(self) -> int:
-        """How many positions it takes up before a text."""
-        return 0
+    def __init__(self, method: PeftMethod) -> None:
+        self.method = method
 
     def config(self, base: "BaseModel") -> "PeftConfig":
-        """PEFT's configuration of the trained adapter."""
-        raise NotImplementedError
+        """Make PEFT's configuration of the trained adapter."""
+        from peft import get_peft_config
+
+        values = {"peft_type": self.method.peft_type, "task_type": base.task.promises.peft_type}
+        config: PeftConfig = get_peft_config(values | self.method.arguments(base.heads))
+        return config
 
     def initialise(self, model: "PeftModel", seed: int) -> None:
-        """Makes the start that all sites share, where PEFT's own is random."""
+        """Make the start that all sites share, where PEFT's own is random."""
+        from ..attach import fill_prompt
+
+        if self.method.virtual_tokens:
+            fill_prompt(model, seed)
 
     def attach(
-        self, base: "BaseModel", start: Adapter, plan: RoundPlan, number: int = 0, own: Adapter | None = None
+        self, base: "BaseModel", start: Adapter, plan: TaskPlan, number: int = 0, own: Adapter | None = None
     ) -> "PeftModel":
-        """`base.model` with the adapter called "local" trainable, holding `start` (empty: made from the plan's seed).
+        """Put an adapter called "local" on `base.model`, trainable, that holds `start` (empty: made from the seed).
 
         Args:
             plan: its `rest` says what of `start` rides along frozen, its `factors` what is trained.
@@ -73,46 +63,29 @@ class PeftMethod(Settings):
         check_fits(model, base)
         return model
 
+    def leave_rest(self, model: "PeftModel", factors: Factors) -> None:
+        """Take off what rides along frozen, if anything does, and leave the trained adapter as it is.
+
+        Args:
+            factors: those that are trained.
+        """
+
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
-        """What travels: the trained adapter, on the CPU in float32. `whole`: frozen directions included."""
+        """Copy what travels: the trained adapter, on the CPU in float32. `whole`: frozen directions included."""
         from ..attach import tensors
 
         return Adapter(dense=tensors(model))
 
 
-registry: Registry[type[PeftMethod]] = Registry("PEFT method", __name__)
+registry: Registry[type[Attachment]] = Registry("PEFT method", __name__)
 
 
-def read(settings: Mapping[str, Any]) -> PeftMethod:
-    """The method that `{"method": name, …}` describes.
+def attachment_of(peft: Mapping[str, Any]) -> Attachment:
+    """Find how a site puts on the method that `{"method": name, …}` describes.
 
     Raises:
         ConfigError: an unknown method or setting, with the nearest known one.
     """
-    values = dict(settings)
-    if "method" not in values:
-        raise ConfigError(f"peft needs a method, one of {list(registry)}", code="no_method")
-    name = values.pop("method")
-    return registry[name].read(values, f"peft ({name})")
-
-
-def check_training(method: PeftMethod, settings: TrainingSettings) -> None:
-    """Refuse training settings that a PEFT method cannot use.
-
-    Raises:
-        ConfigError: the method cannot be trained so.
-    """
-    if settings.gradient_checkpointing and not method.checkpointing:
-        raise ConfigError(
-            "prefix_tuning does not go with gradient_checkpointing; use another method, or turn it off",
-            code="no_checkpointing",
-        )
-
-
-def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with the method's defaults written out, so that whoever reads the rank finds it.
-
-    Raises:
-        ConfigError: as `read`.
-    """
-    return {"method": settings.get("method"), **read(settings).model_dump()}
+    method = methods.read(peft)
+    name = str(peft["method"])
+    return registry[name](method) if name in set(registry) else Attachment(method)

@@ -1,66 +1,38 @@
-"""LoRA (arXiv:2106.09685) with rsLoRA's scale (arXiv:2312.03732) or DoRA's magnitudes (arXiv:2402.09353).
+"""LoRA at a site, with rsLoRA's scale or DoRA's magnitudes (settings: `job/peft/lora.py`).
 
 A site of rank r trains the first r directions of the global adapter. The others ride along as a second, frozen LoRA
 adapter, so that every site starts a round at exactly the global adapter, whatever its rank.
 """
 
-import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, LoraPair, from_tensors
 from ...aggregation.merge.zero_pad import pad
-from ...config import WIDEST, Modules, RoundPlan
+from ...config import Factors, TaskPlan
 from ...errors import ConfigError, WireError
+from ...job.peft.lora import Lora
 from ...lora import fresh_rows, head, refill, stack, tail, zero
 from ..own_adapter import joined
-from . import PeftMethod, registry
+from . import Attachment, registry
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
     from ..base_model import BaseModel
 
 
 @registry.register("lora")
-class Lora(PeftMethod):
-    """Settings by PEFT's own names, but for `rank`, which PEFT calls `r`."""
-
-    factored = True
-
-    rank: int = Field(8, ge=1, le=WIDEST)
-    lora_alpha: float = Field(
-        16.0, gt=0, le=1e6, description="the scale is lora_alpha / rank, or / √rank with use_rslora"
-    )
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    use_rslora: bool = False
-    use_dora: bool = False
-    target_modules: Literal["all-linear"] | Modules = Field("all-linear", description="ends of module names")
-    modules_to_save: Modules = Field(
-        (), description="modules trained whole, of those a site lists as limits.trainable_modules"
-    )
-
-    @property
-    def scale(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    @property
-    def side_adapter(self) -> bool:
-        return not self.use_dora  # DoRA normalises W + ΔW: two adapters do not add
-
-    @property
-    def trained_whole(self) -> tuple[str, ...]:
-        return self.modules_to_save
+class LoraAttachment(Attachment):
+    method: Lora
 
     def attach(
-        self, base: "BaseModel", start: Adapter, plan: RoundPlan, number: int = 0, own: Adapter | None = None
+        self, base: "BaseModel", start: Adapter, plan: TaskPlan, number: int = 0, own: Adapter | None = None
     ) -> "PeftModel":
         from ..attach import freeze, put, wrap
 
-        if self.use_dora and base.quantization == "int8" and base.model.device.type == "cpu":
+        if self.method.use_dora and base.quantization == "int8" and base.model.device.type == "cpu":
             raise ConfigError(  # PEFT reads the weights, and takes them from their scales
                 "DoRA does not work on an int8 base model on a CPU; use nf4, plain LoRA, or a GPU", code="dora_on_int8"
             )
@@ -77,10 +49,10 @@ class Lora(PeftMethod):
         start = start or Adapter({layer: zero(*blank.lora[layer].shape) for layer in blank.lora}, blank.dense)
         _check_layers(start, blank)
         widest = max(pair.rank for pair in start.lora.values())
-        if self.use_dora and widest not in (0, self.rank):
+        if self.method.use_dora and widest not in (0, self.method.rank):
             raise ConfigError(
                 "DoRA needs one rank everywhere, and the adapter has another than this site is to train",
-                f"this site trains {self.rank}, the adapter has {widest}",
+                f"this site trains {self.method.rank}, the adapter has {widest}",
                 code="one_rank",
             )
         trained, frozen = self._split(start, plan, number)
@@ -90,30 +62,16 @@ class Lora(PeftMethod):
         freeze(model, plan.factors)
         return model
 
-    def _split(self, start: Adapter, plan: RoundPlan, number: int) -> tuple[dict[str, LoraPair], dict[str, LoraPair]]:
+    def _split(self, start: Adapter, plan: TaskPlan, number: int) -> tuple[dict[str, LoraPair], dict[str, LoraPair]]:
         """What of `start` is trained, at this site's rank and scale, and what rides along frozen."""
         if plan.rest == "all":
-            rows = range(number * self.rank, (number + 1) * self.rank)
+            rows = range(number * self.method.rank, (number + 1) * self.method.rank)
             fresh = {n: fresh_rows(n, p.shape[1], rows, plan.seed, beside=p.A) for n, p in start.lora.items()}
-            columns = {n: p.B.new_zeros(p.shape[0], self.rank) for n, p in start.lora.items()}
-            return {n: LoraPair(a, columns[n], self.scale) for n, a in fresh.items()}, dict(start.lora)
-        kept = {n: refill(head(p, self.rank), self.rank, n, plan.seed) for n, p in start.lora.items()}
-        beside = {n: tail(p, self.rank if plan.rest == "tail" else p.rank) for n, p in start.lora.items()}
-        return {n: p.rescaled(self.scale) for n, p in kept.items()}, beside
-
-    def config(self, base: "BaseModel") -> "LoraConfig":
-        from peft import LoraConfig
-
-        return LoraConfig(
-            task_type=base.task.promises.peft_type,
-            r=self.rank,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            target_modules=self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
-            modules_to_save=sorted({*base.heads, *self.modules_to_save}) or None,
-        )
+            columns = {n: p.B.new_zeros(p.shape[0], self.method.rank) for n, p in start.lora.items()}
+            return {n: LoraPair(a, columns[n], self.method.scale) for n, a in fresh.items()}, dict(start.lora)
+        kept = {n: refill(head(p, self.method.rank), self.method.rank, n, plan.seed) for n, p in start.lora.items()}
+        beside = {n: tail(p, self.method.rank if plan.rest == "tail" else p.rank) for n, p in start.lora.items()}
+        return {n: p.rescaled(self.method.scale) for n, p in kept.items()}, beside
 
     def _add_rest(self, model: "PeftModel", pairs: Mapping[str, LoraPair], rank: int) -> None:
         from peft import LoraConfig, PeftModel
@@ -131,12 +89,20 @@ class Lora(PeftMethod):
             if f".{REST}." in name:
                 parameter.requires_grad_(False)
 
+    def leave_rest(self, model: "PeftModel", factors: Factors) -> None:
+        from ..attach import LOCAL, REST, freeze
+
+        if REST in model.peft_config:
+            model.delete_adapter(REST)
+            model.base_model.set_adapter(LOCAL)
+            freeze(model, factors)
+
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
         from ..attach import REST, tensors
 
         values = tensors(model)
         layers = {n.rpartition(".lora_A.")[0] for n in values if ".lora_A." in n}
-        adapter = from_tensors(values, dict.fromkeys(layers, self.scale), "this site")
+        adapter = from_tensors(values, dict.fromkeys(layers, self.method.scale), "this site")
         pairs = {n: adapter.lora[n] for n in adapter.lora}
         if whole and REST in model.peft_config:
             frozen = from_tensors(tensors(model, REST), dict.fromkeys(layers, 1.0), "this site").lora

@@ -1,21 +1,19 @@
 """IA³ (arXiv:2205.05638): a learned factor for each key, value and feed-forward channel. Averaged entry by entry."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 
 from ...config import Modules
 from . import PeftMethod, registry
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
-
-    from ..base_model import BaseModel
-
 
 @registry.register("ia3")
 class IA3(PeftMethod):
     """All factors start at one, so every site starts at the base model."""
+
+    peft_type = "IA3"
 
     target_modules: Modules = Field((), description="ends of module names; empty: PEFT's choice for the architecture")
     feedforward_modules: Modules = Field((), description="those of target_modules whose input is scaled")
@@ -27,12 +25,9 @@ class IA3(PeftMethod):
     def trained_whole(self) -> tuple[str, ...]:
         return self.modules_to_save
 
-    def config(self, base: "BaseModel") -> "PeftConfig":
-        from peft import IA3Config
-
-        return IA3Config(
-            task_type=base.task.promises.peft_type,
-            target_modules=list(self.target_modules) or None,
-            feedforward_modules=list(self.feedforward_modules) if self.target_modules else None,
-            modules_to_save=sorted({*base.heads, *self.modules_to_save}) or None,
-        )
+    def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
+        return {
+            "target_modules": list(self.target_modules) or None,
+            "feedforward_modules": list(self.feedforward_modules) if self.target_modules else None,
+            "modules_to_save": sorted({*heads, *self.modules_to_save}) or None,
+        }
