@@ -48,6 +48,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "lora", "rank": 4, "target_modules": ["q_proj", "query", "down_proj", "dense"]},
     {"method": "lora", "rank": 4, "use_dora": True},
     {"method": "ia3"},
+    {"method": "vera", "r": 5},
 ]
 
 

@@ -164,6 +164,7 @@ LENT: list[dict[str, Any]] = [
     {"method": "lora", "rank": 2, "lora_dropout": 0.1},
     {"method": "lora", "rank": 2, "use_dora": True},
     {"method": "ia3"},
+    {"method": "vera", "r": 8},
     {"method": "prompt_tuning", "num_virtual_tokens": 3},
     {"method": "prefix_tuning", "num_virtual_tokens": 3},
 ]
@@ -202,7 +203,7 @@ def test_the_base_is_bare_again_after_a_failure(llama: Path) -> None:
     assert [n for n, _ in base.model.named_modules()] == names
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["lora", "ia3", "vera", "prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "token_classification"])
 def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path: Path, name: str, task: str) -> None:
     plan = tiny.plan(task, peft={"method": name}, training={"local_steps": 12, "batch_size": 12, "learning_rate": 0.01})

@@ -160,6 +160,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "dora": {"method": "lora", "rank": 6, "use_dora": True},
     "ia3": {"method": "ia3"},
+    "vera": {"method": "vera", "r": 16},
     "prompt_tuning": {"method": "prompt_tuning", "num_virtual_tokens": 3},
     "prefix_tuning": {"method": "prefix_tuning", "num_virtual_tokens": 3},
 }
