@@ -1,4 +1,4 @@
-"""VeRA: vectors alone travel, and the matrices that they scale are the same at all sites and wherever they are loaded."""
+"""VeRA: vectors alone travel, and the matrices that they scale are the same at all sites and wherever loaded."""
 
 from pathlib import Path
 from typing import Any
