@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from nvflare_fm.flare import components
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nvflare_fm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
-BRIDGES = {"combination", "feasible", "legality", "simulate"}  # files that bring the core and what a site does together
+BRIDGES = {"simulate"}  # files that bring the core and what a site does together
 COMMANDS = {file.stem for file in PACKAGE.glob("cli*.py")}
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},
@@ -51,10 +53,32 @@ def third_party(module: Path) -> set[str]:
 
 
 def loaded_after(*modules: str) -> set[str]:
-    """What a fresh interpreter has loaded after importing `modules`."""
-    code = "; ".join([f"import {m}" for m in modules] + ["import sys", r"print('\n'.join(sys.modules))"])
+    """Which libraries a fresh interpreter has loaded after importing `modules`."""
+    return {name.split(".")[0] for name in modules_after("; ".join(f"import {m}" for m in modules))}
+
+
+def modules_after(code: str) -> set[str]:
+    """The dotted names of what a fresh interpreter has loaded after running `code`."""
+    code += "; import sys; print('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in done.stdout.splitlines()}
+    return set(done.stdout.splitlines())
+
+
+def reached_from(*modules: str) -> set[str]:
+    """All of our modules that `modules` import, those that the imported ones import, and so on; in functions, too."""
+    files = {dotted(module): module for module in MODULES}
+    found, left = set(), list(modules)
+    while left:
+        name = left.pop()
+        while name not in files and "." in name:  # what a module imports by name may be no module
+            name = name.rpartition(".")[0]
+        if name not in files or name in found:
+            continue
+        found.add(name)
+        left += [name.rpartition(".")[0], *imported(files[name])]  # a package is loaded before its modules
+        if files[name].name == "__init__.py" and "Registry(" in files[name].read_text():  # it imports all of its folder
+            left += [other for other in files if other.startswith(f"{name}.")]
+    return found
 
 
 def dotted(module: Path) -> str:
@@ -81,6 +105,26 @@ def test_importing_the_core_loads_neither_hugging_face_nor_nvflare():
     loaded = loaded_after(*(dotted(m) for m in MODULES if room(m) == "core"))
     assert "nvflare_fm" in loaded
     assert not loaded & (HUGGING_FACE | {"nvflare"})
+
+
+def test_what_the_server_runs_imports_nothing_of_what_a_site_does():
+    rooms = [dotted(m) for m in MODULES if m.relative_to(PACKAGE).parts[0] in ("aggregation", "job")]
+    decides = ("combination", "legality", "feasible", "export")
+    server = {kind.rpartition(".")[0] for kind in components.SERVER}
+    reached = reached_from(*rooms, *server, *(f"nvflare_fm.{name}" for name in decides), "nvflare_fm.flare.wire")
+    assert len(reached) > 50
+    assert not {name for name in reached if name.startswith("nvflare_fm.site")}
+
+
+def test_a_job_is_settled_and_its_server_built_without_loading_what_a_site_does():
+    loaded = modules_after(
+        "from nvflare_fm.flare import components; kinds = [components.load(name) for name in components.SERVER]; "
+        "from nvflare_fm.job.peft import registry; from nvflare_fm.aggregation import merge; "
+        "[kinds[0](plan={'peft': {'method': method}}) for method in registry]; list(merge.registry)"
+    )
+    assert {"nvflare_fm.job.peft.lora", "nvflare_fm.aggregation.merge.exact", "nvflare_fm.flare.persistor"} <= loaded
+    assert not {name for name in loaded if name.startswith("nvflare_fm.site")}
+    assert not {name.split(".")[0] for name in loaded} & HUGGING_FACE
 
 
 def test_importing_what_the_server_runs_loads_no_hugging_face():

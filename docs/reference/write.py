@@ -22,8 +22,8 @@ from nvflare_fm.config import (
     SiteOverrides,
     TrainingSettings,
 )
+from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.legality import CLASHES
-from nvflare_fm.site import peft_methods
 from nvflare_fm.site.site_config import SiteConfig
 
 HERE = Path(__file__).parent

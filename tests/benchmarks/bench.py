@@ -18,7 +18,7 @@ from methods import BASELINES, Method
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
-from nvflare_fm.config import RoundPlan, SiteOverrides
+from nvflare_fm.config import RoundPlan, SiteOverrides, TaskPlan
 from nvflare_fm.lora import svd
 from nvflare_fm.simulate import Round, alone, federate
 from nvflare_fm.site import base_model
@@ -159,12 +159,13 @@ class Bench:
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
-    def settled(self, method: Method, seed: int = 0) -> RoundPlan:
+    def settled(self, method: Method, seed: int = 0) -> TaskPlan:
         """The plan as a method's sites carry it out."""
         peft = {"method": "lora", "rank": method.rank or max(RANKS), "use_rslora": not method.alpha}
         peft["lora_alpha"] = method.alpha(peft["rank"]) if method.alpha else ALPHA
         training = self.plan.training.model_copy(update=method.training)
-        return settle(self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training}), method.how)
+        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
+        return settle(asked, method.how).plan
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
         plan = self.settled(method, seed)
@@ -178,7 +179,7 @@ class Bench:
         rounds = math.ceil(self.study.rounds / method.slow) if method.waits else self.study.rounds
         return rounds - math.ceil(method.at_home * rounds)
 
-    def _folding(self, method: Method, workers: dict[str, Worker], plan: RoundPlan) -> Iterator[Round]:
+    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[Round]:
         adapter, manifest = Adapter(), None
         for number in range(self.study.rounds):
             task = RoundTask(plan, adapter, manifest, number, self.study.rounds)

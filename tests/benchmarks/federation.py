@@ -49,7 +49,7 @@ class Bench:
     def __init__(self, lr: float | None) -> None:
         root = sites.write("medquad-lm", RUNS / "data" / "medquad-lm")
         self.names = sorted(p.name for p in root.iterdir() if p.is_dir())
-        plan = settle(RoundPlan.read(PLAN, "study"), Aggregation())
+        plan = settle(RoundPlan.read(PLAN, "study"), Aggregation()).plan
         training = plan.training.model_copy(update={"learning_rate": lr or plan.training.learning_rate})
         self.plan = plan.model_copy(update={"training": training})
         (root / "pooled.jsonl").write_text("".join((root / n / "train.jsonl").read_text() for n in self.names))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
 from nvflare_fm.aggregation.combine import Combined
+from nvflare_fm.job.peft import read
 from nvflare_fm.lora import head, tail
-from nvflare_fm.site import peft_methods
 from nvflare_fm.site.attach import LOCAL
-from nvflare_fm.site.peft_methods.lora import Lora
+from nvflare_fm.site.peft_methods.lora import LoraAttachment
 from nvflare_fm.site.worker import Job, Worker
 
 GAMMA, LAMBDA = 0.99, 5e-3  # of HetLoRA, which tunes λ
@@ -27,7 +27,7 @@ class ScaleBlindWorker(Worker):
 
     def _mine(self, task: RoundTask) -> RoundTask:
         plan = self.overrides.applied(task.plan)
-        scale = peft_methods.read(plan.peft).scale
+        scale = read(plan.peft).scale
         pairs = {n: LoraPair(p.A, p.B, p.scale * scale) for n, p in task.adapter.lora.items()}
         return replace(task, adapter=Adapter(pairs, task.adapter.dense))
 
@@ -47,7 +47,7 @@ class SelfPruningWorker(Worker):
 
     def _job(self, task: RoundTask, trains: bool) -> Job:
         job = super()._job(task, trains)
-        return replace(job, method=Penalised(**job.method.model_dump()))
+        return replace(job, attachment=Penalised(job.attachment.method))
 
     def train(self, task: RoundTask) -> AdapterUpdate:
         update, rank = super().train(task), self.overrides.rank
@@ -56,11 +56,11 @@ class SelfPruningWorker(Worker):
         return update
 
 
-class Penalised(Lora):
+class Penalised(LoraAttachment):
     """LoRA with λ · ‖B[:, γr:]‖ · ‖A[γr:]‖ of each layer beside the loss."""
 
     def attach(self, *args: Any, **kwargs: Any) -> Any:
-        model, start = super().attach(*args, **kwargs), int(GAMMA * self.rank)
+        model, start = super().attach(*args, **kwargs), int(GAMMA * self.method.rank)
         named = dict(model.named_parameters())
         for name in [n for n in named if f".lora_A.{LOCAL}." in n]:
             a, b = named[name], named[name.replace(".lora_A.", ".lora_B.")]

@@ -44,7 +44,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     import sites
 
     from nvflare_fm.adapter import RoundTask
-    from nvflare_fm.config import RoundPlan
+    from nvflare_fm.config import TaskPlan
     from nvflare_fm.plan import activation_bytes, trained_bytes
     from nvflare_fm.site.memory import peak_mib
     from nvflare_fm.site.shapes import shapes
@@ -55,7 +55,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.site.held import Held
 
-    folder, plan = _model(case["model"]), RoundPlan.read(_plan(case), "benchmark")
+    folder, plan = _model(case["model"]), TaskPlan.read(_plan(case), "benchmark")
     with tempfile.TemporaryDirectory() as rows:
         file = Path(rows) / "rows.jsonl"
         file.write_text((json.dumps(tasks[plan.task].made_up(plan)) + "\n") * 64)

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe
 from nvflare_fm.site.policy import fit
 from nvflare_fm.site.site_config import Limits, SiteConfig
 
-TRAINED = RoundPlan.read(
+TRAINED = TaskPlan.read(
     {
         "task": "sequence_classification",
         "labels": ["a", "b"],

@@ -11,7 +11,7 @@ from torch import nn
 
 from nvflare_fm import export
 from nvflare_fm.adapter import Adapter, LoraPair
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ModelError
 
 from .messages import MANIFEST, adapter, same
@@ -61,7 +61,7 @@ def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -
 
 
 def test_sites_with_rslora_get_the_same_delta(tmp_path: Path) -> None:
-    plan = RoundPlan(peft={"method": "lora", "rank": 3, "use_rslora": True})
+    plan = TaskPlan(peft={"method": "lora", "rank": 3, "use_rslora": True})
     merged = Adapter(adapter(1, scale=0.7).lora)
     where = export.Provenance(0, plan)
     read, _, _ = export.read_adapter(export.write_adapter(tmp_path / "last", merged, MANIFEST, where))
@@ -70,7 +70,7 @@ def test_sites_with_rslora_get_the_same_delta(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("merged", [adapter(2, scale=4.0), mixed(), Adapter(dense={"v": torch.ones(3)})])
 def test_reading_undoes_writing(tmp_path: Path, merged: Adapter) -> None:
-    where = export.Provenance(7, RoundPlan(seed=5))
+    where = export.Provenance(7, TaskPlan(seed=5))
     folder = export.write_adapter(tmp_path / "x" / "last", merged, MANIFEST, where)
     read, manifest, provenance = export.read_adapter(folder)
     assert read.tensors().keys() == merged.tensors().keys()

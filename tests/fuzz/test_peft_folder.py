@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nvflare_fm import at_rest, export
 from nvflare_fm.aggregation.step import Memory
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import FmError, ModelError
 from nvflare_fm.flare import wire
 from tests.flare.messages import MANIFEST, adapter
@@ -22,7 +22,7 @@ Files = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    provenance = export.Provenance(3, RoundPlan(seed=5), "adam", Memory(adapter(2), {}))
+    provenance = export.Provenance(3, TaskPlan(seed=5), "adam", Memory(adapter(2), {}))
     return export.write_adapter(tmp_path_factory.mktemp("fuzz") / "last", adapter(1), MANIFEST, provenance)
 
 

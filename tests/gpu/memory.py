@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import FmError
 from nvflare_fm.plan import measuring_bytes
 from nvflare_fm.site.confine import confine
@@ -42,7 +42,7 @@ def memory8() -> None:
             training("8b", offers.plan(kind, 2, 2048, 3, checkpointing=True), {})
 
 
-def training(name: str, asked: RoundPlan, more: dict[str, Any]) -> None:
+def training(name: str, asked: TaskPlan, more: dict[str, Any]) -> None:
     """Loading and three steps."""
     folder = offers.model(name)
     emptied()
@@ -93,7 +93,7 @@ def oom() -> None:
         tried("too little to load", offers.worker(folder), offers.plan("bf16", 1, 512, 2))
 
 
-def tried(what: str, one: Worker, asked: RoundPlan) -> None:
+def tried(what: str, one: Worker, asked: TaskPlan) -> None:
     try:
         say(what, trained=True, peak_mib=one.train(offers.task(asked)).report.peak_memory_mib)
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.plan import activation_bytes, trained_bytes
 from nvflare_fm.site import base_model
 from nvflare_fm.site.base_model import BaseModel
@@ -69,14 +69,14 @@ def rows(name: str, count: int, length: int, seed: int) -> str:
     return str(file)
 
 
-def plan(quantization: str, batch: int, length: int, steps: int, checkpointing: bool = False, **more: Any) -> RoundPlan:
+def plan(quantization: str, batch: int, length: int, steps: int, checkpointing: bool = False, **more: Any) -> TaskPlan:
     """LoRA of rank 16 on all linear layers; nothing is measured unless `more` says so."""
     training = {"local_steps": steps, "batch_size": batch, "learning_rate": RATE}
     training |= {"gradient_checkpointing": checkpointing, **more.pop("training", {})}
     peft = {"method": "lora", "rank": RANK, "lora_alpha": 2 * RANK, **more.pop("peft", {})}
     values = {"quantization": quantization, "max_length": _TINY_LENGTH if TINY else length, "peft": peft}
     values |= {"evaluation": {"before": False, "after": False}} | more
-    return RoundPlan.read({**values, "training": training}, "check")
+    return TaskPlan.read({**values, "training": training}, "check")
 
 
 def site(folder: Path, seed: int = 0, count: int = 64, length: int = 2048) -> SiteConfig:
@@ -90,15 +90,15 @@ def worker(folder: Path, name: str = "site-1", overrides: Any = None, **more: An
     return Worker(name, site(folder, **more), overrides)
 
 
-def loaded(folder: Path, asked: RoundPlan) -> BaseModel:
+def loaded(folder: Path, asked: TaskPlan) -> BaseModel:
     return base_model.load(ModelSource(path=str(folder)), asked, registry[asked.task])
 
 
-def task(asked: RoundPlan) -> RoundTask:
+def task(asked: TaskPlan) -> RoundTask:
     return RoundTask(asked)
 
 
-def predicted(folder: Path, asked: RoundPlan) -> dict[str, int]:
+def predicted(folder: Path, asked: TaskPlan) -> dict[str, int]:
     """Bytes, as `nvflare-fm plan` tells them for a training step."""
     base, adapter = shapes(folder, asked)
     trained = trained_bytes(adapter, asked, asked.rank, asked.rank)

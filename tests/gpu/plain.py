@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from nvflare_fm.config import RoundPlan
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.site.base_model import device
 from tests.gpu.measuring import on_gpu
 from tests.gpu.offers import RANK, RATE
@@ -27,7 +27,7 @@ from tests.gpu.offers import RANK, RATE
 class Plain:
     """A model of its own, that is trained as often as one likes."""
 
-    def __init__(self, folder: Path, asked: RoundPlan, rows: Any, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, asked: TaskPlan, rows: Any, dtype: torch.dtype) -> None:
         self.asked, self.dtype, self.peak_bytes = asked, dtype, 0
         self.rows, self.tokenizer = rows.select_columns(["input_ids", "labels"]), AutoTokenizer.from_pretrained(folder)
         nf4 = BitsAndBytesConfig(

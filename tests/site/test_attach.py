@@ -84,6 +84,37 @@ def test_without_rest_a_site_starts_from_the_first_directions_alone(llama: Path)
         torch.testing.assert_close(pair.delta(), first.delta(), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("factors", ["AB", "A", "B"])
+def test_what_is_left_without_the_rest_is_as_if_it_had_never_been_there(llama: Path, factors: str) -> None:
+    base = base_of(llama, quantization="fp32")
+    start, seen = global_adapter(base, 6), []
+    for rest in ("none", "tail"):
+        with base.lent():
+            model = method(2).attach(base, start, TaskPlan(rest=rest, factors=factors)).eval()
+            if rest == "tail":
+                assert any(".rest." in name for name, _ in model.named_parameters())
+                method(2).leave_rest(model, factors)
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            seen.append((trained, {*dict(model.named_parameters())}, logits(model)))
+    assert seen[0][:2] == seen[1][:2]
+    assert torch.equal(seen[0][2], seen[1][2])
+
+
+@pytest.mark.parametrize("rest", ["none", "all"])
+def test_what_a_site_trains_does_not_depend_on_whether_it_measures_first(
+    llama: Path, tmp_path: Path, rest: str
+) -> None:
+    start = global_adapter(base_of(llama, quantization="fp32"), 4)
+    seen = []
+    for before in (False, True):
+        asked = {"peft": {"method": "lora", "rank": 2}, "evaluation": {"before": before, "after": False}, "rest": rest}
+        update = tiny.worker(tmp_path, llama, "causal_lm").train(RoundTask(tiny.plan(**asked), start))
+        assert bool(update.report.before) == before
+        seen.append(update.adapter.tensors())
+    assert seen[0].keys() == seen[1].keys()
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in seen[0].items())
+
+
 def test_the_whole_adapter_of_an_untrained_site_is_the_global_one(llama: Path) -> None:
     base = base_of(llama)
     start = global_adapter(base, 6)

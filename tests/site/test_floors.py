@@ -13,7 +13,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.weigh import weigh
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.config import Aggregation, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError
 from nvflare_fm.site import secret
 from nvflare_fm.site.site_config import FILE_NAME, SiteConfig
@@ -34,7 +34,7 @@ def worker(folder: Path, model: Path, rows: list[dict[str, Any]], validation: in
     return Worker("site-1", site, **more)
 
 
-def code(work: Any, plan: RoundPlan) -> str:
+def code(work: Any, plan: TaskPlan) -> str:
     with pytest.raises(PolicyError) as refused:
         work(RoundTask(plan))
     assert not any(count in refused.value.message for count in ("9", "11", "12", "24"))
@@ -172,7 +172,7 @@ PLANS = st.builds(
 
 
 @given(key=KEYS, plan=PLANS, examples=st.integers(1, 40), rounds=st.integers(1, 5))
-def test_with_a_secret_too_each_pass_has_every_row_once(key: bytes, plan: RoundPlan, examples: int, rounds: int):
+def test_with_a_secret_too_each_pass_has_every_row_once(key: bytes, plan: TaskPlan, examples: int, rounds: int):
     per_round = plan.training.local_steps * plan.training.batch_size
     seen = [row for n in range(rounds) for row in rows_of_round(RoundTask(plan, round=n), examples, "site", key)]
     assert len(seen) == rounds * per_round
@@ -181,10 +181,10 @@ def test_with_a_secret_too_each_pass_has_every_row_once(key: bytes, plan: RoundP
 
 
 @given(keys=st.lists(KEYS, min_size=2, max_size=2, unique=True), plans=st.lists(PLANS, min_size=2, max_size=2))
-def test_who_knows_neither_secret_nor_lays_out_plans_can_choose_a_row(keys: list[bytes], plans: list[RoundPlan]):
+def test_who_knows_neither_secret_nor_lays_out_plans_can_choose_a_row(keys: list[bytes], plans: list[TaskPlan]):
     """Another secret, and with a secret any other plan, has another order; the same of both the same."""
 
-    def first(plan: RoundPlan, key: bytes) -> list[int]:
+    def first(plan: TaskPlan, key: bytes) -> list[int]:
         whole = plan.model_copy(update={"training": plan.training.model_copy(update={"local_epochs": 1.0})})
         seed = f"{whole.model_dump_json(exclude={'factors'})}/site" if key else f"{plan.seed}/site"
         assert rows_of_round(RoundTask(whole), 64, "site", key) == order(64, 0, _count(whole), seed, key)
@@ -199,7 +199,7 @@ def test_who_knows_neither_secret_nor_lays_out_plans_can_choose_a_row(keys: list
         assert first(one, b"") == first(other, b"")
 
 
-def _count(plan: RoundPlan) -> int:
+def _count(plan: TaskPlan) -> int:
     return plan.training.local_steps * plan.training.batch_size
 
 

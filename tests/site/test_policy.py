@@ -112,6 +112,26 @@ def test_a_site_lowers_what_is_negotiable_and_refuses_it_otherwise(asked: Any, l
     assert decide(decision.plan, config, WHO).lowered == ()
 
 
+SIZES = st.integers(1, 12)
+
+
+@given(
+    training=st.fixed_dictionaries({"batch_size": SIZES, "gradient_accumulation_steps": SIZES, "local_steps": SIZES}),
+    peft=st.fixed_dictionaries({"method": st.just("lora"), "rank": SIZES, "use_rslora": st.booleans()}),
+    limits=st.fixed_dictionaries(
+        {"max_rank": SIZES, "max_batch_size": SIZES, "max_steps_per_round": SIZES, "max_rows_per_step": SIZES}
+    ),
+    negotiable=st.lists(st.sampled_from(["rank", "batch_size", "local_steps"]), unique=True),
+    trains=st.booleans(),
+)
+def test_a_plan_that_was_fitted_to_a_site_is_left_as_it_is(training, peft, limits, negotiable, trains):
+    asked, config = plan(training=training, peft=peft, negotiable=negotiable), site(limits=limits)
+    once = fit(asked, config, trains=trains)
+    again = fit(TaskPlan.read(once.plan.model_dump(mode="json"), "the site's gate"), config, trains=trains)
+    assert (again.plan, again.lowered) == (once.plan, ())
+    assert [reason.message for reason in again.refused] == [reason.message for reason in once.refused]
+
+
 @given(asked=st.integers(1, 64), most=st.integers(1, 64), accumulation=st.integers(1, 4))
 def test_a_lower_batch_still_sees_as_many_examples_a_step(asked: int, most: int, accumulation: int):
     training = {"batch_size": asked, "gradient_accumulation_steps": accumulation}
