@@ -188,6 +188,7 @@ def test_the_reference_is_the_base_model_alone_and_leaves_no_trace(llama: Path, 
         for _ in range(2):
             with torch.no_grad(), alone(base.model):
                 assert torch.equal(base.model(input_ids=IDS).logits, bare)
+                assert not any(module.training for module in base.model.modules())
             assert state() == before
         assert any(before[1:])
         assert torch.equal(model.eval()(input_ids=IDS).logits, changed)
