@@ -150,7 +150,7 @@ class Task:
         return len(batch["targets"])
 
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
-        """How often each of the plan's classes occurs at the site. Only of tasks with exclusive classes it is asked."""
+        """How often each of the plan's classes occurs at the site. Only tasks with exclusive classes are asked."""
         raise NotImplementedError
 
     def loss(
@@ -163,10 +163,10 @@ class Task:
             shift: what is done to the logits of classes, where the plan asks for it.
         """
         return logits.total(
-            model, base, batch, lambda answers, targets: self.nats(shift(answers) if shift else answers, targets)
+            model, base, batch, lambda answers, targets: self.loss_of(shift(answers) if shift else answers, targets)
         )
 
-    def nats(self, answers: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, answers: Tensor, targets: Tensor) -> Tensor:
         """The sum of the losses of some logits, (items, …), where each place has a loss of its own."""
         return cross_entropy(answers, targets, reduction="sum")
 

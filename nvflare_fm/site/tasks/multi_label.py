@@ -36,7 +36,7 @@ class MultiLabel(OfText):
         target = [float(place in places) for place in range(len(plan.labels))]
         return self.encoded(text, target, tokenizer, plan, frozenset(remark for _, remark in found if remark))
 
-    def nats(self, answers: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Σ over texts of the mean over labels: the mean over texts is torch's BCEWithLogitsLoss."""
         return binary_cross_entropy_with_logits(answers, targets, reduction="sum") / targets.shape[1]
 

@@ -33,7 +33,7 @@ class OfText(Task):
         return Encoded((example,), Cut(int(beyond > 0), beyond), remarks)
 
     def batch(self, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
-        """The texts, and a target for each: a place among the labels, or a row of numbers, see `target`."""
+        """The texts, and a target for each: a place among the labels, or a row of numbers."""
         texts = collate([{"input_ids": row["input_ids"]} for row in rows], pad_id)
         targets = torch.tensor([row["labels"] for row in rows])
         return texts | {"places": torch.arange(len(rows)), "targets": targets}

@@ -52,7 +52,7 @@ class Regression(OfText):
             )
         return self.encoded(text, found, tokenizer, plan)
 
-    def nats(self, answers: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Σ over texts of the mean squared error of a text's numbers: the mean over texts is torch's MSELoss."""
         return mse_loss(answers, targets, reduction="sum") / targets.shape[1]
 
