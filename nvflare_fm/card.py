@@ -11,16 +11,11 @@ from typing import Any
 
 from .adapter import Manifest
 from .export import Provenance
+from .job.tasks import promises
 from .record.round import Round
 from .untrusted import one_line
 
 FILE_NAME = "README.md"
-_PIPELINES = {"causal_lm": "text-generation", "sequence_classification": "text-classification"}
-_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-}
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class Card:
     @property
     def model_class(self) -> str:
         """The class that loads the base model, with the task's head."""
-        return self.manifest.base_class.rpartition(".")[2] or _CLASSES.get(self.manifest.task, "AutoModel")
+        return self.manifest.base_class.rpartition(".")[2] or promises(self.manifest.task).auto_class
 
     @property
     def library(self) -> str:
@@ -95,7 +90,7 @@ def _head(card: Card) -> str:
     values: dict[str, Any] = {
         **({"base_model": card.base} if card.base else {}),
         "library_name": "transformers" if card.merged else "peft",
-        "pipeline_tag": _PIPELINES.get(card.manifest.task, "token-classification"),
+        "pipeline_tag": promises(card.manifest.task).pipeline,
         "tags": ["federated-learning", "nvflare", card.manifest.peft],
     }
     return "".join(["---\n", *(f"{name}: {json.dumps(value)}\n" for name, value in values.items()), "---\n"])
@@ -122,6 +117,8 @@ def _table(card: Card) -> str:
         ("weights", json.dumps(how["weigh"]) if how.get("weigh") else None),
         ("quantization of the base model in training", plan.quantization if plan else None),
         ("texts in training were cut after (tokens)", plan.max_length if plan else None),
+        ("multiply each answer by", _numbers(plan.target_scale) if plan else None),
+        ("then add", _numbers(plan.target_mean) if plan else None),
         ("ended", found.ended),
         *((f"{_text(name)}, as the sites measured it", f"{v:.4g}") for name, v in sorted(found.metrics.items())),
         ("exported", card.exported.isoformat()),
@@ -129,6 +126,10 @@ def _table(card: Card) -> str:
     ]
     known = [f"| {name} | {_text(str(value))} |" for name, value in rows if value not in (None, "")]
     return "\n".join(["## Where it comes from\n", "| what | |", "|---|---|", *known, ""])
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)
 
 
 def _peft(settings: Mapping[str, Any]) -> str:

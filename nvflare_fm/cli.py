@@ -66,7 +66,7 @@ def allow(
 def check(
     kit: Kit = Path("."),
     task: Annotated[str, typer.Option(help="what a job would train: see the site file's welcome.tasks")] = "causal_lm",
-    labels: Annotated[str, typer.Option(help="for classification: the classes, separated by commas")] = "",
+    labels: Annotated[str, typer.Option(help="the plan's labels, separated by commas")] = "",
     model: Annotated[str, typer.Option(help="alias of the model to try the data sets with")] = "base",
     quantization: Annotated[str, typer.Option(help="nf4, fp4, int8, bf16, fp16 or fp32")] = "nf4",
     rank: Annotated[int, typer.Option(help="of the LoRA adapter tried")] = 8,

@@ -86,6 +86,7 @@ def _letters(found: "Inspection") -> Shown:
 
 def _columns(found: "Inspection") -> Shown:
     from .site.columns import wanted
+    from .site.tasks import registry as tasks
 
     table = Table("column", "read as", "holds", "different values", show_edge=False)
     for name, column in list(found.found.items())[:_COLUMNS]:
@@ -97,7 +98,8 @@ def _columns(found: "Inspection") -> Shown:
         said = "the task reads columns of other names; `read as` is a guess, which --column OURS=THEIRS mends"
         yield plain(said)
     if found.found and not found.is_readable:
-        said = f"the task reads {wanted(found.task)}; say which columns these are with --column OURS=THEIRS"
+        read = wanted(tasks[found.task].columns)
+        said = f"the task reads {read}; say which columns these are with --column OURS=THEIRS"
         yield plain(said)
 
 

@@ -16,6 +16,7 @@ from .config import Aggregation, RoundPlan, Rule, SiteOverrides, TaskPlan, Train
 from .errors import ConfigError
 from .feasible import check_plan
 from .job.peft import PeftMethod, check_training, complete, read
+from .job.tasks import promises
 
 CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
 
@@ -123,7 +124,7 @@ def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str)
 
 def _step(plan: RoundPlan, how: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:
     """The server's step: the job's own, or the one that is usual for its task and rule."""
-    return how.step or step.usual(plan.task, rule if method.factored else None)
+    return how.step or step.usual(promises(plan.task).learns_text, rule if method.factored else None)
 
 
 def _global_rank(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]) -> int:
@@ -156,7 +157,7 @@ def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
     given = plan.training
     if given.head_lr_ratio is not None:
         return given
-    ratio = 8.0 if plan.task != "causal_lm" and method.factored and given.optim != "sgd" else 0.0
+    ratio = 8.0 if promises(plan.task).classes and method.factored and given.optim != "sgd" else 0.0
     return given.model_copy(update={"head_lr_ratio": ratio})
 
 

@@ -44,6 +44,8 @@ OptionalId = Annotated[str, StringConstraints(max_length=64, pattern=r"^([A-Za-z
 Fingerprint = Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.-]+$")]
 Labels = Annotated[tuple[Text, ...], Field(max_length=LABELS), one]
+Numbers = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(max_length=LABELS)]
+Scales = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(max_length=LABELS)]
 Modules = Annotated[tuple[ModuleName, ...], Field(max_length=1024), one]
 Statistic = Literal["skew"]
 LabelStatistics = Annotated[tuple[Statistic, ...], Field(max_length=1), one]
@@ -205,6 +207,12 @@ class TrainingSettings(Settings):
         description="FedLC, for classifiers: τ by which rare classes are favoured in training; 0: off. A class of n "
         "rows has its logits lowered by τ·n^(−1/4) (arXiv:2209.00189).",
     )
+    dpo_beta: float = Field(
+        0.1,
+        gt=0,
+        le=1000,
+        description="preference: β of DPO; the larger, the nearer the model stays to its base (arXiv:2305.18290).",
+    )
     logit_adjustment: float = Field(
         0.0,
         ge=0,
@@ -235,7 +243,9 @@ class RoundPlan(Settings):
     `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
     """
 
-    task: Name = Field("causal_lm", description="Task: causal_lm, sequence_classification or token_classification.")
+    task: Name = Field(
+        "causal_lm", description="Task: causal_lm, sequence_classification, …; docs/how_to/your_data.md lists them."
+    )
     model: Text = Field("base", description="Alias of the base model in the sites' fm_site.yaml.")
     data: Text = Field("notes", description="Alias of the data set in the sites' fm_site.yaml.")
     fingerprint: Fingerprint = Field(
@@ -255,7 +265,21 @@ class RoundPlan(Settings):
     peft: PeftSettings = Field(
         default_factory=lambda: {"method": "lora"}, description="A PEFT method and its settings."
     )
-    labels: Labels = Field((), description="Classes of a classification task, in order.", examples=[["no", "yes"]])
+    labels: Labels = Field(
+        (),
+        description="Classes of a classification task, in order; names of regression's numbers.",
+        examples=[["no", "yes"]],
+    )
+    target_mean: Numbers = Field(
+        (),
+        description="regression: subtracted from each number before it is learned; empty: 0.",
+        examples=[[50.0]],
+    )
+    target_scale: Scales = Field(
+        (),
+        description="regression: each number is then divided by it, at all sites; empty: 1.",
+        examples=[[10.0]],
+    )
     max_length: int = Field(512, ge=8, le=LENGTH, description="Tokens of a text; longer texts are cut.")
     training: TrainingSettings = Field(TrainingSettings(), description="How a site trains in one round.")
     evaluation: EvaluationSettings = Field(

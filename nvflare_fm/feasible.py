@@ -5,21 +5,12 @@ Knows neither transformers nor peft.
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Literal
 
 from .config import RoundPlan, SiteOverrides
 from .errors import ConfigError
 from .job.aliases import not_an_alias
+from .job.tasks import Promises, promises
 from .registry import nearest
-
-_ERRORS: dict[str, Literal["min", "max"]] = {"loss": "min"}
-# task → what its sites report → which of it is better. A test holds it to the tasks themselves.
-METRICS: Mapping[str, Mapping[str, Literal["min", "max"]]] = {
-    "causal_lm": {**_ERRORS, "perplexity": "min", "bits_per_byte": "min"},
-    "sequence_classification": {**_ERRORS, "accuracy": "max", "macro_f1": "max"},
-    "token_classification": {**_ERRORS, "accuracy": "max", "precision": "max", "recall": "max", "f1": "max"},
-}
-UNLABELLED = ("causal_lm",)
 
 
 def check_plan(plan: RoundPlan, sites: Mapping[str, SiteOverrides] | None = None) -> None:
@@ -30,27 +21,39 @@ def check_plan(plan: RoundPlan, sites: Mapping[str, SiteOverrides] | None = None
     Raises:
         ConfigError: an unknown task, labels that make no task, or a path where an alias belongs.
     """
-    if plan.task not in METRICS:
-        hint = nearest(plan.task, list(METRICS))
-        raise ConfigError(f"no task of that name; {hint}known: {sorted(METRICS)}", repr(plan.task), code="unknown_task")
-    if plan.task not in UNLABELLED:
-        _check_labels(plan)
+    task = promises(plan.task)
+    if task.least_labels:
+        _check_labels(plan, task)
+    _check_numbers(plan, task)
     _check_aliases("", plan.model, plan.data)
     for site, asked in sorted((sites or {}).items()):
         _check_aliases(f"{site}: ", asked.model, asked.data)
 
 
-def _check_labels(plan: RoundPlan) -> None:
+def _check_labels(plan: RoundPlan, task: Promises) -> None:
     labels = [label.strip() for label in plan.labels]
-    if len(labels) < 2:
+    if len(labels) < task.least_labels:
+        least = {1: "one label", 2: "two labels"}[task.least_labels]
+        what = "all classes" if task.classes else "a name for each number"
         raise ConfigError(
-            f"{plan.task} needs at least two labels and the plan has {len(labels)}; list all classes in labels",
+            f"{plan.task} needs at least {least} and the plan has {len(labels)}; list {what} in labels",
             code="too_few_labels",
         )
     if "" in labels:
         raise ConfigError("a label is empty; leave it out of labels or give it a name", code="empty_label")
     if twice := [label for label, times in Counter(labels).items() if times > 1]:
         raise ConfigError("a label is listed twice; list each class once", repr(twice[0]), code="duplicate_label")
+
+
+def _check_numbers(plan: RoundPlan, task: Promises) -> None:
+    for setting, given in (("target_mean", plan.target_mean), ("target_scale", plan.target_scale)):
+        if given and not task.numbers:
+            raise ConfigError(f"{setting} is for regression, the task is {plan.task}; leave it out", code="no_numbers")
+        if given and len(given) != len(plan.labels):
+            raise ConfigError(
+                f"{setting} has {len(given)} numbers and labels names {len(plan.labels)}; give one for each",
+                code="wrong_count",
+            )
 
 
 def _check_aliases(where: str, model: str | None, data: str | None) -> None:
@@ -69,7 +72,7 @@ def check_best(task: str, metric: str, mode: str) -> None:
     Raises:
         ConfigError: no site reports it for this task, or the wrong end of it would be taken for the best.
     """
-    known = METRICS[task]
+    known = promises(task).metrics
     if not metric:
         return
     if metric not in known:

@@ -11,6 +11,7 @@ from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
 from .job.peft import PeftMethod
+from .job.tasks import Promises, promises
 
 _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it promises all there is
 
@@ -29,6 +30,10 @@ class Job:
     def plain_lora(self) -> bool:
         """Whether products B @ A are trained that can be added up."""
         return self.method.factored and self.method.side_adapter
+
+    @property
+    def task(self) -> Promises:
+        return promises(self.plan.task)
 
 
 @dataclass(frozen=True)
@@ -134,17 +139,17 @@ CLASHES = (
     Clash(
         "no_label_per_row",
         "a rule that needs label statistics",
-        "a task other than `sequence_classification`",
-        lambda job: bool(job.needs.labels) and job.plan.task != "sequence_classification",
+        "a task whose texts do not have exactly one class each",
+        lambda job: bool(job.needs.labels) and not (job.task.exclusive and not job.task.per_token),
         "it needs how each site's rows are spread over the labels, and rows have no one label",
         "leave weigh out, or weigh by counts",
     ),
     Clash(
         "no_classes",
         "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",
-        "`causal_lm`",
-        lambda job: job.plan.task == "causal_lm" and _shifts_classes(job.plan.training),
-        "they are about classes, and the task has none",
+        "a task without classes that exclude each other",
+        lambda job: not job.task.exclusive and _shifts_classes(job.plan.training),
+        "they change how one class is chosen among several, and the task chooses none",
         "leave them out",
     ),
     Clash(
@@ -158,9 +163,17 @@ CLASHES = (
     Clash(
         "no_head",
         "`head_lr_ratio`",
-        "`causal_lm`",
-        lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.task == "causal_lm",
-        "it is about a classifier's head, and the task has none",
+        "a task that writes text",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.task.learns_text,
+        "it is about a new head, and the task has none",
+        "leave it out",
+    ),
+    Clash(
+        "no_pairs",
+        "`dpo_beta`",
+        "a task other than `preference`",
+        lambda job: job.plan.training.dpo_beta != TrainingSettings().dpo_beta and not job.task.paired,
+        "it is about pairs of answers, and the task has none",
         "leave it out",
     ),
     Clash(

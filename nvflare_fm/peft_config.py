@@ -9,9 +9,11 @@ from typing import Any
 
 from .adapter import LORA_A, LORA_B, Adapter, Manifest
 from .config import RoundPlan
+from .job.peft.vera import PROJECTION_PRNG_KEY
+from .job.tasks import TASKS
 
-TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "token_classification": "TOKEN_CLS"}
 _PREFIX, _IA3, _MAGNITUDE, _PROMPT = "base_model.model.", ".ia3_l", ".lora_magnitude_vector", "prompt_embeddings"
+_VERA_B, _VERA_D = ".vera_lambda_b", ".vera_lambda_d"
 
 
 def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None = None) -> dict[str, Any]:
@@ -28,11 +30,13 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
         own = _lora(adapter, asked)
     elif any(name.endswith(_IA3) for name in adapter.dense):
         own = _ia3(adapter)
+    elif any(name.endswith(_VERA_D) for name in adapter.dense):
+        own = _vera(adapter, asked)
     else:
         own = _prompt(adapter)
     return own | {
         "peft_type": manifest.peft.upper(),
-        "task_type": TASK_TYPES.get(manifest.task),
+        "task_type": TASKS[manifest.task].peft_type if manifest.task in TASKS else None,
         "auto_mapping": _auto_mapping(manifest.base_class),
         "base_model_name_or_path": None,
         "inference_mode": True,
@@ -78,6 +82,18 @@ def _ia3(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def _vera(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
+    found = {_module(n.removesuffix(_VERA_D)): t for n, t in adapter.descriptions().items() if n.endswith(_VERA_D)}
+    return {
+        "r": max(t.shape[0] for t in found.values()),
+        "vera_dropout": float(asked.get("vera_dropout", 0.0)),
+        "projection_prng_key": PROJECTION_PRNG_KEY,
+        "save_projection": False,
+        "target_modules": _targets(asked.get("target_modules"), sorted(found)),
+        "modules_to_save": _trained_whole(adapter, asked),
+    }
+
+
 def _prompt(adapter: Adapter) -> dict[str, Any]:
     """The rest PEFT reads from the base model."""
     found = adapter.descriptions()
@@ -91,8 +107,9 @@ def _auto_mapping(base_class: str) -> dict[str, str] | None:
 
 def _trained_whole(adapter: Adapter, asked: Mapping[str, Any]) -> list[str] | None:
     """The modules that are trained beside factors: as the plan calls them, a head by its name, others in full."""
-    tensors = [_module(n) for n in adapter.dense if not _is_lora(n) and not n.endswith(_IA3)]
-    adapted = {_module(n).split(".")[0] for n in [*adapter.lora, *(n for n in adapter.dense if _is_lora(n))]}
+    own = {n for n in adapter.dense if _is_lora(n) or n.endswith((_IA3, _VERA_B, _VERA_D))}
+    tensors = [_module(n) for n in adapter.dense if n not in own]
+    adapted = {_module(n).split(".")[0] for n in [*adapter.lora, *own]}
     modules = set()
     for tensor in tensors:
         listed = [end for end in asked.get("modules_to_save", ()) if f".{end}." in f".{tensor}"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .config import RoundPlan, TaskPlan
+from .job.tasks import promises
 
 FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
@@ -98,7 +99,7 @@ def remarks(base: BaseShape, plan: RoundPlan) -> list[str]:
         found.append(
             f"the base model was trained for texts of {base.context} tokens, max_length {plan.max_length} is more"
         )
-    if plan.task == "causal_lm" and not base.head_is_apart:
+    if promises(plan.task).learns_text and not base.head_is_apart:
         found.append("the base model's head answers for all positions at once, so a step holds all their logits")
     return found
 
@@ -122,14 +123,15 @@ def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) ->
     """What a step keeps for the way back, if all its texts are as long as `max_length`, half a block's worth that the
     way back itself takes, and the logits. With checkpointing, the blocks' inputs, and the logits or else one block.
     """
-    positions, width = plan.training.batch_size * plan.max_length, number_width(plan)
+    texts, width = plan.training.batch_size * promises(plan.task).texts_per_row, number_width(plan)
+    positions = texts * plan.max_length
     per_width = _PER_WIDTH[width] * base.hidden
     block = width * (per_width + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
     if plan.peft.get("lora_dropout"):
         inputs = sum(fan_in for _, fan_in in adapter.layers.values()) / max(1, base.depth)
         block += (width + 1) * inputs  # what is left of them, and which were dropped
     copies = _PER_LOGIT if base.head_is_apart else _PER_PICKED_LOGIT
-    logits = FLOAT32 * copies * _logits(base, plan, plan.training.batch_size)
+    logits = FLOAT32 * copies * _logits(base, plan, texts)
     if plan.training.gradient_checkpointing:
         inputs = width * base.depth * base.hidden
         return round(positions * inputs + max(_RECOMPUTED * block * positions, logits))
@@ -138,7 +140,8 @@ def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) ->
 
 def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
     """What it takes to measure a batch, if all its texts are as long as `max_length`."""
-    texts = texts_at_once(plan.evaluation.batch_size, plan.max_length)
+    of_row = promises(plan.task).texts_per_row
+    texts = of_row * texts_at_once(plan.evaluation.batch_size, of_row * plan.max_length)
     block = number_width(plan) * (_MEASURED_WIDTH * base.hidden + _MEASURED_INNER * base.inner)
     logits = FLOAT32 * _MEASURED_LOGIT * _logits(base, plan, texts)
     return round(max(texts * plan.max_length * block, logits))
@@ -146,7 +149,7 @@ def measuring_bytes(base: BaseShape, plan: RoundPlan) -> int:
 
 def _logits(base: BaseShape, plan: RoundPlan, texts: int) -> int:
     """How many are held at once."""
-    positions = texts if plan.task == "sequence_classification" else texts * plan.max_length
+    positions = texts * plan.max_length if promises(plan.task).per_token else texts
     at_once = positions_at_once(base.answers) if base.head_is_apart else positions
     return base.answers * min(positions, at_once)
 

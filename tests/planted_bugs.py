@@ -170,7 +170,7 @@ BUGS = [
     Bug("aggregation/step/__init__.py", "self._squares[name] = v", "pass", "test_step"),
     Bug("aggregation/step/yogi.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_step"),
     Bug("aggregation/step/fedexp.py", "max(rate, 1.0)", "rate", "test_step"),
-    Bug("aggregation/step/__init__.py", 'if task == "causal_lm" and', "if", "test_step"),
+    Bug("aggregation/step/__init__.py", "if learns_text and", "if", "test_step"),
     Bug("aggregation/combine.py", "step_size=taken.size", "step_size=1.0", "test_step"),
     Bug("aggregation/step/__init__.py", "return None if self.square else float", "return float", "test_step"),
     Bug("aggregation/step/__init__.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
@@ -394,7 +394,7 @@ BUGS = [
     Bug("aggregation/merge/__init__.py", "with_settings(rule.merge, entry, registry.kind)", "rule.merge", "test_docs"),
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
-    Bug("legality.py", 'head_lr_ratio) and job.plan.task == "causal_lm"', "head_lr_ratio) and False", "test_legality"),
+    Bug("legality.py", "head_lr_ratio) and job.task.learns_text", "head_lr_ratio) and False", "test_legality"),
     Bug("site/proximal.py", "self.mu * self.scale**2", "self.mu", "site/test_training"),
     Bug("site/proximal.py", "a.grad.add_((b.T @ b) @ a - (b.T @ b0) @ a0, alpha=pull)", "pass", "site/test_training"),
     Bug("site/class_shift.py", "settings.restricted_softmax)", "1.0)", "site/test_simulate"),
@@ -524,7 +524,7 @@ BUGS = [
     Bug("site/data.py", "digests[row].update(", "digests[row].digest() or (", "site/test_data"),
     Bug("site/data.py", "if not good and bad.codes[reason]:", "if bad.codes[reason]:", "site/test_labels"),
     Bug("site/data.py", "found.columns.check_named(source, where)", "pass", "site/test_labels"),
-    Bug("site/data.py", "found.columns.check_read(source, plan.task, where)", "pass", "site/test_labels"),
+    Bug("site/data.py", "found.columns.check_read(source, task.columns, where)", "pass", "site/test_labels"),
     Bug("site/data.py", "cut.rows > _FEW_CUT * len(found.good)", "False", "site/test_labels"),
     # the site file
     Bug("site/site_yaml.py", "if name in seen:", "if False:", "site/test_site_yaml"),
@@ -593,7 +593,9 @@ BUGS = [
     Bug("site/worker.py", "if theirs and theirs != ours:", "if theirs != ours:", "site/test_tokenization"),
     Bug("site/worker.py", "if theirs and theirs != ours:", "if False:", "site/test_tokenization"),
     Bug("site/probe.py", "if float(moved[:-1].max()) > ", "if 0 > ", "site/test_probe"),
-    Bug("site/base_model.py", "if not task.trains_head and (headless", "if False and (headless", "site/test_probe"),
+    Bug(
+        "site/base_model.py", "if task.promises.learns_text and (headless", "if False and (headless", "site/test_probe"
+    ),
     Bug("site/base_model.py", "type(config) not in known", "False", "site/test_probe"),
     Bug("site/peft_methods/__init__.py", "        check_fits(model, base)\n", "", "site/test_probe"),
     Bug("site/fingerprint.py", "if (folder / WEIGHTS).is_file():", "if False:", "site/test_base_model"),
@@ -638,6 +640,58 @@ BUGS = [
         "        with base.autocast():\n            model(",
         "        with base.autocast() if False else torch.inference_mode():\n            model(",
         "site/test_attach",
+    ),
+    # tasks: numbers, several labels, two answers; VeRA
+    Bug("job/tasks.py", "texts_per_row=2", "texts_per_row=1", "test_plan test_legality"),
+    Bug("feasible.py", "if given and not task.numbers:", "if False:", "test_feasible"),
+    Bug("feasible.py", "if given and len(given) != len(plan.labels):", "if False:", "test_feasible"),
+    Bug(
+        "combination.py", "promises(plan.task).classes and", "not promises(plan.task).learns_text and", "test_legality"
+    ),
+    Bug("legality.py", "not job.task.exclusive and _shifts", "job.task.learns_text and _shifts", "test_legality"),
+    Bug("legality.py", "(job.task.exclusive and not job.task.per_token)", "job.task.classes", "test_legality"),
+    Bug("plan.py", "batch_size * promises(plan.task).texts_per_row", "batch_size", "test_plan"),
+    Bug("site/tasks/regression.py", "(_number(each) - m) / s", "(_number(each) - m) * s", "site/test_numbers"),
+    Bug("site/tasks/regression.py", "(answer - truth) * scale", "answer - truth", "site/test_numbers"),
+    Bug("site/tasks/regression.py", 'reduction="sum") / targets.shape[1]', 'reduction="sum")', "site/test_numbers"),
+    Bug("site/tasks/regression.py", "if not abs(value) <= LARGEST:", "if abs(value) > LARGEST:", "site/test_numbers"),
+    Bug("site/tasks/regression.py", "if max(map(abs, found)) > FARTHEST:", "if False:", "site/test_numbers"),
+    Bug("site/tasks/multi_label.py", "if len(places) < len(found):", "if False:", "site/test_numbers"),
+    Bug(
+        "site/tasks/multi_label.py", 'answer > 0, average="micro"', 'answer > 0.5, average="micro"', "site/test_numbers"
+    ),
+    Bug("site/tasks/multi_label.py", 'reduction="sum") / targets.shape[1]', 'reduction="sum")', "site/test_numbers"),
+    Bug(
+        "site/tasks/preference.py",
+        "dpo_beta * (chosen - rejected)",
+        "dpo_beta * (rejected - chosen)",
+        "site/test_preference",
+    ),
+    Bug("site/tasks/preference.py", "plan.training.dpo_beta * (", "0.1 * (", "site/test_preference"),
+    Bug(
+        "site/tasks/preference.py",
+        "torch.no_grad(), alone(base.model), base",
+        "torch.no_grad(), base",
+        "site/test_preference",
+    ),
+    Bug("site/tasks/preference.py", "parameter.requires_grad_(is_trained)", "pass", "site/test_preference"),
+    Bug("site/tasks/preference.py", "            module.training = False", "            pass", "site/test_preference"),
+    Bug("site/tasks/preference.py", "            module.training = True", "            pass", "site/test_preference"),
+    Bug("site/tasks/preference.py", 'len(batch["input_ids"]) // 2', 'len(batch["targets"])', "site/test_preference"),
+    Bug("site/tasks/preference.py", "if chosen == rejected:", "if False:", "site/test_preference"),
+    Bug(
+        "site/logits.py",
+        "checkpoint(at, some, answers, use_reentrant=False)",
+        "at(some, answers).detach()",
+        "site/test_preference",
+    ),
+    Bug("job/peft/vera.py", '_key": PROJECTION_PRNG_KEY', '_key": 1', "site/test_merged"),
+    Bug("job/peft/vera.py", '"save_projection": False', '"save_projection": True', "site/test_vera"),
+    Bug(
+        "peft_config.py",
+        "or n.endswith((_IA3, _VERA_B, _VERA_D))}",
+        "or n.endswith((_VERA_B, _VERA_D))}",
+        "site/test_vera",
     ),
     # logits, some at a time; memory; what a GPU needs
     Bug(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
+from nvflare_fm.job.tasks import TASKS
 from nvflare_fm.site.data_check import block, inspect
 from nvflare_fm.site.rows import how_to_read, rows
 from nvflare_fm.site.site_config import DataSource, load_site
@@ -141,7 +142,7 @@ def test_a_file_without_the_columns_that_a_task_reads_is_told_what_they_are(tmp_
 def test_numbers_to_predict_and_lists_of_labels_are_said_to_be_other_tasks(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"a,{i + 0.5}\n" for i in range(8)))
     tiny.jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": ["x", "y"]}] * 8)
-    for name, task in (("a.csv", "regression"), ("b.jsonl", "multi-label")):
+    for name, task in (("a.csv", "regression"), ("b.jsonl", "multi_label")):
         said = re.sub(r"\s+", " ", typed(tmp_path / name, "sequence_classification").stdout)
         assert "0 rows can be used, 8 cannot" in said
         assert task in said
@@ -158,7 +159,7 @@ def test_nothing_that_a_file_holds_is_markup(tmp_path: Path) -> None:
 SOURCE = json.dumps([*tiny.rows("sequence_classification", 3), {"text": "", "label": None}], indent=1).encode()
 
 
-@given(how=changes, task=st.sampled_from(["causal_lm", "sequence_classification", "token_classification"]))
+@given(how=changes, task=st.sampled_from(sorted(TASKS)))
 def test_any_file_is_told_or_refused(tmp_path_factory: pytest.TempPathFactory, how: Changes, task: str) -> None:
     file = tmp_path_factory.getbasetemp() / "a.json"
     file.write_bytes(mutated(SOURCE, how))

@@ -11,9 +11,10 @@ from nvflare_fm.cli import app
 from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.feasible import METRICS, UNLABELLED, check_best, check_sites
+from nvflare_fm.feasible import check_best, check_sites
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
+from nvflare_fm.job.tasks import TASKS
 from nvflare_fm.registry import nearest
 from nvflare_fm.site.tasks import registry as tasks
 
@@ -30,6 +31,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"task": "token_classification", "labels": ["O"]}, "too_few_labels", "at least two"),
     (CLASSIFY | {"labels": ["ill", "calm", "ill "]}, "duplicate_label", "list each class once"),
     (CLASSIFY | {"labels": ["ill", " "]}, "empty_label", "a label is empty"),
+    ({"task": "regression"}, "too_few_labels", "list a name for each number"),
+    ({"task": "multi_label"}, "too_few_labels", "at least one label"),
+    ({"task": "regression", "labels": ["age"], "target_mean": [1.0, 2.0]}, "wrong_count", "labels names 1"),
+    (CLASSIFY | {"target_scale": [1.0, 2.0]}, "no_numbers", "target_scale is for regression"),
     ({"model": "/srv/x"}, "not_an_alias", "model is a path"),
     ({"data": "../notes.jsonl"}, "not_an_alias", "data is a way out of a folder"),
     ({"model": "meta-llama/Llama-3.1-8B"}, "not_an_alias", "model is a hub id"),
@@ -61,24 +66,32 @@ def test_a_path_is_no_alias_for_a_single_site_either() -> None:
         assert caught.value.code == "not_an_alias"
 
 
-@pytest.mark.parametrize("task", METRICS)
+@pytest.mark.parametrize("task", TASKS)
 def test_the_metrics_are_those_that_the_tasks_report_and_the_better_end_is_right(task: str) -> None:
-    labels = () if task in UNLABELLED else ("O", "B-x", "I-x")
-    assert tasks[task].needs_labels == (task not in UNLABELLED)
+    known = TASKS[task]
+    labels = ("O", "B-x", "I-x") if known.least_labels else ()
     truth, wrong = torch.tensor([1, 2, 0, 1]), torch.tensor([0, 0, 1, 0])
+    if not known.exclusive:  # each text has three answers
+        truth = torch.nn.functional.one_hot(truth, 3).float()
+        wrong = 1 - truth
     common = {"tokens": torch.tensor([4]), "bytes": torch.tensor([9]), "words": torch.tensor([4]), "label": truth}
     plan = RoundPlan(task=task, labels=labels)
     best, worst = (
-        tasks[task].metrics({**common, "answer": answer, "nats": torch.full((4,), nats)}, plan)
-        for answer, nats in ((truth, 0.1), (wrong, 2.0))
+        tasks[task].metrics({**common, "answer": answer, "nats": torch.full((4,), nats), "margin": 1 / nats - 1}, plan)
+        for answer, nats in ((truth, torch.tensor(0.1)), (wrong, torch.tensor(2.0)))
     )
-    assert set(best) == set(METRICS[task])
-    for metric, mode in METRICS[task].items():
+    assert set(best) == set(known.metrics)
+    for metric, mode in known.metrics.items():
         assert (best[metric] < worst[metric]) == (mode == "min"), metric
 
 
-def test_every_task_there_is_is_known_here() -> None:
-    assert set(METRICS) == set(tasks)
+def test_every_task_has_its_promises() -> None:
+    assert set(TASKS) == set(tasks)
+    assert all(tasks[name].promises is TASKS[name] for name in tasks)
+    for known in TASKS.values():  # what one promise implies of another
+        assert known.classes >= known.exclusive
+        assert known.per_token >= known.learns_text
+        assert bool(known.least_labels) == (known.classes or known.numbers) == (not known.learns_text)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +110,7 @@ def test_a_metric_that_cannot_choose_the_best_is_refused(
     with pytest.raises(ConfigError) as caught:
         check_best(task, metric, mode)
     assert (caught.value.code, said in caught.value.message) == (code, True), caught.value.message
-    plan = {} if task in UNLABELLED else {"labels": ["a", "b"]}
+    plan = {"labels": ["a", "b"]} if TASKS[task].least_labels else {}
     with pytest.raises(ConfigError):
         FedPEFTRecipe("job", task=task, key_metric=metric, key_metric_mode=mode, **plan)
     check_best(task, "", mode)

@@ -32,11 +32,16 @@ REFUSED = [
     ("no_products", {}, {"merge": "share_a", "weigh": [{"rule": "norm"}]}),
     ("no_products", {"peft": {"method": "prompt_tuning"}}, {"step": {"rule": "fedexp"}}),
     ("no_label_per_row", {}, {"weigh": ["examples", "skew"]}),
+    ("no_label_per_row", {"task": "multi_label", "labels": ["a", "b"]}, {"weigh": ["skew"]}),
+    ("no_label_per_row", {"task": "token_classification", "labels": ["a", "b"]}, {"weigh": ["skew"]}),
     ("no_classes", {"training": {"restricted_softmax": 0.5}}, {}),
     ("no_classes", {"training": {"logit_calibration": 1.0}}, {}),
     ("no_classes", {"training": {"logit_adjustment": 1.0}}, {}),
+    ("no_classes", {"task": "multi_label", "labels": ["a"], "training": {"logit_adjustment": 1.0}}, {}),
     ("head_needs_adam", {"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}),
     ("no_head", {"training": {"head_lr_ratio": 2.0}}, {}),
+    ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
+    ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
 ]
 
@@ -89,6 +94,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         (CLASSIFY, {"weigh": ["examples", {"rule": "skew", "a": 1.0}]}),
         (CLASSIFY | {"training": {"restricted_softmax": 0.5, "logit_calibration": 1.0}}, {}),
         ({"peft": {"method": "ia3"}}, {"weigh": ["loss"]}),
+        ({"task": "preference", "training": {"dpo_beta": 0.2}}, {"step": "fedexp"}),
+        ({"task": "regression", "labels": ["age"], "training": {"head_lr_ratio": 2.0}}, {}),
         ({"peft": {"method": "lora", "use_dora": True}}, {"merge": "exact"}),
         ({}, {"keep_energy": 0.9, "max_weight": 0.4}),
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
@@ -104,7 +111,15 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 
 
 @pytest.mark.parametrize(
-    ("task", "ratio"), [("causal_lm", 0.0), ("sequence_classification", 8.0), ("token_classification", 8.0)]
+    ("task", "ratio"),
+    [
+        ("causal_lm", 0.0),
+        ("preference", 0.0),
+        ("regression", 0.0),
+        ("multi_label", 8.0),
+        ("sequence_classification", 8.0),
+        ("token_classification", 8.0),
+    ],
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     def settled(method: str = "lora", **training: object) -> TrainingSettings:

@@ -48,6 +48,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "lora", "rank": 4, "target_modules": ["q_proj", "query", "down_proj", "dense"]},
     {"method": "lora", "rank": 4, "use_dora": True},
     {"method": "ia3"},
+    {"method": "vera", "r": 5},
 ]
 
 
@@ -285,3 +286,13 @@ def test_where_a_alone_is_shared_only_a_is_paid_for(shares: str, models: dict[st
     sent = tiny.worker(tmp_path, models["llama"], "causal_lm").train(RoundTask(plan))
     (cost,) = told(job, models["llama"]).costs
     assert cost.bytes_up == cost.bytes_down == sent.adapter.bytes()
+
+
+def test_a_row_of_two_texts_costs_what_two_rows_cost() -> None:
+    base, shape = BaseShape(10**6, 10**3, 10**4, 2, 64, 128, 0, 1000, head_is_apart=True), AdapterShape({})
+    for checkpointing in (False, True):
+        training = {"batch_size": 4, "gradient_checkpointing": checkpointing}
+        pairs, texts = tiny.plan("preference", training=training), tiny.plan(training=training | {"batch_size": 8})
+        assert activation_bytes(base, shape, pairs) == activation_bytes(base, shape, texts)
+    wide = tiny.plan("preference", max_length=8192, evaluation={"batch_size": 16})
+    assert measuring_bytes(base, wide) == 2 * measuring_bytes(base, tiny.plan(max_length=8192))

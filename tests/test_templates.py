@@ -79,7 +79,7 @@ def said(component: Any) -> str:
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
     held = {
-        "plan": "round_plan",
+        "plan": "settled",
         "measurement": "asked",
         "settings": "how" if hasattr(component, "how") else "overrides",
     }

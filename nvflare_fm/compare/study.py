@@ -13,9 +13,6 @@ from . import data_sets
 
 RATES = (5e-3, 1e-2, 2e-2)  # what every method tries first
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
-ROUNDS: dict[str, int] = {"sequence_classification": 20, "causal_lm": 10}
-TEST_ROWS: dict[str, int] = {"sequence_classification": 100, "causal_lm": 50}
-MAX_LENGTHS: dict[str, int] = {"sequence_classification": 64, "causal_lm": 128}  # tokens, of data of one's own
 _PUBLIC_MAX_LENGTHS = {
     "banking77": 24,
     "banking77lm": 48,
@@ -24,7 +21,29 @@ _PUBLIC_MAX_LENGTHS = {
     "mts": 48,
     "mtslm": 96,
 }
-_COLUMNS = {"sequence_classification": "label", "causal_lm": "prompt"}
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How studies of a task are measured unless one says otherwise.
+
+    Args:
+        column: by which its rows are known.
+        max_length: tokens, of data of one's own.
+    """
+
+    task: str
+    column: str
+    metric: str
+    lower_is_better: bool
+    rounds: int
+    test_rows: int
+    max_length: int
+
+
+CLASSIFYING = Usual("sequence_classification", "label", "accuracy", False, 20, 100, 64)
+WRITING = Usual("causal_lm", "prompt", "bits_per_byte", True, 10, 50, 128)
+TASKS = {usual.task: usual for usual in (CLASSIFYING, WRITING)}
 
 
 @dataclass(frozen=True)
@@ -117,36 +136,35 @@ def study(
             a prompt, and `task` is empty.
         DataError: `no_study_data`: `folder` has no site with both files; `no_shared_folder`: no public data here.
     """
-    if task and task not in ROUNDS:
-        raise ConfigError(f"--task {task!r} is not compared; known: {', '.join(ROUNDS)}", code="unknown_name")
+    if task and task not in TASKS:
+        raise ConfigError(f"--task {task!r} is not compared; known: {', '.join(TASKS)}", code="unknown_name")
     source, _, start = name.partition("@")
     root = folder or data_sets.write(source, workspace.root / "data" / source)
-    found = task or _task(root)
-    length = max_length or _PUBLIC_MAX_LENGTHS.get(_kind(source) if not folder else "", MAX_LENGTHS[found])
-    rows = 4 if found == "causal_lm" and length > 64 else 8
+    usual = TASKS[task] if task else _usual(root)
+    length = max_length or _PUBLIC_MAX_LENGTHS.get(_kind(source) if not folder else "", usual.max_length)
+    rows = 4 if usual is WRITING and length > 64 else 8
     plan: dict[str, Any] = {
-        "task": found,
+        "task": usual.task,
         "max_length": length,
         "training": {"local_steps": 5, "batch_size": rows, "lr_scheduler_type": "cosine"},
     }
-    classifies = found == "sequence_classification"
-    if classifies:
+    if usual is CLASSIFYING:
         plan["labels"] = sorted({json.loads(r)["label"] for f in root.glob("*/*.jsonl") for r in f.open()})
     return Study(
         name,
         root,
-        model or _model(classifies, start == "random", workspace),
+        model or _model(usual, start == "random", workspace),
         plan,
-        "accuracy" if classifies else "bits_per_byte",
+        usual.metric,
         workspace,
-        rounds or ROUNDS[found],
-        test_rows or TEST_ROWS[found],
+        rounds or usual.rounds,
+        test_rows or usual.test_rows,
         tuple(rates) or RATES,
-        lower_is_better=not classifies,
+        usual.lower_is_better,
     )
 
 
-def _task(root: Path) -> str:
+def _usual(root: Path) -> Usual:
     files = sorted(root.glob("*/train.jsonl"))
     if not files or not all(file.with_name("test.jsonl").exists() for file in files):
         raise DataError(
@@ -154,7 +172,7 @@ def _task(root: Path) -> str:
         )
     with files[0].open() as lines:
         first = json.loads(next(lines, "{}"))
-    fits = [task for task, column in _COLUMNS.items() if column in first]
+    fits = [usual for usual in TASKS.values() if usual.column in first]
     if len(fits) == 1:
         return fits[0]
     if fits:
@@ -168,8 +186,8 @@ def _task(root: Path) -> str:
     )
 
 
-def _model(classifies: bool, random: bool, workspace: Workspace) -> Path:
-    if not classifies:
+def _model(usual: Usual, random: bool, workspace: Workspace) -> Path:
+    if usual is WRITING:
         return data_sets.stories260k()
     base = data_sets.first_layers(data_sets.minilm(), 2, workspace.root / "models" / "minilm-2")
     return data_sets.randomized(base, workspace.root / "models" / f"{base.name}-random") if random else base

@@ -51,7 +51,9 @@ class BaseModel:
     def tokenization(self) -> dict[str, str]:
         """Digests of what its tokenizer does, by name in a manifest; conversations where the task has any."""
         ids = {"tokenizer": tokenizer_digest(self.tokenizer)}
-        return ids if self.task.needs_labels else ids | {"chat_template": chat_template_digest(self.tokenizer)}
+        if not self.task.promises.learns_text:
+            return ids
+        return ids | {"chat_template": chat_template_digest(self.tokenizer)}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in the compute type, the adapter itself in float32."""
@@ -214,7 +216,7 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
     model.requires_grad_(False).eval()
     keep_packing(model)
     beside, backbone = unreached(model), None
-    if not task.trains_head:
+    if task.promises.learns_text:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the base model's tokenizer has no token that ends a text, so no answer would end; name one as "
@@ -256,14 +258,14 @@ def _load_weights(
         if plan.quantization in DTYPES or lacking <= skipped:
             break
         skipped |= lacking  # rare: the checkpoint lacks a layer below the head, which must be trained unquantized too
-    if not task.trains_head and (headless := sorted(name for name in lacking if name.split(".")[0] in on_top)):
+    if task.promises.learns_text and (headless := sorted(name for name in lacking if name.split(".")[0] in on_top)):
         raise ModelError(
             f"the base model's weights lack a language model's head ({headless[0]}); offer a causal language model, or "
             "ask for a classification task",
             str(folder),
             code="no_language_model_head",
         )
-    heads = {*(on_top if task.trains_head else ()), *lacking}
+    heads = {*(() if task.promises.learns_text else on_top), *lacking}
     return model, fresh, tuple(sorted(h for h in heads if not any(h.startswith(f"{o}.") for o in heads)))
 
 

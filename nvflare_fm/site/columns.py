@@ -3,35 +3,35 @@
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 from itertools import islice
 from typing import Any
 
 from ..errors import DataError
 from ..registry import nearest
 from .site_config import DataSource
+from .tasks import Groups
+from .tasks import registry as tasks
 
 _MOST = 200  # names that are kept: rows of JSON may each have others
 NER_TAGS = "ner_tags"  # what Hugging Face data sets call the labels of words
-READ: dict[str, tuple[tuple[str, ...], ...]] = {  # by task: columns of which one group is enough
-    "causal_lm": (
-        ("messages",),
-        ("conversations",),
-        ("prompt", "completion"),
-        ("instruction", "output"),
-        ("text",),
-    ),
-    "sequence_classification": (("text", "label"),),
-    "token_classification": (("tokens", "labels"),),
-}
 _OFTEN = {  # by column: what others call it
     "text": "sentence utterance content body note question query document input review message dialogue description",
     "label": "category class intent target topic sentiment tag code department diagnosis final_decision section_header",
     "tokens": "words token form sentence",
-    "labels": "ner_tags tags ner label ner_tag upos",
+    "labels": "ner_tags tags ner label ner_tag upos codes categories topics",
+    "chosen": "preferred accepted better",
+    "rejected": "dispreferred worse",
     "instruction": "question prompt input dialogue source query user article",
     "output": "answer response completion target summary note section_text assistant highlights long_answer",
 }
-_USUAL = {*(name for groups in READ.values() for group in groups for name in group), *" ".join(_OFTEN.values()).split()}
+
+
+@cache
+def _usual() -> frozenset[str]:
+    """Names that columns usually have, so that a log may hold them."""
+    read = {name for task in tasks for group in tasks[task].columns for name in group}
+    return frozenset({*read, *" ".join(_OFTEN.values()).split()})
 
 
 def names(found: Collection[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -71,7 +71,7 @@ class Found:
 
     def __str__(self) -> str:
         """The names that are usual. A file without a header has a row in its place, which no log may hold."""
-        usual = [name for name in self.names if _folded(name) in _USUAL]
+        usual = [name for name in self.names if _folded(name) in _usual()]
         others = len(self.names) - len(usual)
         more = [f"{others} more, which nvflare-fm data check shows"] if others else []
         return ", ".join([*map(repr, usual), *more])
@@ -93,35 +93,36 @@ class Found:
                 code="column_missing",
             )
 
-    def check_read(self, source: DataSource, task: str, where: str) -> None:
+    def check_read(self, source: DataSource, groups: Groups, where: str) -> None:
         """Hold the columns that a task reads against those found.
 
         Raises:
             DataError: the file lacks columns that the task reads. Its `local` part proposes which to take for them.
         """
-        if not 0 < len(self.names) < _MOST or readable(task, names(self.names, source.columns)):
+        if not 0 < len(self.names) < _MOST or readable(groups, names(self.names, source.columns)):
             return
-        proposal = json.dumps(proposed(task, self.names), ensure_ascii=False)
+        proposal = json.dumps(proposed(groups, self.names), ensure_ascii=False)
         raise DataError(
-            f"{where} lacks the columns that the task reads, {wanted(task)}; the site file names others under columns",
+            f"{where} lacks the columns that the task reads, {wanted(groups)}; the site file names others under "
+            "columns",
             f"{where}: found: {self}; perhaps: columns: {proposal}",
             code="column_missing",
         )
 
 
-def readable(task: str, known: Collection[str]) -> bool:
+def readable(groups: Groups, known: Collection[str]) -> bool:
     """Whether columns of these names are enough for a task."""
-    return task not in READ or any(set(group) <= set(known) for group in READ[task])
+    return any(set(group) <= set(known) for group in groups)
 
 
-def wanted(task: str) -> str:
+def wanted(groups: Groups) -> str:
     """The columns that a task reads, in words."""
-    return " or ".join(" and ".join(map(repr, group)) for group in READ.get(task, ()))
+    return " or ".join(" and ".join(map(repr, group)) for group in groups)
 
 
-def proposed(task: str, found: Collection[str]) -> dict[str, str]:
+def proposed(groups: Groups, found: Collection[str]) -> dict[str, str]:
     """What `columns` could say for a file whose columns have these names: nothing where it need not, or none fits."""
-    for group in () if readable(task, found) else READ[task]:
+    for group in () if readable(groups, found) else groups:
         meant = {ours: called(ours, found) for ours in group}
         if all(meant.values()):
             return {ours: theirs for ours, theirs in meant.items() if ours != theirs}

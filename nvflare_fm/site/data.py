@@ -158,7 +158,7 @@ def _read(
             found.bad.add(line, BadRow(f"the row cannot be tokenized ({type(error).__name__})"))
         if examples > ROWS_LIMIT:
             raise DataError(f"{where} has more than {ROWS_LIMIT} answers; offer fewer rows", code="too_many_examples")
-    _report(where, found, source, plan)
+    _report(where, found, source, plan, task)
     return found
 
 
@@ -193,7 +193,7 @@ class _File:
     columns: Found = field(default_factory=Found)
 
 
-def _report(where: str, found: _File, source: DataSource, plan: RoundPlan) -> None:
+def _report(where: str, found: _File, source: DataSource, plan: RoundPlan, task: Task) -> None:
     good, bad = len(found.good), found.bad
     if not good and not bad.count:
         raise DataError(f"{where} is empty; add rows", code="no_rows")
@@ -212,7 +212,7 @@ def _report(where: str, found: _File, source: DataSource, plan: RoundPlan) -> No
     if not good and bad.codes[reason]:
         raise DataError(f"{where}: {reason}", local, code=bad.codes[reason])
     if not good:
-        found.columns.check_read(source, plan.task, where)
+        found.columns.check_read(source, task.columns, where)
     raise DataError(
         f"{where} has more rows that cannot be used for this task and these labels than the site's max_bad_rows "
         "allows; the site's log lists them: mend them, say under labels in the site file what the file's own labels "

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..config import LABELS, LENGTH, RoundPlan
-from .columns import READ, Found, called, mapped, names, proposed, readable
+from .columns import Found, called, mapped, names, proposed, readable
 from .rows import Reading, ending_of, how_to_read, registry, rows
 from .site_config import AUTO, DataSource
 from .tasks import BadRow, Cut
@@ -36,9 +36,16 @@ class Column:
     characters: int = 0
     is_varied: bool = False  # there are more different values than labels can be; they are not counted then
     is_long: bool = False  # some values are too long for labels, and not counted
+    longest: int = 0  # of its lists
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether most of its values are lists."""
+        return self.kinds.most_common(1)[0][0] == "list"
 
     def add(self, value: Any) -> None:
         self.kinds[_kind(value)] += 1
+        self.longest = max(self.longest, len(value) if isinstance(value, list) else 0)
         for each in value if isinstance(value, list) else [value]:
             text = str(each) if isinstance(each, str | int | float) else ""
             self.characters += len(text)
@@ -82,13 +89,13 @@ class Inspection:
     @property
     def read_as(self) -> dict[str, str]:
         """The file's name of a column → what the task reads it as; columns that it does not read are not there."""
-        read = {name for group in READ.get(self.task, ()) for name in group}
+        read = {name for group in tasks[self.task].columns for name in group}
         return {theirs: ours for ours, theirs in names(self.found, self.columns).items() if ours in read}
 
     @property
     def is_readable(self) -> bool:
         """Whether the task has the columns it reads."""
-        return readable(self.task, self.read_as.values())
+        return readable(tasks[self.task].columns, self.read_as.values())
 
     @property
     def good(self) -> int:
@@ -111,7 +118,7 @@ def inspect(
     Raises:
         FmError: the file cannot be read, or the task is none.
     """
-    tasks[task]
+    groups = tasks[task].columns
     reading = how_to_read(Path(source.train), source, "train")
     inspection = Inspection(reading, task, dict(source.columns))
     found = Found()
@@ -128,20 +135,21 @@ def inspect(
             letters |= dict.fromkeys(letter for text in texts for letter in text if letter > "\x7f")
     inspection.letters = "".join(sorted(letters)[:_LETTERS])
     found.check_named(source, reading.file.name)
-    if not readable(task, names(found.names, source.columns)):
-        inspection.columns |= {**_by_content(task, inspection.found), **proposed(task, inspection.found)}
+    if not readable(groups, names(found.names, source.columns)):
+        inspection.columns |= {**_by_content(task, inspection.found), **proposed(groups, inspection.found)}
         inspection.is_proposed = inspection.columns != dict(source.columns)
     source = source.model_copy(update={"columns": inspection.columns})
-    if tasks[task].needs_labels:
-        inspection.labels = _labels(inspection)
+    if tasks[task].promises.classes and (column := _labels(inspection)):
+        inspection.labels = column.values
     _try(inspection, source, labels, tokenizer, max_length)
     return inspection
 
 
-def _labels(inspection: Inspection) -> Counter[str]:
-    ours = next((name for group in READ.get(inspection.task, ()) for name in group if name.startswith("label")), "")
-    column = inspection.found.get(names(inspection.found, inspection.columns).get(ours, ""))
-    return column.values if column else Counter()
+def _labels(inspection: Inspection) -> Column | None:
+    """The column of labels that the file has, or is to have, of those that the task reads."""
+    known = names(inspection.found, inspection.columns)
+    ours = [name for group in tasks[inspection.task].columns for name in group if name.startswith("label")]
+    return next((inspection.found[known[name]] for name in ours if known.get(name) in inspection.found), None)
 
 
 def _try(
@@ -153,8 +161,11 @@ def _try(
 ) -> None:
     """Encode every row as a job would."""
     task = tasks[inspection.task]
-    known = labels or tuple([label for label in sorted(inspection.labels) if not is_fraction(label)][:LABELS])
-    asked = {"task": inspection.task, "labels": known if task.needs_labels else ()}
+    column, values = _labels(inspection), [each for each in sorted(inspection.labels) if not is_fraction(each)]
+    asked = {
+        "task": inspection.task,
+        "labels": labels or task.guessed_labels(values[:LABELS], column.longest if column else 0),
+    }
     plan = RoundPlan.read(asked | {"max_length": max_length if tokenizer else LENGTH}, "nvflare-fm data check")
     endless = plan.model_copy(update={"max_length": LENGTH})
     inspection.unit = "tokens" if tokenizer else "characters"
@@ -186,15 +197,17 @@ def _add_bad(inspection: Inspection, line: int, reason: str, hint: str = "") -> 
 
 def _by_content(task: str, found: Mapping[str, Column]) -> dict[str, str]:
     """Which columns a file's may stand for, as far as what they hold tells it: labels recur, texts are long."""
-    for group in READ.get(task, ()):
+    classes = tasks[task].promises.classes
+    for group in tasks[task].columns:
         if len(group) != 2 or not group[1].startswith("label"):
             continue
-        lists = group[0] in _LISTS
-        fits = [name for name, column in found.items() if (column.kinds.most_common(1)[0][0] == "list") == lists]
-        named = called(group[1], fits)
-        recur = [name for name in fits if 2 <= len(found[name].values) <= found[name].values.total() / 2]
-        label = named or min(recur, key=lambda name: len(found[name].values), default="")
-        texts = {name: found[name].characters for name in fits if name != label}
+        fits = {
+            ours: [name for name, column in found.items() if column.is_listed == (ours in _LISTS)] for ours in group
+        }
+        recur = [name for name in fits[group[1]] if 2 <= len(found[name].values) <= found[name].values.total() / 2]
+        guessed = min(recur, key=lambda name: len(found[name].values), default="") if classes else ""
+        label = called(group[1], fits[group[1]]) or guessed
+        texts = {name: found[name].characters for name in fits[group[0]] if name != label}
         text = called(group[0], list(texts)) or max(texts, key=lambda name: texts[name], default="")
         if label and text:
             return {ours: theirs for ours, theirs in zip(group, (text, label), strict=True) if ours != theirs}
@@ -244,7 +257,7 @@ def _is_text(value: str) -> bool:
 
 
 def _characters(row: Mapping[str, Any], task: str) -> int:
-    read = next((group for group in READ.get(task, ()) if set(group) <= set(row)), tuple(row))
+    read = next((group for group in tasks[task].columns if set(group) <= set(row)), tuple(row))
     names = [name for name in read if not name.startswith("label")]
     return sum(len(text) for name in names for text in _texts(row.get(name)))
 

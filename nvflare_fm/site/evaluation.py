@@ -9,7 +9,6 @@ from datasets import Dataset
 from ..config import RoundPlan
 from ..errors import TrainingError
 from ..plan import texts_at_once
-from . import logits
 from .base_model import BaseModel
 from .distributed import any_process, gather, processes
 
@@ -37,16 +36,16 @@ def evaluate(
             longest = len(rows[chosen[-1]]["input_ids"])
             at_once = texts_at_once(len(chosen), longest)
             for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
-                parts.append(_score(model, base, [rows[i] for i in some]))
+                parts.append(_measured(model, base, [rows[i] for i in some], plan))
     everyone = [part for share in gather(parts) for part in share]
     columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
     return base.task.metrics(columns, plan)
 
 
 @torch.inference_mode()
-def _score(model: Any, base: BaseModel, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _measured(model: Any, base: BaseModel, rows: list[dict[str, Any]], plan: RoundPlan) -> dict[str, torch.Tensor]:
     batch = {k: v.to(base.model.device) for k, v in base.task.batch(rows, base.tokenizer.pad_token_id).items()}
     with base.autocast():
-        parts = [*logits.each(model, base, batch, base.task.score), base.task.counts(batch)]
+        parts = base.task.measure(model, base, batch, plan)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part[name] for part in parts if name in part]).cpu() for name in names}

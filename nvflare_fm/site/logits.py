@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from ..plan import positions_at_once
@@ -45,6 +46,27 @@ def total(model: Any, base: "BaseModel", batch: "Columns", loss: Measure[Tensor]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # the head's may be among them
     summed: Tensor = _Summed.apply(at, _at_once(base), states, *trained)
     return summed
+
+
+def values(model: Any, base: "BaseModel", batch: "Columns", measure: Measure[Tensor]) -> Tensor:
+    """What `measure` makes of each item that is learned of a batch, (items,), with its gradient.
+
+    For losses that are no sum over items: what the gradient of one item's value is multiplied by is known only when
+    all values are. So the head answers a second time on the way back.
+
+    Args:
+        measure: makes a value for each item.
+    """
+    targets = batch["targets"]
+    if not _in_parts(base, len(targets)):
+        return measure(_whole(model, base, batch).float(), targets)
+    states, output = _hidden_states(model, base, batch)
+
+    def at(some: Tensor, answers: Tensor) -> Tensor:
+        return measure(_head(base, output, some), answers)
+
+    parts = zip(states.split(_at_once(base)), targets.split(_at_once(base)), strict=True)
+    return torch.cat([checkpoint(at, some, answers, use_reentrant=False) for some, answers in parts])
 
 
 def each(model: Any, base: "BaseModel", batch: "Columns", measure: Measure[T]) -> list[T]:

@@ -93,7 +93,7 @@ def _bare(folder: Path, manifest: Manifest) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)
-        if task.needs_labels and config.pad_token_id is None:
+        if not task.promises.learns_text and config.pad_token_id is None:
             config.pad_token_id = load_tokenizer(folder).pad_token_id  # where a text ends, which its class reads
         return task.model_class(folder).from_pretrained(
             folder,

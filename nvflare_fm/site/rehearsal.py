@@ -3,11 +3,11 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from ..adapter import RoundTask
-from ..config import LABELS, LENGTH, MANY, ROWS, WIDEST, EvaluationSettings, RoundPlan, TaskPlan
+from ..config import LABELS, LENGTH, MANY, ROWS, WIDEST, EvaluationSettings, TaskPlan
 from .site_config import SiteConfig
+from .tasks import registry as tasks
 
 STEPS = 3
 _LIMITS = {  # as much as any plan may ask
@@ -42,19 +42,9 @@ def seconds_per_step(model: Path, plan: TaskPlan) -> float:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        file.write_text((json.dumps(made_up(plan)) + "\n") * (2 * plan.training.batch_size))
+        file.write_text((json.dumps(tasks[plan.task].made_up(plan)) + "\n") * (2 * plan.training.batch_size))
         source = {plan.data: {"train": str(file), "validation": str(file)}}
         offer = {"models": {plan.model: {"path": str(model)}}, "data": source, "limits": _LIMITS, "privacy": _PRIVACY}
         site = SiteConfig.read(offer, "this machine")
         report = Worker("this machine", site).train(RoundTask(trial)).report
     return report.seconds / STEPS
-
-
-def made_up(plan: RoundPlan) -> dict[str, Any]:
-    """A row of at least `max_length` tokens."""
-    words = ["word"] * plan.max_length
-    if plan.task == "token_classification":
-        return {"tokens": words, "labels": [plan.labels[0]] * len(words)}
-    if plan.task == "sequence_classification":
-        return {"text": " ".join(words), "label": plan.labels[0]}
-    return {"text": " ".join(words)}

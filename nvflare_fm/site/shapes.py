@@ -72,9 +72,9 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
         positions=positions(model, beside),
         context=_number(text, "max_position_embeddings"),
         stacked=sum(p.numel() for name in stacked(model, beside) for p in model.get_submodule(name).parameters()),
-        head_is_apart=not task.trains_head and find_backbone(model, list(range(TOKENS))) is not None,
+        head_is_apart=task.promises.learns_text and find_backbone(model, list(range(TOKENS))) is not None,
     )
-    heads = tuple(sorted(on_top)) if task.trains_head else ()
+    heads = () if task.promises.learns_text else tuple(sorted(on_top))
     dtype = compute_dtype(plan.compute_dtype, plan.quantization, base.hidden)
     tokenizer: PreTrainedTokenizerBase = None  # type: ignore[assignment]  # no method asks for it
     lent = BaseModel(model, tokenizer, task, "", plan.quantization, dtype, heads, frozenset(), beside)

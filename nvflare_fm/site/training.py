@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
@@ -25,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..adapter import RoundTask
 from ..config import RoundPlan, TrainingSettings
 from ..errors import TrainingError
-from . import logits, memory
+from . import memory
 from .attach import heads
 from .base_model import BaseModel
 from .class_shift import ClassShift, class_shift
@@ -150,7 +149,7 @@ def train(
         model=model,
         args=_arguments(plan, base, steps, seed, logged if log else 0),
         data_collator=partial(base.task.batch, pad_id=base.tokenizer.pad_token_id),
-        train_dataset=rows.select_columns(["input_ids", "labels"]),
+        train_dataset=rows,
         callbacks=[Watch(should_stop, log, task.round * steps)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -217,21 +216,18 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
         batches = list(islice(epoch_iterator, num_batches))
-        items = torch.tensor(sum(len(batch["targets"]) for batch in batches), device=device)
+        items = torch.tensor(sum(self.base.task.items(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean over all that is learned in a step, however it is cut into batches and spread over processes.
+        """The mean of the task's losses in a step, however it is cut into batches and spread over processes.
 
         Models' own losses are no such means: classifiers ignore how many batches make a step.
         """
-        nats = logits.total(model, self.base, inputs, self._nats)
+        nats = self.base.task.loss(model, self.base, inputs, self.task.plan, self.shift)
         return nats / num_items_in_batch * self.args.world_size  # DDP takes the mean of the processes' gradients
-
-    def _nats(self, answers: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(self.shift(answers) if self.shift else answers, targets, reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.order

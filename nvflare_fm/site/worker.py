@@ -215,8 +215,9 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft)
         check_training(attachment.method, plan.training)
-        if kind.needs_labels and len(plan.labels) < 2:
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least two", code="no_labels")
+        if len(plan.labels) < kind.promises.least_labels:
+            least = kind.promises.least_labels
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
@@ -321,5 +322,6 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Specified to not load vera_A and vera_B")  # they follow from a number
     for name in ("bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

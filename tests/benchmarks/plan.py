@@ -45,9 +45,9 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     from nvflare_fm.config import TaskPlan
     from nvflare_fm.plan import activation_bytes, trained_bytes
     from nvflare_fm.site.memory import peak_mib
-    from nvflare_fm.site.rehearsal import made_up
     from nvflare_fm.site.shapes import shapes
     from nvflare_fm.site.site_config import SiteConfig
+    from nvflare_fm.site.tasks import registry as tasks
     from nvflare_fm.site.worker import Worker
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -56,7 +56,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     folder, plan = _model(case["model"]), TaskPlan.read(_plan(case), "benchmark")
     with tempfile.TemporaryDirectory() as rows:
         file = Path(rows) / "rows.jsonl"
-        file.write_text((json.dumps(made_up(plan)) + "\n") * 64)
+        file.write_text((json.dumps(tasks[plan.task].made_up(plan)) + "\n") * 64)
         data = {"notes": {"train": str(file), "validation": str(file)}}
         models, open_handed = {"base": {"path": str(folder)}}, data_sets.OPEN.model_dump()
         said = {"models": models, "data": data, "limits": {"threads": 1}, "privacy": open_handed}

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
+from nvflare_fm.job.tasks import TASKS as TASK_PROMISES
 from nvflare_fm.site import data as site_data
 from nvflare_fm.site.site_config import DataSource
 from nvflare_fm.site.tasks import registry
@@ -23,7 +24,8 @@ from tests.fuzz.mutations import Changes, changes, junk, mutated
 from tests.site import chats, tiny
 
 WORDS = tiny.tokenizer()
-TASKS = ("causal_lm", "sequence_classification", "token_classification")
+TASKS = tuple(TASK_PROMISES)
+COLUMNS = {"regression": {"label": "number"}, "multi_label": {"labels": "topics"}, "preference": {"prompt": "asked"}}
 PLANS = {task: tiny.plan(task, max_length=64) for task in TASKS}
 SECRET = "Quarantine-9"  # in every row: no message may repeat it
 CODES = ("data_unreadable", "data_format_unknown", "bad_rows", "no_rows", "multi_label", "regression", "column_missing")
@@ -31,15 +33,18 @@ CHATS = {name: chats.tokenizer(*how) for name, how in chats.BY_EOS.items()}
 
 
 def rows(count: int = 4) -> list[dict[str, Any]]:
-    """Rows that every task can use."""
+    """Rows that every task can use; some of them under names of their own, see COLUMNS."""
     both = zip(tiny.rows("sequence_classification", count), tiny.rows("token_classification", count), strict=True)
-    return [{**text, **tokens, "ward": SECRET} for text, tokens in both]
+    pair = {"asked": "how is he? ", "chosen": "well", "rejected": "ill, they say"}
+    beside = [{"number": 36.5 + i, "topics": [*tiny.LABELS[: i % 3]], **pair, "ward": SECRET} for i in range(count)]
+    return [{**text, **tokens, **more} for (text, tokens), more in zip(both, beside, strict=True)]
 
 
 def files() -> dict[str, bytes]:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()).encode()
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, ["text", "label", "ward"], extrasaction="ignore")
+    beside = ["ward", "number", "topics", "asked", "chosen", "rejected"]
+    writer = csv.DictWriter(table, ["text", "label", *beside], extrasaction="ignore")
     writer.writeheader()
     writer.writerows([*rows(), {"text": 'two\nlines, "quoted"', "label": "calm", "ward": SECRET}])
     german = table.getvalue().replace(",", ";").replace("€", "").encode("cp1252", "ignore")
@@ -81,7 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcome(file: Path, content: bytes, task: str, tokenizer: Any = WORDS, **more: Any) -> str:
     """The code under which a site refuses the file, or "read"."""
     file.write_bytes(content)
-    source = DataSource.model_validate({"train": str(file), "max_bad_rows": 0.99, **more})
+    columns = COLUMNS.get(task, {})
+    source = DataSource.model_validate({"train": str(file), "max_bad_rows": 0.99, "columns": columns, **more})
     try:
         read = site_data.load(source, PLANS[task], registry[task], tokenizer)
     except DataError as error:
@@ -90,15 +96,19 @@ def outcome(file: Path, content: bytes, task: str, tokenizer: Any = WORDS, **mor
         return error.code
     assert len(read.train) == len(read.train_rows) > 0
     assert len(read.validation) == len(read.validation_rows) > 0
-    assert max(map(len, read.train["input_ids"][:])) <= PLANS[task].max_length
+    texts = TASK_PROMISES[task].texts_per_row
+    assert max(map(len, read.train["input_ids"][:])) <= texts * PLANS[task].max_length
+    registry[task].batch(read.train.select(range(2)), 0) if len(read.train) > 1 else None
     assert not any(SECRET in remark for remark in read.remarks)
     return "read"
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_an_untouched_file_is_read(folder: Path, name: str) -> None:
-    task = "token_classification" if name == "a.conll" else "sequence_classification"
-    assert outcome(folder / name, WHOLE[name], task) == "read"
+    listed = name.endswith(("json", "jsonl", "parquet", "gz"))
+    tables = [task for task in TASKS if task not in ("causal_lm", "token_classification")]
+    for task in ["token_classification"] if name == "a.conll" else TASKS if listed else tables:
+        assert outcome(folder / name, WHOLE[name], task) == "read", task
 
 
 @given(name=st.sampled_from([n for n in WHOLE if n not in BINARY]), task=st.sampled_from(TASKS), how=changes)
@@ -164,6 +174,11 @@ row = st.fixed_dictionaries(
         "history": st.lists(st.lists(junk, min_size=2, max_size=2), max_size=2) | junk,
         "tokens": st.lists(st.text(max_size=5) | junk, max_size=4) | junk,
         "labels": st.lists(st.sampled_from(tiny.LABELS) | junk, max_size=4) | junk,
+        "number": st.floats() | st.integers().map(str) | junk,
+        "topics": st.lists(st.sampled_from(tiny.LABELS) | st.integers(-1, 3) | junk, max_size=4) | junk,
+        "asked": turns,
+        "chosen": turns,
+        "rejected": turns,
     },
 )
 

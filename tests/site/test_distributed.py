@@ -29,7 +29,7 @@ from tests.site import tiny
 logits.positions_at_once = lambda words: 7  # here, and not where one process agrees
 folder, models = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
 training = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
-for task in ("causal_lm", "sequence_classification"):
+for task in ("causal_lm", "sequence_classification", "preference"):
     worker = tiny.worker(folder, models.pop(0), task)
     update = worker.train(RoundTask(tiny.plan(task, quantization="nf4", training=training)))
     out = f"{task}-{processes()[0]}"
@@ -47,7 +47,7 @@ try:
 except TrainingError:
     (folder / f"stopped-{processes()[0]}").touch()
 """
-TASKS = ("causal_lm", "sequence_classification")
+TASKS = ("causal_lm", "sequence_classification", "preference")
 
 
 def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Path, tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Pa
     (tmp_path / "work.py").write_text(WORK)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         str(tmp_path / "work.py"), str(tmp_path), str(llama), str(bert)],
+         str(tmp_path / "work.py"), str(tmp_path), str(llama), str(bert), str(llama)],
         env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert all((tmp_path / f"stopped-{rank}").exists() for rank in (0, 1))
-    for task, model in zip(TASKS, (llama, bert), strict=True):
+    for task, model in zip(TASKS, (llama, bert, llama), strict=True):
         first, second = (load_file(tmp_path / f"{task}-{rank}.safetensors") for rank in (0, 1))
         assert all(torch.equal(first[name], second[name]) for name in first)
         reports = [json.loads((tmp_path / f"{task}-{rank}.json").read_text()) for rank in (0, 1)]

@@ -13,8 +13,8 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
 from nvflare_fm.plan import activation_bytes, trained_bytes
 from nvflare_fm.site import base_model, memory, training
-from nvflare_fm.site.rehearsal import made_up
 from nvflare_fm.site.shapes import shapes
+from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 from tests.site.held import Held
@@ -122,7 +122,7 @@ def test_a_step_holds_what_was_told(tmp_path: Path, kind: str, checkpointing: bo
         training={"local_steps": 2, "batch_size": 2, "gradient_checkpointing": checkpointing},
         evaluation={"before": False, "after": False},
     )  # fmt: skip
-    file = tiny.jsonl(tmp_path / "rows.jsonl", [made_up(plan)] * 4)
+    file = tiny.jsonl(tmp_path / "rows.jsonl", [tasks[plan.task].made_up(plan)] * 4)
     worker = Worker("site-1", tiny.site(model, file, data={"notes": {"train": str(file), "validation": str(file)}}))
     worker._job(RoundTask(plan), trains=True)
     with Held() as held:

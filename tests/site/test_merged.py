@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "causal_lm", {"method": "lora", "rank": 4, "lora_alpha": 8}),
     "dora": ("llama", "causal_lm", {"method": "lora", "rank": 4, "use_dora": True}),
     "ia3": ("llama", "causal_lm", {"method": "ia3"}),
+    "vera": ("llama", "causal_lm", {"method": "vera", "r": 8, "d_initial": 1.0}),
     "a head apart from the embedding": ("tied", "causal_lm", {"method": "lora", "modules_to_save": ["lm_head"]}),
     "classifier": ("bert", "sequence_classification", {"method": "lora", "rank": 4}),
     "classifier on the mean": ("averaged", "sequence_classification", {"method": "lora", "rank": 4}),

@@ -327,3 +327,12 @@ def test_entities_are_found_in_running_text_after_training_on_word_lists(tmp_pat
     find = pipeline("token-classification", model, tokenizer=tiny.tokenizer(), aggregation_strategy="first")
     for text, entities in zip(tiny.SENTENCES, find(tiny.SENTENCES), strict=True):
         assert [e["word"].strip() for e in entities] == [w for w in text.split() if w in tiny.LABELS]
+
+
+@pytest.mark.parametrize("task", registry)
+def test_a_row_that_is_made_up_fills_max_length_and_can_be_learned(task: str) -> None:
+    plan = tiny.plan(task)
+    (example,) = registry[task].encode(registry[task].made_up(plan), WORDS, plan).examples
+    batch = registry[task].batch([example, example], 0)
+    assert batch["input_ids"].shape == (2 * registry[task].promises.texts_per_row, plan.max_length)
+    assert registry[task].items(batch) > 0

@@ -26,6 +26,7 @@ OPEN = {
     "min_metric_rows": 1,
     "counts": ["examples", "tokens", "steps", "bad_rows"],
 }
+LABELS_OF = {"causal_lm": (), "preference": (), "regression": ("age",)}
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -71,6 +72,12 @@ def rows(task: str, count: int = 24, shift: int = 0) -> list[dict[str, Any]]:
         return [{"prompt": f"how is {i}? ", "completion": s} for i, s in chosen]
     if task == "sequence_classification":
         return [{"text": s, "label": LABELS[(i + shift) % 3]} for i, s in chosen]
+    if task == "multi_label":
+        return [{"text": s, "labels": [x for x in LABELS if x in s or not (i + shift) % 2]} for i, s in chosen]
+    if task == "regression":
+        return [{"text": s, "label": 30.0 + 10 * LABELS.index(s.split()[3])} for _, s in chosen]
+    if task == "preference":
+        return [{"prompt": f"how is {i}? ", "chosen": s, "rejected": s.replace("walks", "flies")} for i, s in chosen]
     return [{"tokens": s.split(), "labels": [w if w in LABELS else "calm" for w in s.split()]} for _, s in chosen]
 
 
@@ -95,7 +102,7 @@ def plan(task: str = "causal_lm", **more: Any) -> TaskPlan:
     values: dict[str, Any] = {
         "task": task,
         "quantization": "fp32",
-        "labels": () if task == "causal_lm" else LABELS,
+        "labels": LABELS_OF.get(task, LABELS),
         "max_length": 48,
         "peft": {"method": "lora", "rank": 4, "lora_alpha": 8},
         "training": {"local_steps": 3, "batch_size": 4, "learning_rate": 1e-2},

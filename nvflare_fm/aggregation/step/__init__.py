@@ -68,14 +68,15 @@ def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
     return asked(registry, entry)(cohort, weights)
 
 
-def usual(task: str, rule: MergeRule | None) -> str:
+def usual(learns_text: bool, rule: MergeRule | None) -> str:
     """The step of a job that names none: a longer one where text is written, because the mean change of sites of mixed
     rank is too short there (docs/log.md), and the rule adds changes.
 
     Args:
+        learns_text: whether the task is about writing text.
         rule: the merge rule; none where the adapters have no factors.
     """
-    return "fedexp" if task == "causal_lm" and rule and rule.delta and rule.canonical else "plain"
+    return "fedexp" if learns_text and rule and rule.delta and rule.canonical else "plain"
 
 
 class Mover:

@@ -29,7 +29,7 @@ class Attachment:
         """Make PEFT's configuration of the trained adapter."""
         from peft import get_peft_config
 
-        values = {"peft_type": self.method.peft_type, "task_type": base.task.peft_type}
+        values = {"peft_type": self.method.peft_type, "task_type": base.task.promises.peft_type}
         config: PeftConfig = get_peft_config(values | self.method.arguments(base.heads))
         return config
 

@@ -1,9 +1,12 @@
-"""Tasks: how a row of data becomes token ids, and how the model's answers become metrics. One file a task."""
+"""Tasks: how a row of data becomes token ids, batches and a loss, and how the model's answers become metrics.
+
+One file a task. What a server must know of it stands in `job/tasks.py`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
@@ -13,10 +16,17 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
+from ...job.tasks import TASKS, Promises
 from ...registry import Registry
+from .. import logits
+
+if TYPE_CHECKING:
+    from ..base_model import BaseModel
+    from ..class_shift import ClassShift
 
 IGNORED = -100  # the label of a position that is not learned, by PyTorch's convention
 Columns = Mapping[str, Tensor]
+Groups = tuple[tuple[str, ...], ...]  # columns that a task reads; one group of them is enough
 
 
 def counted(count: int, one: str, many: str) -> str:
@@ -72,15 +82,21 @@ class Encoded:
 
 
 class Task:
-    """What a task must say. The model comes from `auto_class`; `trains_head`: its head is trained whole."""
+    """What a task must say. As it stands, a batch's loss is cross-entropy at each place that is learned.
 
-    auto_class: ClassVar[str]
-    peft_type: ClassVar[str]  # PEFT's name of the task
-    trains_head: ClassVar[bool] = True
-    needs_labels: ClassVar[bool] = True
+    Args:
+        promises: what the server knows of it.
+    """
+
+    columns: ClassVar[Groups]
+
+    def __init__(self, promises: Promises) -> None:
+        self.promises = promises
 
     def model_config(self, plan: RoundPlan) -> dict[str, Any]:
         """What the model's configuration must say for this plan: the labels."""
+        if not self.promises.least_labels:
+            return {}
         return {
             "num_labels": len(plan.labels),
             "id2label": dict(enumerate(plan.labels)),
@@ -89,7 +105,20 @@ class Task:
 
     def model_class(self, folder: Path) -> Any:
         """What loads the base model in `folder`, with the task's head on top."""
-        return getattr(transformers, self.auto_class)
+        return getattr(transformers, self.promises.auto_class)
+
+    def made_up(self, plan: RoundPlan) -> dict[str, Any]:
+        """A row of at least `max_length` tokens in each of its texts, to try out how fast a machine is."""
+        raise NotImplementedError
+
+    def guessed_labels(self, found: Sequence[str], longest: int) -> tuple[str, ...]:
+        """The `labels` that a plan could have for a file, where no plan is at hand.
+
+        Args:
+            found: different values of the column with labels, in order.
+            longest: list in that column.
+        """
+        return tuple(found) if self.promises.least_labels else ()
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         """Turn a row into examples: input_ids, labels and perhaps numbers that only the metrics need.
@@ -108,21 +137,47 @@ class Task:
 
     def batch(self, rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, Tensor]:
         """One batch as `collate` makes it, and what is learned of it: `targets`, and their `places` among the positions
-        of all rows. They are found on the CPU: on a GPU, how many there are could not be known without waiting for it.
+        of all rows, or among the rows where a text has one answer. They are found on the CPU: on a GPU, how many there
+        are could not be known without waiting for it.
         """
         batch = collate(rows, pad_id)
         targets = self.targets(batch["labels"]).flatten()
         places = (targets != IGNORED).nonzero()[:, 0]
         return batch | {"places": places, "targets": targets[places]}
 
+    def items(self, batch: Columns) -> int:
+        """How many losses a batch's loss is the sum of: a step's gradient is that of the mean over its batches."""
+        return len(batch["targets"])
+
     def class_counts(self, rows: Dataset, plan: RoundPlan) -> Tensor:
-        """How often each of the plan's labels occurs at the site; jobs for tasks without labels do not ask."""
+        """How often each of the plan's classes occurs at the site. Only tasks with exclusive classes are asked."""
         raise NotImplementedError
 
-    def score(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """What the metrics need of some of what is learned: 1-D columns, concatenated over all of it before `metrics`
-        sees them.
+    def loss(
+        self, model: Any, base: "BaseModel", batch: Columns, plan: RoundPlan, shift: "ClassShift | None" = None
+    ) -> Tensor:
+        """The sum of the losses of a batch, with its gradient.
+
+        Args:
+            model: the base model with its adapter, as it trains.
+            shift: what is done to the logits of classes, where the plan asks for it.
         """
+        return logits.total(
+            model, base, batch, lambda answers, targets: self.loss_of(shift(answers) if shift else answers, targets)
+        )
+
+    def loss_of(self, answers: Tensor, targets: Tensor) -> Tensor:
+        """The sum of the losses of some logits, (items, …), where each place has a loss of its own."""
+        return cross_entropy(answers, targets, reduction="sum")
+
+    def measure(self, model: Any, base: "BaseModel", batch: Columns, plan: RoundPlan) -> list[dict[str, Tensor]]:
+        """What the metrics need of a batch, in parts that are concatenated over all batches before `metrics` sees them.
+        A column may be missing in some of the parts.
+        """
+        return [*logits.each(model, base, batch, self.score), self.counts(batch)]
+
+    def score(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """What the metrics need of some of what is learned: columns, by their names."""
         nats = cross_entropy(logits, targets, reduction="none")
         return {"nats": nats, "answer": logits.argmax(-1), "label": targets}
 
@@ -136,6 +191,16 @@ class Task:
 
 
 registry: Registry[Task] = Registry("task", __name__)
+
+
+def task(name: str) -> Callable[[type[Task]], type[Task]]:
+    """Registers a task under its name in a plan, with what the server knows of it."""
+
+    def add(kind: type[Task]) -> type[Task]:
+        registry.register(name)(kind(TASKS[name]))
+        return kind
+
+    return add
 
 
 def label_skew(counts: Tensor) -> float:

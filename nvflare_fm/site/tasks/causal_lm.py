@@ -9,7 +9,7 @@ tokenizer's end token, which is learned, so that generation stops there.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
 from ...files import MIB
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, registry, text_of
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Groups, Task, task, text_of
 from .chat_template import Rendering, Span
 from .conversations import alpaca_prompt, conversation, is_plain_alpaca
 
@@ -26,14 +26,18 @@ Tokens = tuple[list[int], list[Span]]  # ids, and the characters that each stand
 _PROMPTS = 16 * MIB  # characters of a conversation's prompts together: each is tokenized by itself
 
 
+@task("causal_lm")
 class CausalLM(Task):
-    auto_class = "AutoModelForCausalLM"
-    peft_type = "CAUSAL_LM"
-    trains_head = False
-    needs_labels = False
+    columns: ClassVar[Groups] = (
+        ("messages",),
+        ("conversations",),
+        ("prompt", "completion"),
+        ("instruction", "output"),
+        ("text",),
+    )
 
-    def model_config(self, plan: RoundPlan) -> dict[str, Any]:
-        return {}
+    def made_up(self, plan: RoundPlan) -> dict[str, Any]:
+        return {"text": " ".join(["word"] * plan.max_length)}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         said = conversation(row)
@@ -175,6 +179,3 @@ def _bytes(text: str, answers: Sequence[Span], covered: Sequence[Span]) -> int:
     ends = max((stop for _, stop in covered), default=0)
     starts = min((start for start, _ in covered), default=0)
     return sum(len(text[max(start, starts) : min(stop, ends)].encode()) for start, stop in answers if start < ends)
-
-
-registry.register("causal_lm")(CausalLM())

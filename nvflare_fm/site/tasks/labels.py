@@ -62,16 +62,16 @@ def _check_kind(label: Any) -> None:
 def several() -> BadRow:
     """What is said of a row with a list of labels for one text or word."""
     return BadRow(
-        "'label' is a list: several labels for one text are a task of its own (multi-label), which is not there yet; "
-        "give each row one label",
+        "'label' is a list: several labels for one text are the task multi_label; give each row one label, or ask for "
+        "that task",
         code="multi_label",
     )
 
 
 def _regression() -> BadRow:
     return BadRow(
-        "'label' is a number with a fraction: to predict a number is a task of its own (regression), which is not "
-        "there yet; give each row one of the plan's labels",
+        "'label' is a number with a fraction: to predict a number is the task regression; give each row one of the "
+        "plan's labels, or ask for that task",
         code="regression",
     )
 

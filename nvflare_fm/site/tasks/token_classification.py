@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, registry, tokenized
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, task, tokenized
 from .labels import find
 
 Span = tuple[int, int]  # characters, end excluded
@@ -25,9 +25,12 @@ _PLACES = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S",
 _IN_SCHEME = re.compile(r"([BIMELSUW])(?:[-_](.+))?")
 
 
+@task("token_classification")
 class TokenClassification(Task):
-    auto_class = "AutoModelForTokenClassification"
-    peft_type = "TOKEN_CLS"
+    columns = (("tokens", "labels"),)
+
+    def made_up(self, plan: RoundPlan) -> dict[str, Any]:
+        return {"tokens": ["word"] * plan.max_length, "labels": [plan.labels[0]] * plan.max_length}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         words, labels = row.get("tokens"), row.get("labels")
@@ -117,6 +120,3 @@ def _entity_metrics(truth: list[list[str]], answer: list[list[str]]) -> dict[str
         return {}
     precision, recall, f1, _ = precision_recall_fscore_support(truth, answer, average="micro", zero_division=0)
     return {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
-
-
-registry.register("token_classification")(TokenClassification())
