@@ -5,7 +5,7 @@ Knows neither transformers nor peft: the server asks here before any site is bot
 
 from collections.abc import Mapping
 
-from . import legality
+from . import legality, transforms
 from .aggregation import guard, merge, step, weigh
 from .aggregation.admit import Terms
 from .aggregation.asked import asked, named
@@ -35,6 +35,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         asked(guard.registry, entry)
     if how.step is not None:
         asked(step.registry, how.step)
+    transforms.read(plan.uplink, "uplink")
+    transforms.read(plan.downlink, "downlink")
     rest = rule.rest if method.side_adapter else "none"
     plan = plan.model_copy(
         update={

@@ -236,6 +236,11 @@ class RoundPlan(Settings):
         (), description="what a site is asked to tell of how often its labels occur; follows from the weights"
     )
     counts: Counts = Field((), description="of its rows and steps, what a site is asked to tell; from the weights, too")
+    uplink: Rules = Field(
+        (),
+        description="transforms of what a site sends, in order, such as int8; empty: tensors travel as float32",
+    )
+    downlink: Rules = Field((), description="transforms of the global adapter on its way to the sites")
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     seed: int = Field(0, ge=0, le=SEED)

@@ -15,7 +15,7 @@ from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 
-from ..adapter import AdapterUpdate, RoundTask
+from ..adapter import Adapter, AdapterUpdate, RoundTask
 from ..aggregation.admit import check_terms, check_values
 from ..aggregation.combine import Combined, combine, per_step
 from ..aggregation.late import trained_from
@@ -63,14 +63,21 @@ class AdapterAggregator(ModelAggregator):
         if event_type == EventType.START_RUN:
             fobs.register(TensorDecomposer)
 
-    def begin(self, task: RoundTask, rank: int, sites: Mapping[str, SiteOverrides] | None = None) -> None:
-        """Opens a round in which the sites train from `task`.
+    def begin(
+        self,
+        task: RoundTask,
+        rank: int,
+        sites: Mapping[str, SiteOverrides] | None = None,
+        whole: Adapter | None = None,
+    ) -> None:
+        """Opens a round in which the sites train from `task`, whose adapter is as they receive it.
 
         Args:
             rank: the result has at most so many directions.
             sites: what the job asks of single sites differently.
+            whole: the adapter as the server keeps it, where it is encoded for the way; None: as the sites receive it.
         """
-        self.task, self.rank, self.sites = task, rank, dict(sites or {})
+        self.task, self.rank, self.sites, self.whole = task, rank, dict(sites or {}), whole
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -87,7 +94,7 @@ class AdapterAggregator(ModelAggregator):
         """
         began = began or self.task
         names = began.adapter.descriptions()
-        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names)
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, began.plan.uplink)
         asked = terms(began.plan, self.how, update.site, self.sites)
         check_terms(update, asked, began.adapter, self.task.manifest)
         check_values(update)
@@ -110,7 +117,7 @@ class AdapterAggregator(ModelAggregator):
         task = self.task
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
-            return combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory)
+            return combine(task.adapter, task.manifest, updates, self.how, self.rank, self.memory, self.whole)
 
         try:
             return merge(updates)
@@ -121,7 +128,8 @@ class AdapterAggregator(ModelAggregator):
             return without_the_largest(merge, updates, why)
         except FmError as error:
             self.logger.error(f"round {task.round}: {error.message}; the adapter stays as it was")
-            return Combined(task.adapter, task.manifest, {}, memory=self.memory, failed=error.message)
+            as_it_was = self.whole or task.adapter
+            return Combined(as_it_was, task.manifest, {}, memory=self.memory, failed=error.message)
 
     def _log(self, combined: Combined) -> None:
         if combined.failed:

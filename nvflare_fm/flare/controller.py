@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
 from pydantic import Field
 
+from .. import transforms
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.metrics import mean, medians
@@ -34,6 +36,7 @@ from ..combination import max_rank, of_round, settle
 from ..config import DERIVED, RoundPlan, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
+from ..transforms.packed import pack
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
@@ -200,13 +203,24 @@ class FedPEFT(FedAvg):
         """Sends the round's task to all sites at once, and returns when the round is over."""
         saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
         plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
-        task = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
-        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides)
-        self._ask(task, task_name, targets or self.sample_clients(), partial(self._came, task))
+        whole = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
+        task, message = self._encoded(whole)
+        kept = whole.adapter if plan.downlink else None
+        self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides, kept)
+        self._ask(task, message, task_name, targets or self.sample_clients(), partial(self._came, task))
 
-    def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
-        message = wire.write_task(task)
-        self.ledger = Ledger(task.round, self.total_rounds, sites, task.adapter.bytes())
+    def _encoded(self, task: RoundTask) -> tuple[RoundTask, FLModel]:
+        """The task as the sites read it, and the message, encoded once for all of them."""
+        packed = pack(task.adapter, transforms.read(task.plan.downlink, "downlink"), "the server")
+        for event in packed.events:
+            self.info(f"round {task.round}, to each site: {event}")
+        received = replace(task, adapter=packed.adapter()) if packed.chain else task
+        return received, wire.write_task(task, packed)
+
+    def _ask(
+        self, task: RoundTask, message: FLModel, name: str, sites: list[str], callback: Callable[[FLModel], bool]
+    ) -> None:
+        self.ledger = Ledger(task.round, self.total_rounds, sites, task.adapter.bytes_sent())
         self._show()
         self._open = task
         super().send_model(task_name=name, data=message, targets=sites, callback=callback)
@@ -399,7 +413,7 @@ class FedPEFT(FedAvg):
             return True
 
         sites = sorted(weights) if self.sites_per_round else self.sample_clients()
-        self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
+        self._ask(*self._encoded(task), AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
         self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
         self._close()

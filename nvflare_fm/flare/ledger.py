@@ -29,7 +29,7 @@ class Ledger:
     round: int
     total_rounds: int
     asked: list[str]
-    bytes_down: int  # of the task's tensors, to each site
+    bytes_down: int  # of the task's tensors as they travel, to each site
     answered: list[str] = field(default_factory=list)  # sites whose update was accepted, in the order they came
     out: dict[str, str] = field(default_factory=dict)  # site → why it does not count in this round
     late: list[str] = field(default_factory=list)  # sites that answered an earlier round during this one
@@ -113,4 +113,4 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
 def _contribution(update: AdapterUpdate, weight: float) -> dict[str, Any]:
     told = asdict(update.report) | {"tokens_per_s": update.report.tokens_per_s}
     numbers = {k: v for k, v in told.items() if not isinstance(v, float) or math.isfinite(v)}
-    return {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes(), **numbers}
+    return {"weight": weight, "staleness": update.staleness, "bytes_up": update.adapter.bytes_sent(), **numbers}
