@@ -399,7 +399,7 @@ def _plan(content: Mapping[str, Any], sender: str) -> RoundPlan | None:
 
 def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: str) -> T:
     if name not in content:
-        raise WireError(f"{sender} sent no {name}; update nvflare_fm there")
+        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code="missing")
     try:
         return kind.validate_python(content[name])
     except ValidationError as error:

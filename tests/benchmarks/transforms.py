@@ -17,7 +17,7 @@ import torch
 from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, SiteOverrides
+from nvflare_fm.config import Aggregation, EvaluationSettings, SiteOverrides
 from nvflare_fm.demo.__main__ import prepare
 from nvflare_fm.demo.trial import METRIC, Trial
 from nvflare_fm.simulate import federate
@@ -27,7 +27,9 @@ from nvflare_fm.transforms.packed import pack
 
 def federation(trial: Trial, names: tuple[str, ...]) -> tuple[dict[str, float], int, int]:
     """The score at each site, and the bytes sent to and by all of them."""
-    plan = trial.plan().model_copy(update={"uplink": names, "downlink": names})
+    plan = trial.plan().model_copy(
+        update={"uplink": names, "downlink": names, "evaluation": EvaluationSettings(before=False, after=False)}
+    )
     how = Aggregation(max_rank=trial.max_rank)
     workers = {
         site.name: Worker(site.name, trial.offer(site.folder), SiteOverrides(rank=site.rank)) for site in trial.sites
