@@ -1,4 +1,4 @@
-"""Symmetric int8 in blocks of 64, each with its own scale, as in LLM.int8() and QLoRA's quantization constants.
+"""Symmetric int8 in blocks of 64, each with a scale of its own (block-wise quantization, arXiv:2110.02861).
 
 A scale is a float32: 8.5 bits a number. In float16 it would overflow above 65,504 · 127; in bfloat16 it would be
 rounded, and a site that has not moved would not send back the very numbers it received.
