@@ -404,3 +404,9 @@ def test_an_encoded_adapter_is_read_a_tensor_at_a_time() -> None:
 def test_settings_of_a_transform_are_plain_json() -> None:
     for name in transforms.registry:
         json.dumps(transforms.registry[name]().model_dump(mode="json"))
+
+
+def test_the_transform_of_the_how_to_is_all_of_its_file() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "how_to" / "encode_what_travels.md").read_text(encoding="utf-8")
+    assert (root / "nvflare_fm" / "transforms" / "bf16.py").read_text(encoding="utf-8") in page
