@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import cli_data, cli_explain, cli_export, cli_job, cli_simulate
+from . import cli_compare, cli_data, cli_explain, cli_export, cli_job, cli_simulate
 from .cli_terminal import Commands
 from .errors import FmError
 from .untrusted import one_line
@@ -28,6 +28,7 @@ app = typer.Typer(
 site = typer.Typer(no_args_is_help=True, help="What a site allows, and whether it is ready.")
 app.add_typer(site, name="site")
 app.add_typer(cli_data.data, name="data")
+app.add_typer(cli_compare.compare, name="compare")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)

@@ -231,7 +231,7 @@ BUGS = [
     Bug("aggregation/merge/freeze_a.py", ".median(dim=0).values", ".mean(dim=0)", "test_rules"),
     Bug(
         "flare/controller.py",
-        "self._consider(self.ledger.medians)\n        return",
+        "self._consider(self.ledger.medians)\n        return model",
         "self._consider(self.ledger.metrics)\n        return",
         "flare/test_admission",
     ),
@@ -302,9 +302,9 @@ BUGS = [
     Bug("aggregation/weigh/staleness.py", "(1 + u.staleness) ** -a", "(1 + u.staleness) ** a", "test_late"),
     Bug("flare/ledger.py", "if not update.staleness", "", "flare/test_aggregator"),
     Bug("flare/controller.py", "if aggregator.how.max_staleness and not", "if False and not", "flare/test_aggregator"),
-    Bug("flare/controller.py", "late <= self.aggregator.how.max_staleness", "True", "flare/test_aggregator"),
-    Bug("flare/controller.py", "bool(began.adapter) and", "", "flare/test_aggregator"),
-    Bug("flare/controller.py", "number < self.total_rounds and", "", "flare/test_aggregator"),
+    Bug("flare/standing.py", "number - trained_in.round <= self.max_staleness", "True", "flare/test_aggregator"),
+    Bug("flare/standing.py", "bool(trained_in.adapter) and", "", "flare/test_aggregator"),
+    Bug("flare/standing.py", "number < self.total_rounds and", "", "flare/test_aggregator"),
     Bug("simulate.py", "number - began.round < how.max_staleness", "True", "site/test_simulate"),
     Bug("simulate.py", "if began.adapter and number", "if number", "site/test_simulate"),
     Bug("lora.py", "energy.cumsum(0) < keep_energy", "energy.cumsum(0) <= 0", "test_lora"),
@@ -763,7 +763,7 @@ BUGS = [
     Bug("flare/deployment.py", "if not _record(job_id, job_meta, refused):", "if False:", "flare/test_deployment"),
     Bug("flare/executor.py", "if task and task == request", "if task and request", "flare/test_call_off"),
     Bug("flare/executor.py", "engine.aux_runner.topic_table.pop(ReservedTopic.DO_TASK)", "pass", "flare/test_call_off"),
-    Bug("flare/controller.py", "fetched[site])", "next(iter(fetched.values())))", "flare/test_call_off"),
+    Bug("flare/standing.py", "fetched.id)", "task.client_tasks[0].id)", "flare/test_call_off"),
     Bug("flare/persistor.py", "initial_adapter: OptionalId", "initial_adapter: str", "flare/test_job"),
 ]
 

@@ -19,19 +19,19 @@ CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare
 BRIDGES = {"combination", "feasible", "legality", "simulate"}  # files that bring the core and what a site does together
 COMMANDS = {file.stem for file in PACKAGE.glob("cli*.py")}
 ROOMS_ABOVE = {
-    "core": {"site", "flare", "demo", *COMMANDS, *BRIDGES},
-    "site": {"flare", "demo", *COMMANDS, *BRIDGES},
-    "bridge": {"flare", "demo", *COMMANDS},
-    "flare": {"demo", *COMMANDS},
+    "core": {"site", "flare", "demo", "compare", *COMMANDS, *BRIDGES},
+    "site": {"flare", "demo", "compare", *COMMANDS, *BRIDGES},
+    "bridge": {"flare", "demo", "compare", *COMMANDS},
+    "flare": {"demo", "compare", *COMMANDS},
 }
 
 
 def room(module: Path) -> str:
-    """site, flare, demo, cli, bridge, or core for all the rest."""
+    """site, flare, demo, compare, cli, bridge, or core for all the rest."""
     first = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if first in BRIDGES | COMMANDS:
         return "bridge" if first in BRIDGES else "cli"
-    return first if first in {"site", "flare", "demo"} else "core"
+    return first if first in {"site", "flare", "demo", "compare"} else "core"
 
 
 def imported(module: Path) -> Iterator[str]:

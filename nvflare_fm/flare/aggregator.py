@@ -54,7 +54,6 @@ class AdapterAggregator(ModelAggregator):
         self.settings = dict(settings or {})  # as given: NVFlare writes it into the job
         self.how = Aggregation.read(self.settings, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
-        self.combined: Combined | None = None
         self.memory = Memory()  # of the server step
         self.begin(RoundTask(RoundPlan()), rank=1)
 
@@ -81,7 +80,7 @@ class AdapterAggregator(ModelAggregator):
         self.reset_stats()
 
     def reset_stats(self) -> None:
-        self.updates, self.combined = {}, None
+        self.updates, self.combined = {}, Combined(self.task.adapter, self.task.manifest, {})
 
     def accept_model(self, model: FLModel, began: RoundTask | None = None) -> None:
         """Check a site's update, and keep it for the merge.

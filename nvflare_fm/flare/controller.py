@@ -1,7 +1,7 @@
-"""Rounds that do not need everyone: FedAvg's loop with a minimum of answers, a grace time and a deadline.
+"""Rounds that do not need everyone: a minimum of answers, a grace time, a deadline, late answers.
 
-A thin subclass of NVFlare's FedAvg, which by itself stops at the first failed trainer, cannot resume, and tells every
-site the others' names and sample counts.
+Built on NVFlare's ModelController. Its FedAvg stops at the first failed trainer, cannot resume, and tells every site
+the others' names and sample counts.
 """
 
 import math
@@ -18,13 +18,17 @@ from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import Task
 from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import ReservedHeaderKey, Shareable
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
-from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.abstract.model import ModelLearnableKey, make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.app_common.utils.tensor_disk_offload_context import (
+    cleanup_tensor_disk_offload,
+    setup_tensor_disk_offload,
+)
+from nvflare.app_common.workflows.model_controller import ModelController
 from pydantic import Field
 
 from .. import transforms
@@ -43,7 +47,10 @@ from .aggregator import AdapterAggregator
 from .arguments import A_YEAR, SITES, Arguments, Id, OptionalId
 from .ledger import Ledger
 from .persistor import REMEMBERED
+from .standing import Sent, StandingTasks, call_offs
 from .stats import PROGRESS, let_be_seen
+
+POLL_S = 0.2  # how often a round looks whether it is over
 
 
 class TooFewAnswers(Exception):
@@ -69,7 +76,7 @@ _BUILT = ("plan", "aggregator", "persistor_id", "sites", "min_responses")
 ROUND_SETTINGS = tuple(name for name in _Arguments.model_fields if name not in _BUILT)  # a recipe passes them on
 
 
-class FedPEFT(FedAvg):
+class FedPEFT(ModelController):
     """Runs the rounds: has sites train, has their adapters merged, keeps the last and the best.
 
     Args:
@@ -116,14 +123,12 @@ class FedPEFT(FedAvg):
         if aggregator.how.max_staleness and not (grace_s or deadline_s):
             raise ConfigError("max_staleness: a round that waits for every site has nobody late; set grace_s as well")
         super().__init__(
-            num_rounds=num_rounds,
             persistor_id=persistor_id,
-            aggregator=aggregator,
             ignore_result_error=True,
             allow_empty_global_weights=True,
-            task_check_period=0.2,
-            enable_tensor_disk_offload=disk_offload,
+            task_check_period=POLL_S,
         )
+        self.num_rounds, self.aggregator = num_rounds, aggregator
         self.min_responses, self.deadline_s, self.grace_s, self.plan = (
             min_responses,
             deadline_s,
@@ -131,7 +136,7 @@ class FedPEFT(FedAvg):
             dict(plan or {}),
         )
         self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
-        self.disk_offload, self.sites_per_round, self.total_rounds = disk_offload, sites_per_round, num_rounds
+        self.disk_offload, self.sites_per_round = disk_offload, sites_per_round
         if decided := [name for name in DERIVED if name in self.plan]:
             raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
         self.sites = dict(sites or {})
@@ -143,14 +148,15 @@ class FedPEFT(FedAvg):
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
-        self._asked: dict[int, tuple[RoundTask, Task]] = {}  # rounds that sites are at, as we and as NVFlare see them
+        self.standing = StandingTasks(aggregator.how.max_staleness, num_rounds)
         self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other
 
     def run(self) -> None:
+        offload = setup_tensor_disk_offload(self.engine, self.disk_offload, self.fl_ctx.get_job_id())
         try:
-            super().run()
+            self._run_rounds()
             if not self.abort_signal.triggered:
                 self._evaluate_last()
                 let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
@@ -160,22 +166,41 @@ class FedPEFT(FedAvg):
         except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
             self.error(str(reason))
             self.panic(reason.message)
+        finally:
+            cleanup_tensor_disk_offload(self.engine, offload)
 
-    def load_model(self) -> FLModel:
-        model = super().load_model()
-        made_by = wire.read_saved(model.params, model.meta, "the persistor").round if model.params else None
-        if made_by is not None:
-            self.start_round = made_by + 1
-            self.num_rounds = self.total_rounds - self.start_round
-            self.info(f"resuming with round {self.start_round} of {self.total_rounds}")
-        if self.num_rounds < 1:
-            raise ConfigError(
-                f"the adapter is of round {made_by} and num_rounds is {self.total_rounds}: raise num_rounds"
+    def _run_rounds(self) -> None:
+        model = self.load_model()
+        for number in range(self._first_round(model), self.num_rounds):
+            self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
+            self.event(AppEventType.ROUND_STARTED)
+            self._train(model, number)
+            if self.abort_signal.triggered:
+                return
+            self.event(AppEventType.BEFORE_AGGREGATION)
+            model = self._merged()
+            self.fire_event_with_data(
+                AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, model
             )
+            learnable = make_model_learnable(weights=model.params, meta_props=model.meta)
+            self.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, learnable, private=True, sticky=True)
+            self.save_model(model)
+
+    def _first_round(self, model: FLModel) -> int:
+        """The round after the one that made `model`, where the job resumes; what the step remembered comes with it."""
+        made_by = wire.read_saved(model.params, model.meta, "the persistor").round if model.params else None
+        first = 0 if made_by is None else made_by + 1
+        if first >= self.num_rounds:
+            raise ConfigError(
+                f"the adapter is of round {made_by} and num_rounds is {self.num_rounds}: raise num_rounds",
+                code="no_round_left",
+            )
+        if first:
+            self.info(f"resuming with round {first} of {self.num_rounds}")
         step, memory = self.fl_ctx.get_prop(REMEMBERED) or (None, Memory())
         if step == self.aggregator.how.step:  # what one step remembers is of no use to another
             self.aggregator.memory = memory
-        return model
+        return first
 
     def save_model(self, model: FLModel) -> None:
         """Saves the global adapter, and what the server's step remembers with it."""
@@ -183,31 +208,21 @@ class FedPEFT(FedAvg):
         self.fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
         super().save_model(model)
 
-    def sample_clients(self, num_clients: int | None = None) -> list[str]:
-        """The connected sites of this round that are not at an earlier one, in the order of their names."""
+    def _free_sites(self, number: int) -> list[str]:
+        """The connected sites of a round that are not at an earlier one, in the order of their names."""
         there = {client.name for client in self.engine.get_clients()}
-        free = {site for site in there if not self.get_client_disconnect_time(site)} - self._behind()
-        return drawn(free, self.sites_per_round, self.round_plan.seed, self.current_round)
+        free = {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
+        return drawn(free, self.sites_per_round, self.round_plan.seed, number)
 
-    def get_num_standing_tasks(self) -> int:
-        """None that FedAvg should wait for: `send_model` has."""
-        return 0
-
-    def send_model(
-        self,
-        task_name: str = AppConstants.TASK_TRAIN,
-        data: FLModel | None = None,
-        targets: list[str] | None = None,
-        **_: Any,
-    ) -> None:
-        """Sends the round's task to all sites at once, and returns when the round is over."""
-        saved = wire.read_saved(data.params, data.meta, "the server") if data and data.params else wire.Saved()
-        plan = of_round(self.round_plan, self.aggregator.how, self.current_round)
-        whole = RoundTask(plan, saved.adapter, saved.manifest, self.current_round, self.total_rounds)
+    def _train(self, model: FLModel, number: int) -> None:
+        """Has the sites train from `model`; returns when the round is over."""
+        saved = wire.read_saved(model.params, model.meta, "the server") if model.params else wire.Saved()
+        plan = of_round(self.round_plan, self.aggregator.how, number)
+        whole = RoundTask(plan, saved.adapter, saved.manifest, number, self.num_rounds)
         task, message = self._encoded(whole)
         kept = whole.adapter if plan.downlink else None
         self.aggregator.begin(task, max_rank(self.round_plan, self.aggregator.how), self.overrides, kept)
-        self._ask(task, message, task_name, targets or self.sample_clients(), partial(self._came, task))
+        self._ask(task, message, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
 
     def _encoded(self, task: RoundTask) -> tuple[RoundTask, FLModel]:
         """The task as the sites read it, and the message, encoded once for all of them."""
@@ -220,92 +235,70 @@ class FedPEFT(FedAvg):
     def _ask(
         self, task: RoundTask, message: FLModel, name: str, sites: list[str], callback: Callable[[FLModel], bool]
     ) -> None:
-        self.ledger = Ledger(task.round, self.total_rounds, sites, task.adapter.bytes_sent())
+        """Sends a task to all sites at once, and returns when the round is over."""
+        self.ledger = Ledger(task.round, self.num_rounds, sites, task.adapter.bytes_sent())
         self._show()
         self._open = task
-        super().send_model(task_name=name, data=message, targets=sites, callback=callback)
-        self._asked[task.round] = task, self._sent
-        self._wait(self._sent)
+        self.send_model(task_name=name, data=message, targets=sites, callback=callback)
+        self.standing.add(Sent(task, self._last_prepared))
+        self._wait(self._last_prepared)
         with self._turn:
             self._open = None
-        self._end(task)
+        for over in self.standing.end_round(task.round):
+            self._call_off(over)
+        self.ledger.out |= dict.fromkeys(self.standing.working(), "late: still training; counts when its answer comes")
+        self.ledger.silent("no answer before the round ended")
 
     def _prepare_task(self, *args: Any, **kwargs: Any) -> Task:
-        self._sent = super()._prepare_task(*args, **kwargs)
-        return self._sent
+        """NVFlare keeps the task that `send_model` makes to itself."""
+        self._last_prepared = super()._prepare_task(*args, **kwargs)
+        return self._last_prepared
 
-    def _wait(self, asked: Task) -> None:
+    def _wait(self, sent: Task) -> None:
         """Until all have answered, or the grace time is over or the deadline has passed."""
-        began, enough_since = time.monotonic(), math.inf
+        started, enough_since = time.monotonic(), math.inf
         while not self.abort_signal.triggered:
             self._count_late()
             now, enough = time.monotonic(), self.ledger.usable() >= self.min_responses
             enough_since = min(enough_since, now) if enough else math.inf
-            if asked.completion_status and (enough or not self._behind()):
+            if sent.completion_status and (enough or not self.standing.working()):
                 return
-            if 0 < self.grace_s <= now - enough_since or 0 < self.deadline_s <= now - began:
+            if 0 < self.grace_s <= now - enough_since or 0 < self.deadline_s <= now - started:
                 return
-            time.sleep(self._task_check_period)
+            time.sleep(POLL_S)
 
-    def _end(self, task: RoundTask) -> None:
-        """Who is still at this round or an earlier one trains on or is called off: NVFlare tells nobody that a task is
-        over, so a slow site would train for nothing, and miss the next round too.
-        """
-        for began, asked in list(self._asked.values()):
-            asked.targets = [fetched.client.name for fetched in asked.client_tasks]  # the others get the next one
-            if not (_working(asked) and self._counts(began, task.round + 1)):
-                self._call_off(began.round)
-        self.ledger.out |= dict.fromkeys(self._behind(), "late: still at it, and counts when its answer comes")
-        self.ledger.silent("no answer before the round ended")
-
-    def _counts(self, began: RoundTask, number: int) -> bool:
-        """Whether an answer to an earlier round still counts in round `number`."""
-        late = number - began.round
-        return bool(began.adapter) and number < self.total_rounds and late <= self.aggregator.how.max_staleness
-
-    def _behind(self) -> set[str]:
-        """Sites that are at a round that is not over for them."""
-        return {site for _, asked in self._asked.values() for site in _working(asked)}
-
-    def _call_off(self, number: int) -> None:
-        """Tells each site that is still at its task, by the task's name, which nobody else was told."""
-        _, asked = self._asked.pop(number)
-        behind = _working(asked)
-        fetched = {each.client.name: each.id for each in asked.client_tasks if each.client.name in behind}
-        self.cancel_task(asked, fl_ctx=self.fl_ctx)
-        if fetched and not self.abort_signal.triggered:
-            over = {site: Shareable() for site in sorted(fetched)}
-            for site, message in over.items():
-                message.set_header(ReservedHeaderKey.TASK_ID, fetched[site])
-            self.engine.multicast_aux_requests(wire.ROUND_OVER, over, 0.0, self.fl_ctx, optional=True)
+    def _call_off(self, task: Task) -> None:
+        messages = call_offs(task)
+        self.cancel_task(task, fl_ctx=self.fl_ctx)
+        if messages and not self.abort_signal.triggered:
+            self.engine.multicast_aux_requests(wire.ROUND_OVER, messages, 0.0, self.fl_ctx, optional=True)
 
     # --- one answer after the other
 
     def _came(self, task: RoundTask, result: FLModel) -> bool:
         with self._turn:
             if task is self._open:
-                return self._aggregate_one_result(result)
+                return self._take(result)
             self._late.append((task, result))
             return True
 
     def _count_late(self) -> None:
         with self._turn:
-            for began, result in self._late:
-                self._aggregate_one_result(result, began)
+            for trained_in, result in self._late:
+                self._take(result, trained_in)
             self._late.clear()
 
-    def _aggregate_one_result(self, result: FLModel, began: RoundTask | None = None) -> bool:
-        """Takes an answer to this round, or to the earlier one of `began`."""
+    def _take(self, result: FLModel, trained_in: RoundTask | None = None) -> bool:
+        """Takes an answer to this round, or to the earlier round `trained_in`."""
         site = result.meta["client_name"]
         if reason := wire.refused(result):
             return self._leave_out(site, f"refused: {reason}")
-        if began and not self._counts(began, self.ledger.round):
+        if trained_in and not self.standing.counts(trained_in, self.ledger.round):
             return self._too_late(site)
-        if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, began)):
+        if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, trained_in)):
             return self._leave_out(site, reason)
-        self._received_count += 1
         self.ledger.answered.append(site)
-        of = f" round {began.round}" if began else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
+        of = f" round {trained_in.round}" if trained_in else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
         self.info(f"round {self.ledger.round}: {site} answered{of}")
         self._show()
         return True
@@ -355,9 +348,11 @@ class FedPEFT(FedAvg):
 
     # --- the end of a round
 
-    def _get_aggregated_result(self) -> FLModel:
+    def _merged(self) -> FLModel:
+        """The next global adapter, made of what has been accepted."""
         self._need(self.ledger.usable())
-        result = super()._get_aggregated_result()
+        model = self.aggregator.aggregate_model()
+        self._sign(model)
         combined = self.aggregator.combined
         self.ledger.close(combined, self.aggregator.updates)
         self.ledger.how = self.aggregator.how.model_dump(mode="json")
@@ -366,7 +361,19 @@ class FedPEFT(FedAvg):
             self._need(len(combined.weights))
         if self.aggregator.task.adapter:
             self._consider(self.ledger.medians)
-        return result
+        return model
+
+    def _sign(self, model: FLModel) -> None:
+        """What NVFlare's writer of metric artifacts reads beside the metrics."""
+        model.current_round = self.ledger.round
+        model.meta = (model.meta or {}) | {
+            "current_round": self.ledger.round,
+            "nr_aggregated": len(self.ledger.answered),
+            AppConstants.METRICS_AGGREGATION_INFO: {
+                "metric_source": "custom_aggregator_flmodel_metrics",
+                "use_contribution_sites": False,
+            },
+        }
 
     def _need(self, usable: int) -> None:
         if usable < self.min_responses:
@@ -400,7 +407,7 @@ class FedPEFT(FedAvg):
         if not (self.key_metric and self.round_plan.evaluation.before and saved.adapter):
             return
         weights = self.aggregator.combined.weights
-        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.total_rounds, self.total_rounds)
+        task = RoundTask(self.round_plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
         measured: dict[str, dict[str, float]] = {}
 
         def take(result: FLModel) -> bool:
@@ -412,7 +419,7 @@ class FedPEFT(FedAvg):
             self.ledger.answered.append(site)
             return True
 
-        sites = sorted(weights) if self.sites_per_round else self.sample_clients()
+        sites = sorted(weights) if self.sites_per_round else self._free_sites(self.num_rounds)
         self._ask(*self._encoded(task), AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.sites = {site: {"before": metrics} for site, metrics in sorted(measured.items())}
         self.ledger.metrics, self.ledger.medians = mean(measured, weights), medians(measured, weights)
@@ -423,17 +430,11 @@ class FedPEFT(FedAvg):
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""
         if self.ledger.metrics:
-            last = FLModel(metrics=dict(self.ledger.metrics), current_round=self.ledger.round)
-            self._set_metrics_aggregation_info(last)
+            last = FLModel(metrics=dict(self.ledger.metrics))
+            self._sign(last)
             self.fire_event_with_data(
                 AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, last
             )
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest), private=True, sticky=True)
-
-
-def _working(asked: Task) -> set[str]:
-    """Sites that have not answered yet and still may."""
-    done = {answered.client.name for answered in asked.client_tasks if answered.result_received_time}
-    return set() if asked.completion_status else set(asked.targets) - done

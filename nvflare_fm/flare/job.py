@@ -64,7 +64,7 @@ def read_job(folder: Path) -> Job:
     controller = _only(FedPEFT, server)
     needed = max(needed, controller.min_responses)
     check_sites(set(sites) - {ALL}, needed)
-    how, last = controller.aggregator.how, controller.total_rounds
+    how, last = controller.aggregator.how, controller.num_rounds
     plan = settle(controller.round_plan, how, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
         for each in (ALL, *controller.overrides) if site == ALL else (site,):

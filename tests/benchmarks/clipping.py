@@ -3,21 +3,23 @@
     python tests/benchmarks/clipping.py banking77-0.1 medquad-lm
     python tests/benchmarks/clipping.py medquad-lm medquad-types --epochs 0.05 --rounds 6
 
-Each study of heterogeneity.py at its tuned rate, one seed: in each round the longest change over the median, of
+Each study of `nvflare-fm compare` at its tuned rate, one seed: in each round the longest change over the median, of
 products and of dense tensors. `--rate-times 4` trains too fast on purpose; with `--epochs` sites take as many steps as
 they have rows for.
 """
 
+from pathlib import Path
 from statistics import median
 
 import torch
 import typer
-from bench import Bench, study
-from heterogeneity import tuned
-from methods import METHODS, OURS
 
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.cohort import Cohort
+from nvflare_fm.compare.bench import Bench
+from nvflare_fm.compare.methods import METHODS, OURS
+from nvflare_fm.compare.study import Workspace, study
+from nvflare_fm.compare.tuning import tuned, tuned_on
 
 
 def main(
@@ -25,8 +27,8 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     for name in names:
-        data = study(name)
-        bench = Bench(data, tuned(name, data.lower_is_better)[method] * rate_times)
+        data = study(name, Workspace(Path("runs/compare"), Path(__file__).parent / "results"))
+        bench = Bench(data, tuned(data, tuned_on(name))[method] * rate_times)
         if epochs:
             training = bench.plan.training.model_copy(update={"local_steps": 0, "local_epochs": epochs})
             bench.plan = bench.plan.model_copy(update={"training": training})

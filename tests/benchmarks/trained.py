@@ -5,11 +5,13 @@ python tests/benchmarks/trained.py OUT && python tests/benchmarks/exactness.py O
 
 from pathlib import Path
 
-import federation
 import torch
 import typer
 
 from nvflare_fm.adapter import RoundTask
+from nvflare_fm.compare.bench import Bench
+from nvflare_fm.compare.methods import METHODS, OURS
+from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.config import SiteOverrides
 from nvflare_fm.export import write_adapter
 from nvflare_fm.site.worker import Worker
@@ -19,11 +21,12 @@ SITES = {"cancergov": (4, 16.0), "nhlbi": (8, 8.0), "seniorhealth": (16, 24.0)} 
 
 def main(out: Path, steps: int = 15) -> None:
     torch.set_num_threads(1)
-    bench = federation.Bench(federation.classification(), None)
-    training = bench.plan.training.model_copy(update={"local_steps": steps})
-    task = RoundTask(bench.plan.model_copy(update={"training": training}))
+    bench, ours = Bench(study("medquad-types", Workspace.at(Path("runs/compare"))), 5e-3), METHODS[OURS]
+    plan, workers = bench.settled(ours), bench.workers(ours)
+    training = plan.training.model_copy(update={"local_steps": steps})
+    task = RoundTask(plan.model_copy(update={"training": training}))
     for site, (rank, alpha) in SITES.items():
-        worker = Worker(site, bench.workers[site].config, SiteOverrides(rank=rank, lora_alpha=alpha))
+        worker = Worker(site, workers[site].config, SiteOverrides(rank=rank, lora_alpha=alpha))
         update = worker.train(task)
         print(write_adapter(out / site, update.adapter, update.manifest))
 

@@ -13,7 +13,6 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
-from nvflare.app_common.workflows.fedavg import FedAvg
 
 from nvflare_fm import export
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
@@ -55,7 +54,7 @@ def stepped(one: AdapterUpdate) -> AdapterUpdate:
 def came(made: FedPEFT, sent: AdapterUpdate | FLModel) -> bool:
     model = wire.write_update(sent) if isinstance(sent, AdapterUpdate) else sent
     model.meta.setdefault("client_name", sent.site if isinstance(sent, AdapterUpdate) else "liar")
-    return made._aggregate_one_result(model)
+    return made._take(model)
 
 
 def lie(change: Callable[[FLModel, dict[str, Any]], Any], **of: Any) -> FLModel:
@@ -182,7 +181,7 @@ def test_one_site_cannot_say_which_round_is_the_best(lied: float, mode: str) -> 
     made.get_run_dir = lambda: "/dev/null"  # type: ignore[method-assign]
     made.ledger.write = lambda folder: None  # type: ignore[method-assign]
     assert came(made, lie(lambda m, c: c["report"].update(before={"loss": lied})))
-    made._get_aggregated_result()
+    made._merged()
     assert made.best is not None
     assert 3.0 <= made.best <= 5.0  # what the honest measured: 3, 4 and 5
     assert 3.0 <= made.ledger.progress(made.latest)["loss"] <= 5.0
@@ -197,7 +196,7 @@ def test_an_error_of_ours_ends_the_job_with_its_reason_and_no_path(monkeypatch: 
 
     made, told = server(), []
     made.panic = told.append  # type: ignore[method-assign]
-    monkeypatch.setattr(FedAvg, "run", fails)
+    monkeypatch.setattr(FedPEFT, "_run_rounds", fails)
     made.run()
     assert told == ["the disk is full [adapter_not_saved]"]
 

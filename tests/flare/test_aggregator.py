@@ -181,7 +181,7 @@ def test_an_answer_counts_while_it_is_not_too_old_there_was_an_adapter_and_a_rou
     controller.fl_ctx = FLContext()
     controller.aggregator.begin(RoundTask(PLAN, adapter(2), MANIFEST, now, 5), rank=3)
     controller.ledger = Ledger(now, 5, ["birch"], 0)
-    assert controller._aggregate_one_result(arrival(update("alder", 0)), began) is counts
+    assert controller._take(arrival(update("alder", 0)), began) is counts
     assert controller.ledger.late == ([] if counts else ["alder"])
     assert [*controller.aggregator.updates] == (["alder"] if counts else [])
 

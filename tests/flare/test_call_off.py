@@ -13,8 +13,6 @@ from nvflare.apis.signal import Signal
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.private.aux_runner import AuxRunner
 
-from nvflare_fm.adapter import RoundTask
-from nvflare_fm.config import RoundPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.executor import PeftExecutor, serve_the_server_only
@@ -84,12 +82,11 @@ def test_the_server_tells_each_site_the_name_of_its_own_task_alone(monkeypatch: 
         for site, name in names.items()
     ]
     asked = SimpleNamespace(completion_status=None, targets=[*names, "never came"], client_tasks=fetched)
-    controller._asked[ROUND] = RoundTask(RoundPlan()), asked
     controller.engine = SimpleNamespace(
         multicast_aux_requests=lambda topic, messages, *_, **__: sent.update({topic: messages})
     )
     controller.fl_ctx, controller.abort_signal = None, Signal()
     monkeypatch.setattr(controller, "cancel_task", lambda *_, **__: None)
-    controller._call_off(ROUND)
+    controller._call_off(asked)
     told = {site: message.get_header(ReservedHeaderKey.TASK_ID) for site, message in sent[wire.ROUND_OVER].items()}
     assert told == {site: names[site] for site in ("alder", "birch")}

@@ -1,102 +1,36 @@
-"""One study of sites that differ: its data, its base model, its plan, and what a method makes of them.
+"""What a method makes of a study: its rounds, its scores, and the bytes it sends.
 
-All sites of a process share one quantized base model and tokenize their rows once, whatever methods are run.
+All sites of a process share one quantized base model, and each tokenizes its rows once, whatever methods are run.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import peers
-import sites
-from methods import BASELINES, Method
+from ..adapter import Adapter, Manifest, RoundTask
+from ..aggregation.combine import combine
+from ..combination import settle
+from ..config import RoundPlan, SiteOverrides
+from ..lora import svd
+from ..simulate import Round, alone, federate
+from ..site import base_model
+from ..site.site_config import DataSource, ModelSource, SiteConfig
+from ..site.worker import Worker
+from . import data_sets, peers
+from .methods import BASELINES, Method
+from .study import RANKS, Study
 
-from nvflare_fm.adapter import Adapter, Manifest, RoundTask
-from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
-from nvflare_fm.config import RoundPlan, SiteOverrides
-from nvflare_fm.lora import svd
-from nvflare_fm.simulate import Round, alone, federate
-from nvflare_fm.site import base_model
-from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
-from nvflare_fm.site.worker import Worker
-
-RUNS = Path("runs/heterogeneity")  # data, models
-RESULTS = Path(__file__).parent / "results"  # a file a study, a line a measurement
-RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
-ROUNDS = {"sequence_classification": 20, "causal_lm": 10}  # a round of the language model takes twice as long
-TEST_ROWS = {"sequence_classification": 100, "causal_lm": 50}  # of a site
 POINTS = 5  # of a curve
-LENGTHS = {
-    "banking77": 24,
-    "banking77lm": 48,
-    "medquad-types": 24,
-    "medquad-lm": 96,
-    "mts": 48,
-    "mtslm": 96,
-}  # tokens a text is cut at
-OWN_LENGTHS = {"sequence_classification": 64, "causal_lm": 128}  # of data of one's own
+Tick = Callable[[int], None]  # is told how many more rounds of a site are done
 
 
-@dataclass(frozen=True)
-class Study:
-    """A folder per site with `train.jsonl` and `test.jsonl`, a base model and a plan."""
-
-    name: str
-    folder: Path
-    model: Path
-    plan: dict[str, Any]
-    metric: str
-    lower_is_better: bool = False
-
-    @cached_property
-    def names(self) -> list[str]:
-        return sorted(p.parent.name for p in self.folder.glob("*/train.jsonl"))
-
-    @property
-    def rounds(self) -> int:
-        return ROUNDS[self.plan["task"]]
-
-    @property
-    def test_rows(self) -> int:
-        return TEST_ROWS[self.plan["task"]]
-
-    def rows(self, site: str, split: str) -> list[str]:
-        return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
-
-    def looked_at(self, file: Path) -> int:
-        """Rows of a site's test file that a score is measured on: the first ones."""
-        return min(self.test_rows, len(file.read_text().splitlines()))
-
-
-def study(name: str, folder: Path | None = None, model: Path | None = None, max_length: int = 0) -> Study:
-    """
-    Args:
-        folder: of data of one's own; else `name` is one of those in `sites`.
-        model: a base model of one's own; else MiniLM's first two layers, or stories260k.
-        max_length: tokens a text is cut at; 0: as in LENGTHS.
-    """
-    data, _, start = name.partition("@")
-    root = folder or sites.write(data, RUNS / "data" / data)
-    first = json.loads(next(root.glob("*/train.jsonl")).read_text().splitlines()[0])
-    task = "sequence_classification" if "label" in first else "causal_lm"
-    length = max_length or LENGTHS.get(data if data in LENGTHS else data.rpartition("-")[0], OWN_LENGTHS[task])
-    rows = 4 if task == "causal_lm" and length > 64 else 8
-    training = {"local_steps": 5, "batch_size": rows, "lr_scheduler_type": "cosine"}
-    plan = {"task": task, "max_length": length, "training": training}
-    if task == "causal_lm":
-        return Study(name, root, model or sites.MODELS["stories260k"], plan, "bits_per_byte", lower_is_better=True)
-    labels = sorted({json.loads(row)["label"] for f in root.glob("*/*.jsonl") for row in f.read_text().splitlines()})
-    plan |= {"labels": labels}
-    base = model or sites.first_layers(sites.minilm(), 2, RUNS / "models" / "minilm-2")
-    if start == "random":
-        base = sites.randomized(base, RUNS / "models" / f"{base.name}-random")
-    return Study(name, root, base, plan, "accuracy")
+def silent(_: int) -> None:
+    """Tell nobody."""
 
 
 class Bench:
@@ -104,28 +38,28 @@ class Bench:
 
     _kept: ClassVar[dict[tuple[str, Path, Path, Path], Worker]] = {}
 
-    def __init__(self, study: Study, rate: float, held_out: bool = False) -> None:
-        self.study, self.names, self.held_out = study, study.names, held_out
+    def __init__(self, study: Study, rate: float, held_out: bool = False, tick: Tick = silent) -> None:
+        self.study, self.names, self.held_out, self.tick = study, study.names, held_out, tick
         plan = {**study.plan, "quantization": "nf4"}
         plan["peft"] = {"method": "lora"}
         plan["training"] = {**study.plan["training"], "learning_rate": rate}
         plan["evaluation"] = {"before": False, "after": False, "max_examples": study.test_rows, "batch_size": 50}
         self.plan = RoundPlan.read(plan, "study")
         self.files = {name: self._files(name) for name in self.names}
-        self.rows = {name: study.looked_at(test) for name, (_, test) in self.files.items()}
+        self.rows = {name: study.scored_rows(test) for name, (_, test) in self.files.items()}
 
     def _files(self, name: str) -> tuple[Path, Path]:
         """Train and test, or for tuning a fifth of the training rows as test and the others to train on."""
         source = self.study.folder / name
         if not self.held_out:
             return source / "train.jsonl", source / "test.jsonl"
-        folder = RUNS / "held_out" / self.study.folder.name / name
+        folder = self.study.workspace.root / "held_out" / self.study.digest[:16] / name
         found = folder / "fit.jsonl", folder / "valid.jsonl"
         if not folder.exists():
             folder.mkdir(parents=True)
             rows = self.study.rows(name, "train")
             for file, held in zip(found, (False, True), strict=True):
-                file.write_text("".join(row + "\n" for row in rows if (sites.fraction(row) < 0.2) == held))
+                file.write_text("".join(row + "\n" for row in rows if (data_sets.fraction(row) < 0.2) == held))
         return found
 
     def workers(self, method: Method) -> dict[str, Worker]:
@@ -136,7 +70,8 @@ class Bench:
 
     def pooled(self) -> Worker:
         """All rows in one place; a step sees as many of them as the sites see together."""
-        file = RUNS / f"{self.study.folder.name}-{'fit' if self.held_out else 'train'}-pooled.jsonl"
+        split = "fit" if self.held_out else "train"
+        file = self.study.workspace.root / "pooled" / f"{self.study.digest[:16]}-{split}.jsonl"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(train.read_text() for train, _ in self.files.values()))
@@ -148,7 +83,7 @@ class Bench:
     def _worker(self, name: str, train: Path, test: Path, place: int, method: Method) -> Worker:
         data = {"notes": DataSource(train=str(train.resolve()), validation=str(test.resolve()))}
         models = {"base": ModelSource(path=str(self.study.model.resolve()))}
-        config = SiteConfig(models=models, data=data, privacy=sites.OPEN)
+        config = SiteConfig(models=models, data=data, privacy=data_sets.OPEN)
         rank = method.rank or self._rank(place)
         overrides = SiteOverrides(
             rank=rank,
@@ -159,10 +94,28 @@ class Bench:
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
+    def digest(self, method: Method | None, seed: int) -> str:
+        """Of all that a run's lines depend on but the base model's weights, in hexadecimal.
+
+        Args:
+            method: none for a baseline.
+        """
+        chosen = method or Method()
+        ranks = [chosen.rank or self._rank(place) for place in range(len(self.names))]
+        parts = [
+            self.settled(chosen, seed).model_dump(mode="json"),
+            chosen.how.model_dump(mode="json"),
+            [(rank, chosen.alpha(rank) if chosen.alpha else None) for rank in ranks],
+            [chosen.worker.__name__, chosen.folds, chosen.quantizations, chosen.at_home, chosen.slow, chosen.waits],
+            [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
     def settled(self, method: Method, seed: int = 0) -> RoundPlan:
         """The plan as a method's sites carry it out."""
-        peft = {"method": "lora", "rank": method.rank or max(RANKS), "use_rslora": not method.alpha}
-        peft["lora_alpha"] = method.alpha(peft["rank"]) if method.alpha else ALPHA
+        rank = method.rank or max(RANKS)
+        alpha = method.alpha(rank) if method.alpha else ALPHA
+        peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
         return settle(self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training}), method.how)
 
@@ -228,6 +181,7 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
     """What a federation scores at `points` of its rounds, the last one among them."""
     workers, up, down, rounds = bench.workers(method), 0, 0, bench.together(method)
     for done in bench.rounds(method, workers, seed):
+        bench.tick(len(workers))
         up += sum(size(update.adapter) for update in done.updates)
         adapter = done.combined.adapter
         if (done.number + 1) % max(1, rounds // points) == 0 or done.number + 1 == rounds:
@@ -237,6 +191,7 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
         down += len(workers) * size(adapter)
     if method.at_home:
         scores = bench.finished_at_home(method, workers, seed, done)
+        bench.tick(len(workers) * (bench.study.rounds - rounds))
         yield {"round": bench.study.rounds, "scores": scores, "bytes_up": up, "bytes_down": down, "above": None}
 
 
@@ -248,5 +203,6 @@ def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     plan, sites, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
     for trained_at, worker in sites.items() if name == "alone" else [("pooled", bench.pooled())]:
         adapter, manifest, _ = alone(worker, plan, rounds)
+        bench.tick(rounds * (1 if name == "alone" else len(sites)))
         judges = {trained_at: worker} if name == "alone" and bench.held_out else sites
         yield {"round": rounds, "trained_at": trained_at, "scores": bench.measure(judges, method, adapter, manifest)}

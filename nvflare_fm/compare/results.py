@@ -1,6 +1,5 @@
 """What runs of a study say: final scores, worst sites, the way to a target, paired differences, and pictures."""
 
-import json
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,16 +7,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from bench import RANKS, RESULTS, RUNS, Study, overall
-from methods import ALONE, AT_HOME, METHODS, OURS, PEERS
 from rich.table import Table
-from scipy.stats import ttest_1samp
+
+from .bench import overall
+from .methods import ALONE, AT_HOME, METHODS, OURS, PEERS
+from .run import lines
+from .study import RANKS, Study
 
 TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -34,7 +31,7 @@ class Results:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return lines(RESULTS / f"{self.study.name}.jsonl")
+        return lines(self.study.results())
 
     @property
     def sign(self) -> int:
@@ -50,7 +47,7 @@ class Results:
                 line["scores"][row["trained_at"]] = row["scores"][row["trained_at"]]
             else:
                 found.setdefault(row["method"], {})[row["seed"]] = row
-        rows = {site: self.study.looked_at(self.study.folder / site / "test.jsonl") for site in self.study.names}
+        rows = {site: self.study.scored_rows(self.study.folder / site / "test.jsonl") for site in self.study.names}
         for line in found.get(ALONE, {}).values():
             line["score"] = overall(line["scores"], rows)
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
@@ -90,6 +87,8 @@ def verdict(differences: list[float]) -> str:
     mean = statistics.mean(differences)
     if len({*differences}) == 1:
         return "tie" if mean == 0 else "better" if mean > 0 else "worse"
+    from scipy.stats import ttest_1samp
+
     if ttest_1samp(differences, 0.0).pvalue >= 0.05:
         return "tie"
     return "better" if mean > 0 else "worse"
@@ -183,7 +182,7 @@ def picture(study: Study) -> Path:
     axes[0].set(xlabel="round", ylabel=f"{study.metric}, all sites' test rows", title=study.name)
     axes[1].set(xlabel="round", ylabel=f"energy above rank {min(RANKS)}", title="do high directions live?")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    file = RUNS / f"{study.name}.png"
+    file = study.workspace.root / f"{study.name}.png"
     figure.savefig(file, dpi=90)
     plt.close(figure)
     return file

@@ -9,13 +9,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
-from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
-from nvflare_fm.aggregation.combine import Combined
-from nvflare_fm.lora import head, tail
-from nvflare_fm.site import peft_methods
-from nvflare_fm.site.attach import LOCAL
-from nvflare_fm.site.peft_methods.lora import Lora
-from nvflare_fm.site.worker import Job, Worker
+from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
+from ..aggregation.combine import Combined
+from ..lora import head, tail
+from ..site import peft_methods
+from ..site.attach import LOCAL
+from ..site.peft_methods.lora import Lora
+from ..site.worker import Job, Worker
 
 GAMMA, LAMBDA = 0.99, 5e-3  # of HetLoRA, which tunes λ
 
@@ -50,7 +50,7 @@ class SelfPruningWorker(Worker):
         return replace(job, method=Penalised(**job.method.model_dump()))
 
     def train(self, task: RoundTask) -> AdapterUpdate:
-        update, rank = super().train(task), self.overrides.rank
+        update, rank = super().train(task), self.overrides.rank or task.plan.rank
         if task.adapter and _last(update.adapter.lora, rank) < _last(task.adapter.lora, rank):
             self.overrides = self.overrides.model_copy(update={"rank": max(1, int(GAMMA * rank))})
         return update
@@ -83,7 +83,7 @@ def _last(pairs: Mapping[str, LoraPair], rank: int) -> float:
     return sum(p.scale * float(p.B.norm() * p.A.norm()) for p in last)
 
 
-def fold(combined: Combined, worker: Worker, task: RoundTask) -> tuple[Adapter, Manifest]:
+def fold(combined: Combined, worker: Worker, task: RoundTask) -> tuple[Adapter, Manifest | None]:
     """FLoRA (arXiv:2409.05976): the stacked ΔW is added to the base, which is quantized again; sites start afresh.
 
     Changes the shared base model in place.

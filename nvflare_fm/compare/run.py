@@ -1,0 +1,164 @@
+"""Runs: one method in one study at one rate from one seed. What each one finds is a few JSON lines in the results."""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import Empty
+from threading import Event, Thread
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..cli_terminal import console
+from .bench import POINTS, Bench, baseline, federated, overall, silent
+from .methods import BASELINES, METHODS
+from .study import Study
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Args:
+        tuning_of: name of the study whose rates it looks for, on held-out training rows; empty: none.
+    """
+
+    study: Study
+    method: str
+    rate: float
+    seed: int
+    tuning_of: str = ""
+
+    @property
+    def file(self) -> Path:
+        return self.study.results(self.tuning_of)
+
+    @property
+    def site_rounds(self) -> int:
+        """About how much work it is: rounds times sites."""
+        return self.study.rounds * len(self.study.names)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the configuration that its lines depend on: plan, method, rows."""
+        bench = Bench(self.study, self.rate, bool(self.tuning_of))
+        return bench.digest(METHODS.get(self.method), self.seed)
+
+    def done(self) -> bool:
+        """Whether the results have it. A line without a digest is one of an earlier version, and stands."""
+        mine = (self.method, self.seed, self.rate)
+        found = [row for row in lines(self.file) if (row["method"], row["seed"], row["rate"]) == mine]
+        return any(row.get("digest", self.digest) == self.digest for row in found)
+
+
+def lines(file: Path) -> list[Line]:
+    """A file of JSON lines; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def carry_out(run: Run, tick: Any = silent) -> tuple[list[Line], float]:
+    """Do one run.
+
+    Args:
+        tick: is told how many rounds of a site are done, as they are done.
+    Returns:
+        Its lines, and the seconds it took.
+    """
+    torch.set_num_threads(1)
+    began, bench = time.monotonic(), Bench(run.study, run.rate, bool(run.tuning_of), tick)
+    if run.method in BASELINES:
+        found = list(baseline(bench, run.method, run.seed))
+    else:
+        found = list(federated(bench, METHODS[run.method], run.seed, 1 if run.tuning_of else POINTS))
+    who = {"method": run.method, "seed": run.seed, "rate": run.rate, "digest": run.digest}
+    told = [rounded({**who, "score": overall(row["scores"], bench.rows), **row}) for row in found]
+    return told, time.monotonic() - began
+
+
+def rounded(row: Line) -> Line:
+    """Without digits that say nothing; the rate is a setting, no measurement."""
+    return row | {
+        "score": round(row["score"], 5),
+        "scores": {site: round(score, 5) for site, score in row["scores"].items()},
+    }
+
+
+def write(run: Run, rows: Sequence[Line]) -> None:
+    """Append a run's lines to its study's results."""
+    run.file.parent.mkdir(parents=True, exist_ok=True)
+    with run.file.open("a") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def carry_out_all(runs: Sequence[Run], cores: int) -> None:
+    """Do the runs that the results lack, `cores` at a time; each one's lines are written as it ends.
+
+    Shows a bar of rounds done over all sites and runs, with the time that is left, from the first round on.
+    """
+    missing = [run for run in runs if not run.done()]
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")
+    ticks = context.Queue()
+    with (
+        _shown(sum(run.site_rounds for run in missing), ticks) as progress,
+        ProcessPoolExecutor(cores, mp_context=context, initializer=_start, initargs=(ticks,)) as pool,
+    ):
+        running = {pool.submit(_in_process, run): run for run in missing}
+        try:
+            for future in as_completed(running):
+                run, (rows, seconds) = running[future], future.result()
+                write(run, rows)
+                scores = " ".join(f"{row['score']:.4f}" for row in rows)
+                progress.console.log(
+                    f"{run.study.name}, {run.method} at {run.rate:g}, seed {run.seed}: {scores} in {seconds:.0f} s"
+                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _shown(total: int, ticks: Any) -> Iterator[Progress]:
+    columns = (
+        TextColumn("rounds of a site"), BarColumn(), TaskProgressColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    over = Event()
+    with Progress(*columns, console=console()) as progress:
+        bar = progress.add_task("", total=total)
+
+        def follow() -> None:
+            while not over.is_set():
+                try:
+                    progress.advance(bar, ticks.get(timeout=0.5))
+                except Empty:
+                    continue
+
+        thread = Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield progress
+        finally:
+            over.set()
+            thread.join()
+
+
+_ticks: Any = None  # of the process that carries out runs
+
+
+def _start(ticks: Any) -> None:
+    global _ticks
+    _ticks = ticks
+
+
+def _in_process(run: Run) -> tuple[list[Line], float]:
+    return carry_out(run, _ticks.put)

@@ -1,0 +1,179 @@
+"""A study: sites' rows, a base model, and the plan that every method shares."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+from . import data_sets
+
+RATES = (5e-3, 1e-2, 2e-2)  # what every method tries first
+RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
+ROUNDS: dict[str, int] = {"sequence_classification": 20, "causal_lm": 10}
+TEST_ROWS: dict[str, int] = {"sequence_classification": 100, "causal_lm": 50}
+MAX_LENGTHS: dict[str, int] = {"sequence_classification": 64, "causal_lm": 128}  # tokens, of data of one's own
+_PUBLIC_MAX_LENGTHS = {
+    "banking77": 24,
+    "banking77lm": 48,
+    "medquad-types": 24,
+    "medquad-lm": 96,
+    "mts": 48,
+    "mtslm": 96,
+}
+_COLUMNS = {"sequence_classification": "label", "causal_lm": "prompt"}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where data sets, models and results are kept.
+
+    Args:
+        root: holds `data`, `models`, `held_out` and `pooled`.
+        results: one file of JSON lines a study, and one of its tuning.
+    """
+
+    root: Path
+    results: Path
+
+    @classmethod
+    def at(cls, root: Path) -> "Workspace":
+        return cls(root, root / "results")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One folder per site with `train.jsonl` and `test.jsonl`, a base model and a plan.
+
+    Args:
+        rounds: of every federation.
+        test_rows: of each site, the first ones, that a score is measured on.
+        rates: learning rates that every method tries first.
+    """
+
+    name: str
+    folder: Path
+    model: Path
+    plan: dict[str, Any]
+    metric: str
+    workspace: Workspace
+    rounds: int
+    test_rows: int
+    rates: tuple[float, ...] = RATES
+    lower_is_better: bool = False
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The sites' names, in order."""
+        return sorted(p.parent.name for p in self.folder.glob("*/train.jsonl"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows, in hexadecimal."""
+        found = hashlib.sha256()
+        for file in sorted(self.folder.glob("*/*.jsonl")):
+            found.update(f"{file.relative_to(self.folder)}\0".encode())
+            found.update(file.read_bytes())
+        return found.hexdigest()
+
+    def rows(self, site: str, split: str) -> list[str]:
+        """The lines of a site's file."""
+        return (self.folder / site / f"{split}.jsonl").read_text().splitlines()
+
+    def scored_rows(self, file: Path) -> int:
+        """How many rows of a test file a score is measured on."""
+        return min(self.test_rows, len(file.read_text().splitlines()))
+
+    def results(self, tuning_of: str = "") -> Path:
+        """The file of the study's results, or of the rates tried in `tuning_of`."""
+        return self.workspace.results / (f"{tuning_of}-tuning.jsonl" if tuning_of else f"{self.name}.jsonl")
+
+
+def study(
+    name: str,
+    workspace: Workspace,
+    folder: Path | None = None,
+    model: Path | None = None,
+    task: str = "",
+    max_length: int = 0,
+    rounds: int = 0,
+    test_rows: int = 0,
+    rates: Sequence[float] = (),
+) -> Study:
+    """Prepare a study.
+
+    Args:
+        name: of the results' file; without `folder`, a public data set of `data_sets`, and behind an `@`, `random` for
+            a base model whose weights are random.
+        folder: one's own rows, a folder per site.
+        model: folder of the base model; unset: the first two layers of MiniLM, or stories260k.
+        task: empty: classification where rows have a label, else causal_lm.
+        max_length, rounds, test_rows, rates: 0 or empty: those that the documentation's figures were measured with.
+    Raises:
+        ConfigError: `unknown_name`: nothing compares methods on this task; `ambiguous_task`: rows have both a label and
+            a prompt, and `task` is empty.
+        DataError: `no_study_data`: `folder` has no site with both files; `no_shared_folder`: no public data here.
+    """
+    if task and task not in ROUNDS:
+        raise ConfigError(f"--task {task!r} is not compared; known: {', '.join(ROUNDS)}", code="unknown_name")
+    source, _, start = name.partition("@")
+    root = folder or data_sets.write(source, workspace.root / "data" / source)
+    found = task or _task(root)
+    length = max_length or _PUBLIC_MAX_LENGTHS.get(_kind(source) if not folder else "", MAX_LENGTHS[found])
+    rows = 4 if found == "causal_lm" and length > 64 else 8
+    plan: dict[str, Any] = {
+        "task": found,
+        "max_length": length,
+        "training": {"local_steps": 5, "batch_size": rows, "lr_scheduler_type": "cosine"},
+    }
+    classifies = found == "sequence_classification"
+    if classifies:
+        plan["labels"] = sorted({json.loads(r)["label"] for f in root.glob("*/*.jsonl") for r in f.open()})
+    return Study(
+        name,
+        root,
+        model or _model(classifies, start == "random", workspace),
+        plan,
+        "accuracy" if classifies else "bits_per_byte",
+        workspace,
+        rounds or ROUNDS[found],
+        test_rows or TEST_ROWS[found],
+        tuple(rates) or RATES,
+        lower_is_better=not classifies,
+    )
+
+
+def _task(root: Path) -> str:
+    files = sorted(root.glob("*/train.jsonl"))
+    if not files or not all(file.with_name("test.jsonl").exists() for file in files):
+        raise DataError(
+            "a study needs one folder per site, each with train.jsonl and test.jsonl", str(root), code="no_study_data"
+        )
+    with files[0].open() as lines:
+        first = json.loads(next(lines, "{}"))
+    fits = [task for task, column in _COLUMNS.items() if column in first]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ConfigError(
+            "the rows have both a label and a prompt; say which task to compare on: --task sequence_classification "
+            "or --task causal_lm",
+            code="ambiguous_task",
+        )
+    raise DataError(
+        "the first row has neither a label nor a prompt; see nvflare-fm data check", str(files[0]), code="no_study_data"
+    )
+
+
+def _model(classifies: bool, random: bool, workspace: Workspace) -> Path:
+    if not classifies:
+        return data_sets.stories260k()
+    base = data_sets.first_layers(data_sets.minilm(), 2, workspace.root / "models" / "minilm-2")
+    return data_sets.randomized(base, workspace.root / "models" / f"{base.name}-random") if random else base
+
+
+def _kind(source: str) -> str:
+    return source if source in _PUBLIC_MAX_LENGTHS else source.rpartition("-")[0]

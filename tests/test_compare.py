@@ -1,0 +1,329 @@
+"""`nvflare-fm compare` runs every method on a user's own folders, and its lines and tables mean what they say."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nvflare_fm.cli import app
+from nvflare_fm.compare import grid, peers, run, tuning
+from nvflare_fm.compare.bench import Bench
+from nvflare_fm.compare.methods import ALONE, BASELINES, METHODS, OWN_RATE
+from nvflare_fm.compare.results import Results, overview, spread, verdict
+from nvflare_fm.compare.run import Run, carry_out, carry_out_all, lines, write
+from nvflare_fm.compare.study import Study, Workspace, study
+from nvflare_fm.errors import FmError
+from tests.site import tiny
+
+FIRST = (5e-3, 1e-2, 2e-2)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sites")
+    for number, site in enumerate(("lake", "north", "valley")):
+        (root / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(root / site / f"{split}.jsonl", tiny.rows("sequence_classification", 12, number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture
+def own(sites: Path, model: Path, tmp_path: Path) -> Study:
+    """A study of two rounds."""
+    return study("own", Workspace.at(tmp_path), sites, model, rounds=2)
+
+
+def empty_study(folder: Path, **changed: Any) -> Study:
+    """Two sites, lake and north, whose rows are only counted, and whose results lie in the same folder."""
+    for site, rows in {"lake": 3, "north": 1}.items():
+        (folder / site).mkdir()
+        for split in ("train", "test"):
+            tiny.jsonl(folder / site / f"{split}.jsonl", [{}] * rows)
+    found = Study("own", folder, folder, {"task": "causal_lm"}, "bits_per_byte", Workspace(folder, folder), 2, 50)
+    return replace(found, lower_is_better=True, **changed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_every_method_and_baseline_runs_on_ones_own_folders(own: Study) -> None:
+    own.plan["training"]["local_steps"] = 1
+    for method in [*METHODS, *BASELINES]:
+        ticks: list[int] = []
+        found, _ = carry_out(Run(own, method, 1e-3, 0), ticks.append)
+        assert found[-1]["round"] == (1 if method == "slow sites waited for" else 2), method
+        assert found[-1]["scores"].keys() == {"lake", "north", "valley"}
+        assert 0 <= found[-1]["score"] <= 1
+        assert sum(ticks) == (3 if method == "slow sites waited for" else Run(own, method, 1e-3, 0).site_rounds)
+
+
+def test_every_third_site_is_slow_and_is_dropped_or_waited_for(own: Study) -> None:
+    bench = Bench(own, 1e-3)
+    took_part = {}
+    for name in ("slow sites waited for", "slow sites called off"):
+        took_part[name] = [
+            [*done.reports] for done in bench.rounds(METHODS[name], bench.workers(METHODS[name]), seed=0)
+        ]
+    assert took_part["slow sites waited for"] == [["lake", "north", "valley"]]
+    assert took_part["slow sites called off"] == [["lake", "north"]] * 2
+
+
+@pytest.mark.timeout(120)
+def test_one_command_tunes_runs_and_reports(
+    sites: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: another one takes seconds to start."""
+
+    def here(runs: Sequence[Run], cores: int) -> None:
+        for each in runs:
+            if not each.done():
+                write(each, carry_out(each)[0])
+
+    for module in (grid, run, tuning):
+        monkeypatch.setattr(module, "carry_out_all", here)
+    typed = [
+        "compare",
+        "run",
+        "own",
+        "--folder",
+        str(sites),
+        "--model",
+        str(model),
+        "--rounds",
+        "2",
+        "-o",
+        str(tmp_path),
+    ]
+    typed += ["--methods", "ours, finished at home", "--seeds", "1", "--first-seed", "4", "--rates", "0.005,0.01,0.02"]
+    said = CliRunner().invoke(app, typed)
+    assert said.exit_code == 0, said.output
+    trials, found = (lines(tmp_path / "results" / f"own{end}.jsonl") for end in ("-tuning", ""))
+    best = max(trials, key=lambda row: row["score"])
+    assert {row["method"] for row in trials} == {"ours"}  # whose rate the other takes
+    assert len(trials) >= 3
+    assert {(row["method"], row["seed"]) for row in found} == {("ours, finished at home", 4)}
+    assert {row["rate"] for row in found} == {best["rate"]}
+    assert "ours, finished at home" in said.output
+    assert list(tmp_path.rglob("own.png"))
+
+
+@pytest.mark.timeout(120)
+def test_runs_side_by_side_are_shown_as_they_go_and_not_done_twice(
+    own: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [Run(own, "ours", 1e-3, 0)]
+    carry_out_all(asked, 1)
+    assert "6/6" in capsys.readouterr().out  # rounds of three sites
+    (line, *_) = before = lines(asked[0].file)
+    assert line["digest"] == asked[0].digest
+    carry_out_all(asked, 1)
+    assert lines(asked[0].file) == before
+
+
+def test_a_line_counts_only_for_the_configuration_that_made_it(own: Study) -> None:
+    first = Run(own, "ours", 1e-3, 0)
+    write(first, [{"method": "ours", "seed": 0, "rate": 1e-3, "digest": first.digest}])
+    assert first.done()
+    assert not Run(replace(own, test_rows=3), "ours", 1e-3, 0).done()
+    assert not Run(replace(own, plan={**own.plan, "max_length": 9}), "ours", 1e-3, 0).done()
+
+
+def test_rows_are_known_by_their_content_not_by_their_folders_name(sites: Path, own: Study, tmp_path: Path) -> None:
+    other = tmp_path / sites.name
+    for site in ("lake", "north"):
+        (other / site).mkdir(parents=True)
+        for split in ("train", "test"):
+            tiny.jsonl(other / site / f"{split}.jsonl", tiny.rows("sequence_classification", 9, 7))
+    changed = study("own", own.workspace, other, own.model)
+    for held_out in (False, True):
+        one, two = Bench(own, 1e-3, held_out), Bench(changed, 1e-3, held_out)
+        assert one.pooled().config.data != two.pooled().config.data
+    assert one.files["lake"] != two.files["lake"]
+
+
+def test_what_the_docs_report_is_named_right() -> None:
+    asked = [method for studies in (grid.cells(), grid.PARTS) for methods in studies.values() for method in methods]
+    assert {*asked} <= {*METHODS, *BASELINES}
+
+
+@pytest.mark.parametrize(
+    ("typed", "code"),
+    [
+        (["--methods", "mine"], "unknown_name"),
+        (["--task", "poetry"], "unknown_name"),
+        (["--rates", "fast"], "wrong_rates"),
+        (["--rates", "-1"], "wrong_rates"),
+        (["--folder", "empty"], "no_study_data"),
+        (["--folder", "both"], "ambiguous_task"),
+        ([], "unknown_data_set"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    typed: list[str], code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "both" / "lake").mkdir(parents=True)
+    for split in ("train", "test"):
+        tiny.jsonl(tmp_path / "both" / "lake" / f"{split}.jsonl", [{"text": "a", "label": "b", "prompt": "c"}])
+    said = CliRunner().invoke(app, ["compare", "run", "clinics", *typed])
+    assert said.exit_code == 1
+    assert f"[{code}]" in str(said.exception)
+
+
+def test_public_data_are_asked_for_where_they_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVFLARE_FM_SHARED", str(tmp_path))
+    with pytest.raises(FmError) as error:
+        study("medquad-lm", Workspace.at(tmp_path))
+    assert error.value.code == "no_shared_folder"
+
+
+def test_a_site_of_hetlora_gives_up_directions_that_fade(own: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, method = Bench(own, 1e-2), METHODS["HetLoRA"]
+    ranks = {}
+    for pull in (0.0, 1e3):
+        monkeypatch.setattr(peers, "LAMBDA", pull)
+        workers = bench.workers(method)
+        list(bench.rounds(method, workers, seed=0))
+        ranks[pull] = [worker.overrides.rank for worker in workers.values()]
+    assert ranks[0.0] == [2, 4, 32]
+    assert ranks[1e3] == [1, 3, 31]
+
+
+def test_what_is_finished_at_home_is_each_sites_own(own: Study) -> None:
+    bench, method = Bench(replace(own, metric="loss"), 1e-2), METHODS["ours, finished at home"]
+    workers = bench.workers(method)
+    (last,) = bench.rounds(method, workers, seed=0)
+    together = bench.measure(workers, method, last.combined.adapter, last.combined.manifest)
+    finished = bench.finished_at_home(method, workers, 0, last)
+    for site, worker in workers.items():
+        assert finished[site] != together[site]
+        assert finished[site] == bench.measure(workers, method, *worker.submit())[site]
+
+
+def test_hetloras_pull_is_the_gradient_of_its_penalty() -> None:
+    start = 3
+    a, b = torch.randn(5, 7, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    penalty = peers.LAMBDA * b[:, start:].norm() * a[start:].norm()
+    for factor, other, wanted in zip(
+        (a, b.T), (b[:, start:], a[start:]), torch.autograd.grad(penalty, (a, b)), strict=True
+    ):
+        wanted = wanted if factor is a else wanted.T
+        torch.testing.assert_close(peers._pulled(torch.ones_like(factor), factor, other, start), 1 + wanted)
+
+
+def test_texts_are_cut_where_one_says(own: Study, sites: Path, model: Path) -> None:
+    assert Bench(study("own", own.workspace, sites, model, max_length=9), 1e-3).plan.max_length == 9
+    assert Bench(own, 1e-3).plan.max_length == 64
+
+
+def test_a_rate_is_searched_for_until_the_best_is_not_at_an_end(own: Study) -> None:
+    lower, scores = replace(own, rates=FIRST, lower_is_better=True), dict[float, float]()
+    while rates := tuning.next_rates(scores, lower):
+        scores |= {rate: abs(rate - 1.2e-3) for rate in rates}
+    assert tuning.best(scores, lower_is_better=True) == 1.25e-3
+    assert len(scores) == tuning.MOST_RATES
+    higher = replace(own, rates=FIRST)
+    assert tuning.next_rates({5e-3: 0.1, 1e-2: 0.3, 2e-2: 0.2}, higher) == []
+    assert tuning.next_rates({5e-3: 0.1, 1e-2: 0.2, 2e-2: 0.3}, higher) == [4e-2]
+    assert tuning.next_rates({5e-3: 1.0, 1e-2: 0.9, 2e-2: 0.8}, higher) == []  # nothing is better than all right
+
+
+def test_a_tie_is_what_seeds_cannot_tell_apart() -> None:
+    assert verdict([0.02, 0.021, 0.019]) == "better"
+    assert verdict([-0.02, -0.021, -0.019]) == "worse"
+    assert verdict([0.02, -0.01, 0.03]) == "tie"
+    assert verdict([0.02]) == "?"
+    assert verdict([0.02] * 3) == "better"
+    assert verdict([0.01, -0.01] * 8) == "tie"
+
+
+def test_a_random_base_has_a_rate_of_its_own_and_one_for_every_skew() -> None:
+    names = ("banking77-0.1", "banking77-0.3", "banking77-0.1@random", "banking77-0@random", "medquad-types")
+    one, same, random, other, whole = map(tuning.tuned_on, names)
+    assert one == same != random == other
+    assert whole == "medquad-types"
+
+
+def test_lone_sites_are_tuned_by_the_mean_of_what_each_has_at_home(own: Study) -> None:
+    tried = Run(own, "alone", 1e-3, 0, tuning_of="own")
+    found, _ = carry_out(tried)
+    assert [[*row["scores"]] for row in found] == [["lake"], ["north"], ["valley"]]
+    for row, score in zip(found, (0.2, 0.4, 0.9), strict=True):
+        row["score"] = score
+    write(tried, found)
+    assert tuning.tried(own, "own") == {"alone": {1e-3: pytest.approx(0.5)}}
+
+
+def test_only_what_trains_as_ours_does_takes_its_rate(own: Study) -> None:
+    write(Run(own, "", 0, 0, "own"), [{"method": "ours", "rate": rate, "score": rate} for rate in (0.5, 2.0)])
+    rates = tuning.tuned(own, "own")
+    assert rates["ours"] == rates["ours, by examples"] == rates["ours, finished at home"] == 2.0
+    assert not {*OWN_RATE, *BASELINES} & {*rates}
+
+
+def test_lower_may_be_better(tmp_path: Path) -> None:
+    """Two methods, two seeds, two sites, in bits per byte: who is first, who is worst off, who reaches the target."""
+    tiny.jsonl(tmp_path / "own.jsonl", [
+        {"method": method, "seed": seed, "rate": 1e-3, "round": number, "score": score + seed, "bytes_up": 10 * number,
+         "bytes_down": 1, "scores": {"lake": score + seed, "north": score + seed + 0.5}}
+        for method, scores in {"ours": (3.0, 1.0), "FedIT, rank 4": (3.0, 2.0)}.items()
+        for seed in (0, 1)
+        for number, score in enumerate(scores, 1)
+    ])  # fmt: skip
+    results = Results(empty_study(tmp_path))
+    assert list(results.final) == ["ours", "FedIT, rank 4"]
+    assert results.worst("ours") == [1.5, 2.5]
+    assert results.by_rows("ours") == [1.125, 2.125]
+    assert results.paired("FedIT, rank 4", "ours") == [-1.0, -1.0]
+    assert results.to_target("ours") == [(2, 21), (2, 21)]
+    assert results.to_target("FedIT, rank 4") == [(2, 21)]
+    table = overview([results.study])
+    rows = dict(zip(*(list(column.cells) for column in table.columns), strict=True))
+    assert rows["ours"] == "1.500 ± 0.707"
+    assert spread([1.5]) == "1.500"  # one seed has no spread
+    assert rows["FedIT, rank 4"] == "2.500 ± 0.707"  # told apart, so without a mark
+    assert rows["pooled"] == "–"
+
+
+def test_lone_sites_make_one_line_of_what_each_has_at_home(tmp_path: Path) -> None:
+    scores = {"lake": {"lake": 0.9, "north": 0.1}, "north": {"lake": 0.2, "north": 0.5}}
+    lone = [{"method": "alone", "seed": 0, "trained_at": site, "scores": scores[site]} for site in scores]
+    ours = {"method": "ours", "seed": 0, "rate": 1e-3, "score": 0.8, "scores": {"lake": 0.8, "north": 0.8}}
+    tiny.jsonl(tmp_path / "own.jsonl", [*lone, ours])
+    results = Results(empty_study(tmp_path, metric="accuracy"))
+    results = Results(replace(results.study, lower_is_better=False))
+    (line,) = results.final[ALONE].values()
+    assert line["scores"] == {"lake": 0.9, "north": 0.5}
+    assert line["score"] == pytest.approx(0.8)
+    assert results.worst(ALONE) == [0.5]
+
+
+def page() -> ModuleType:
+    """The script that writes the tables of the documentation."""
+    file = Path(__file__).parent / "benchmarks" / "page.py"
+    spec = importlib.util.spec_from_file_location("page", file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.realdata
+@pytest.mark.timeout(120)
+def test_the_page_of_the_docs_has_what_was_measured(shared: Path) -> None:
+    script = page()
+    text = script.PAGE.read_text()
+    assert script.written(text) == text, "run tests/benchmarks/page.py"
