@@ -320,7 +320,7 @@ def test_no_update_ends_the_job_or_bends_it_beyond_the_clip_or_writes_into_its_l
     for logger in LOGGERS:
         logger.addHandler(said)
     try:
-        taken = server._aggregate_one_result(changed(WORTH[late, UPLINKS[job == ENCODED]], by))
+        taken = server._take(changed(WORTH[late, UPLINKS[job == ENCODED]], by))
         assert taken == ("dogwood" in server.aggregator.updates)
         if taken:
             merged(server, late)
