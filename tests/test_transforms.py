@@ -227,6 +227,16 @@ def test_a_site_that_has_not_moved_sends_back_what_it_received_at_any_rank_and_s
     torch.testing.assert_close(back, mine, rtol=1e-6, atol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@registered
+def test_a_gpu_encodes_and_decodes_bit_for_bit_as_a_cpu_does(name):
+    tensor = first_adapter().lora["l"].A
+    payload = sent(A, name, tensor)
+    assert torch.equal(sent(A, name, tensor.cuda()).cpu(), payload)
+    decode, before = chain_of(name).decode, Description.of(tensor)
+    assert torch.equal(decode(A, payload.cuda(), before).cpu(), decode(A, payload, before))
+
+
 # --- the round: nothing drifts, nothing stands still
 
 

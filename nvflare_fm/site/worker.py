@@ -164,7 +164,8 @@ class Worker:
         """
         chain = transforms.read(plan.uplink, "uplink")
         packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
-        self.kept.keep(packed.kept)
+        if chain:
+            self.kept.keep(packed.kept)
         return packed
 
     @contextmanager

@@ -127,7 +127,8 @@ class Chain:
         events = []
         for name, transform in self.transforms.items():
             before = parcel.bytes
-            parcel, left[name] = transform.encode(parcel, None if kept is None else kept.get(name, {}))
+            parcel, rest = transform.encode(parcel, None if kept is None else kept.get(name, {}))
+            left |= {name: rest} if rest else {}
             events.append(Event(name, before, parcel.bytes))
         return Sent(parcel, left, tuple(events))
 
