@@ -5,7 +5,7 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all faults fuzz lint format clean
+.PHONY: demo test test-all faults fuzz templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
@@ -21,6 +21,10 @@ faults: .venv/installed  ## processes of a running system killed at random momen
 
 fuzz: .venv/installed  ## the fuzz targets, each with FUZZ_EXAMPLES cases (100,000 unless set); hours
 	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -n 2 --timeout 0 tests/fuzz
+
+templates: .venv/installed  ## job_templates/NAME from each NAME.toml, and docs/reference, from the fields of the settings
+	$(BIN)/python -m nvflare_fm.flare.render_template
+	$(BIN)/python docs/reference/write.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

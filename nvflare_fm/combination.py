@@ -6,9 +6,10 @@ Knows neither transformers nor peft: the server asks here before any site is bot
 from collections.abc import Mapping
 
 from . import legality, transforms
-from .aggregation import guard, merge, step, weigh
+from .aggregation import merge
 from .aggregation.admit import Terms
-from .aggregation.asked import asked, named
+from .aggregation.asked import Needs, named
+from .aggregation.needed import needed
 from .config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings, at_rank
 from .errors import ConfigError
 from .feasible import check_plan
@@ -27,14 +28,9 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
         ConfigError: an unknown name or setting, or choices that do not go together, with the reason.
     """
     check_plan(plan, sites)
-    rule, method = merge.registry[how.merge], read(plan.peft)
+    rule, method = merge.choose(how.merge), read(plan.peft)
     check_training(method, plan.training)
-    for entry in how.weigh:
-        asked(weigh.registry, entry)  # unknown names and settings are refused here, before a round is lost
-    for entry in how.guard:
-        asked(guard.registry, entry)
-    if how.step is not None:
-        asked(step.registry, how.step)
+    needs = needed(how)  # unknown names and settings are refused here, before a round is lost
     transforms.read(plan.uplink, "uplink")
     transforms.read(plan.downlink, "downlink")
     rest = rule.rest if method.side_adapter else "none"
@@ -44,24 +40,21 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "training": _with_head(plan, method),
             "rest": rest,
             "shares": rule.shares,
-            "label_statistics": ("skew",) if "skew" in map(named, how.weigh) else (),
-            "counts": _counts(plan, how),
+            "label_statistics": needs.labels,
+            "counts": _counts(plan, how, needs),
         }
     )
-    legality.check(legality.Job(plan, how, rule, method))
+    legality.check(legality.Job(plan, how, rule, method, needs))
     if method.factored:
         for site, overrides in sorted((sites or {}).items()):
             _check_rank(site, overrides.rank, plan, how)
     return plan
 
 
-def _counts(plan: RoundPlan, how: Aggregation) -> tuple[str, ...]:
+def _counts(plan: RoundPlan, how: Aggregation, needs: Needs) -> tuple[str, ...]:
     """What the sites must tell of their rows and steps, so that they can be weighed."""
-    needed = {
-        "examples": bool({"examples", "skew"} & {*map(named, how.weigh)}),
-        "steps": how.normalize_steps and not plan.training.local_steps,  # else the plan says how many
-    }
-    return tuple(name for name, needs in needed.items() if needs)
+    steps = how.normalize_steps and not plan.training.local_steps  # else the plan says how many
+    return (*needs.counts, *(["steps"] if steps else []))
 
 
 def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
@@ -77,7 +70,7 @@ def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
 
 def of_round(plan: RoundPlan, how: Aggregation, number: int) -> RoundPlan:
     """The settled plan for one round: the factors whose turn it is."""
-    turns = merge.registry[how.merge].factors
+    turns = merge.choose(how.merge).factors
     return plan.model_copy(update={"factors": turns[number % len(turns)]})
 
 
@@ -109,7 +102,7 @@ def terms(plan: RoundPlan, how: Aggregation, site: str, sites: Mapping[str, Site
 
 def _ranks(mine: RoundPlan, how: Aggregation, listed: bool) -> range:
     rank = mine.rank
-    if listed or not merge.registry[how.merge].mixed_ranks or mine.peft.get("use_dora"):
+    if listed or not merge.choose(how.merge).mixed_ranks or mine.peft.get("use_dora"):
         return _up_to(rank, "rank" in mine.negotiable)
     return _up_to(max(rank, how.max_rank), lowered=True)
 
@@ -121,7 +114,10 @@ def _up_to(most: int, lowered: bool) -> range:
 def _check_rank(site: str, rank: int | None, plan: RoundPlan, how: Aggregation) -> None:
     if rank in (None, plan.peft["rank"]):
         return
-    if not merge.registry[how.merge].mixed_ranks:
-        raise ConfigError(f"{site} is to train at rank {rank}, and {how.merge} needs one rank everywhere; use exact")
+    if not merge.choose(how.merge).mixed_ranks:
+        raise ConfigError(
+            f"{site} is to train at rank {rank}, and {named(how.merge)} needs one rank everywhere; leave merge out",
+            code="one_rank",
+        )
     if plan.peft.get("use_dora"):
         raise ConfigError(f"{site} is to train at rank {rank}, and DoRA needs one rank everywhere; leave it out")

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from .errors import ConfigError
 from .registry import nearest
@@ -26,6 +27,8 @@ SEED = 2**63 - 1  # the largest seed
 LENGTH, LABELS, ROWS = 2**20, 10_000, 2**16  # no plan asks for more tokens in a text, classes, or rows at a time
 WIDEST = 2**16  # no adapter has a larger rank or a longer prompt
 STEPS, MANY = 10**6, 10**9  # no round has more steps, no site more rows
+SITES = 100_000  # no federation has more
+A_YEAR = 366 * 24 * 3600.0  # seconds
 
 one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 _one_rule = BeforeValidator(lambda v: (v,) if isinstance(v, str | Mapping) else v)
@@ -37,6 +40,7 @@ Rest = Literal["none", "tail", "all"]
 Factors = Literal["AB", "A", "B"]
 Text = Annotated[str, StringConstraints(max_length=256)]
 Name = Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9_.-]*$")]
+OptionalId = Annotated[str, StringConstraints(max_length=64, pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*)?$")]
 Fingerprint = Annotated[str, StringConstraints(max_length=64, pattern=r"^[0-9a-f]*$")]
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.-]+$")]
 Labels = Annotated[tuple[Text, ...], Field(max_length=LABELS), one]
@@ -138,71 +142,90 @@ def _found(error: Any) -> str:
         return f"{where} is a {type(error['input']).__name__}"
 
 
+def summary(field: FieldInfo) -> str:
+    """What the description of a setting says first, without its full stop: the rest is for the reference."""
+    return (field.description or "").partition(". ")[0].removesuffix(".")
+
+
 class TrainingSettings(Settings):
     """How a site trains in one round. Names are those of `transformers.TrainingArguments` where it has them."""
 
     local_steps: int = Field(
-        20, ge=0, le=1_000_000, description="optimizer steps a round; 0: count local_epochs instead"
+        20, ge=0, le=1_000_000, description="Optimizer steps per round; 0: train for local_epochs instead."
     )
     local_epochs: float = Field(
-        1.0, gt=0, le=1000, description="passes over the site's data a round, where local_steps is 0"
+        1.0, gt=0, le=1000, description="Passes over the site's training rows per round, where local_steps is 0."
     )
-    batch_size: int = Field(8, ge=1, le=ROWS, description="examples per step and process")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=ROWS)
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
-    learning_rate: float = Field(1e-3, gt=0, le=10)
+    batch_size: int = Field(8, ge=1, le=ROWS, description="Rows per batch and trainer process.")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, le=ROWS, description="Batches whose gradients are added up before one optimizer step."
+    )
+    gradient_checkpointing: bool = Field(False, description="true: less memory for about a third more time.")
+    learning_rate: float = Field(1e-3, gt=0, le=10, description="Highest learning rate of the schedule.")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="over all rounds of the federation, not over each"
+        "constant", description="Learning rate over all rounds together: constant, linear or cosine."
     )
-    warmup_ratio: float = Field(0.0, ge=0, le=1, description="share of all steps of the federation")
-    optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = "adamw_torch"
-    weight_decay: float = Field(0.0, ge=0, le=10)
-    max_grad_norm: float = Field(1.0, gt=0, le=1e9)
+    warmup_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of the steps of all rounds in which the learning rate rises, 0 to 1."
+    )
+    optim: Literal["adamw_torch", "sgd", "paged_adamw_8bit"] = Field(
+        "adamw_torch", description="Optimizer: adamw_torch, sgd or paged_adamw_8bit (less GPU memory)."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=10, description="Weight decay of the optimizer.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e9, description="Largest ℓ₂ norm of a gradient; a longer one is scaled down to it."
+    )
     head_lr_ratio: float | None = Field(
         None,
         ge=0,
         le=1000,
-        description="a head moves this many times learning_rate, in the root mean square and by one second moment a "
-        "tensor (NovoGrad, arXiv:1905.11286); 0: like all else; unset: 8 for classifiers with LoRA and Adam",
+        description="Times learning_rate that a classifier's head moves; unset: by task; 0: as all else. "
+        "Unset is 8 for a classifier with LoRA and AdamW, and 0 otherwise. Such a head has one second moment per "
+        "tensor (NovoGrad, arXiv:1905.11286), and the distance is its root mean square.",
+        examples=[8.0],
     )
     proximal_mu: float = Field(
         0.0,
         ge=0,
         le=1e6,
-        description="FedProx (arXiv:1812.06127): μ/2 · ‖ΔW − ΔW_global‖² is added; for LoRA, of products",
+        description="FedProx: strength μ of the pull towards the global adapter; 0: off. The loss gets "
+        "μ/2 · ‖ΔW − ΔW_global‖² more, for LoRA on the products (arXiv:1812.06127).",
     )
     restricted_softmax: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="FedRS (KDD 2021): what logits of classes a site lacks count in training",
+        description="FedRS, for classifiers: factor on the logits of classes the site lacks; 1: off. It counts in "
+        "training alone (KDD 2021).",
     )
     logit_calibration: float = Field(
         0.0,
         ge=0,
         le=1000,
-        description="FedLC (arXiv:2209.00189): τ; logits are lowered by τ·n^(−1/4) in training",
+        description="FedLC, for classifiers: τ by which rare classes are favoured in training; 0: off. A class of n "
+        "rows has its logits lowered by τ·n^(−1/4) (arXiv:2209.00189).",
     )
     logit_adjustment: float = Field(
         0.0,
         ge=0,
         le=1000,
-        description="logit adjustment (arXiv:2007.07314): τ; a site adds τ·log of its class frequencies in training",
+        description="For classifiers: τ, how far class frequencies are discounted in training; 0: off. Logits get "
+        "τ · log of the class frequencies of the site (arXiv:2007.07314).",
     )
 
 
 class EvaluationSettings(Settings):
     """When a site measures the adapter on its own validation data."""
 
-    before: bool = Field(True, description="the adapter received: what chooses the best round")
-    after: bool = Field(True, description="the adapter after local training")
-    batch_size: int = Field(16, ge=1, le=ROWS)
+    before: bool = Field(True, description="Measure the received adapter; this chooses the best round.")
+    after: bool = Field(True, description="Measure the site's own adapter after training.")
+    batch_size: int = Field(16, ge=1, le=ROWS, description="Rows per batch when measuring.")
     max_examples: int = Field(
         0,
         ge=0,
         le=MANY,
-        description="0: all of them; a site measures a multiple of its privacy.min_metric_rows, so that two answers "
-        "never differ by a few rows",
+        description="Most validation rows to measure on; 0: all. A site measures on a multiple of its "
+        "privacy.min_metric_rows, so that two answers never differ by a few rows.",
     )
 
 
@@ -212,44 +235,65 @@ class RoundPlan(Settings):
     `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
     """
 
-    task: Name = Field("causal_lm", description="causal_lm, sequence_classification, token_classification")
-    model: Text = Field("base", description="alias in the site's models")
-    data: Text = Field("notes", description="alias in the site's data")
+    task: Name = Field("causal_lm", description="Task: causal_lm, sequence_classification or token_classification.")
+    model: Text = Field("base", description="Alias of the base model in the sites' fm_site.yaml.")
+    data: Text = Field("notes", description="Alias of the data set in the sites' fm_site.yaml.")
     fingerprint: Fingerprint = Field(
-        "", description="of the base model all sites must hold; empty: the sites must agree"
+        "", description="Fingerprint that every site's base model must have; empty: the sites must agree."
     )
-    quantization: Quantization = "nf4"
-    double_quant: bool = Field(True, description="quantize the quantization constants too (QLoRA, arXiv:2305.14314)")
+    quantization: Quantization = Field(
+        "nf4", description="Precision of the frozen base model: nf4, fp4, int8, bf16, fp16 or fp32."
+    )
+    double_quant: bool = Field(
+        True, description="Quantize the quantization constants of nf4 and fp4 too (QLoRA, arXiv:2305.14314)."
+    )
     compute_dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="auto: bf16 where the GPU, or a CPU with AMX, is fast in it; fp32 on other CPUs"
+        "auto",
+        description="Precision of all computation: bf16, fp16, fp32 or auto. auto is bf16 where the GPU, or a CPU with "
+        "AMX, is fast in it, and fp32 on other CPUs.",
     )
-    peft: PeftSettings = Field(default_factory=lambda: {"method": "lora"}, description="a PEFT method and its settings")
-    labels: Labels = Field((), description="classes, in order, for the classification tasks")
-    max_length: int = Field(512, ge=8, le=LENGTH, description="tokens; longer texts are cut")
+    peft: PeftSettings = Field(
+        default_factory=lambda: {"method": "lora"}, description="A PEFT method and its settings."
+    )
+    labels: Labels = Field((), description="Classes of a classification task, in order.", examples=[["no", "yes"]])
+    max_length: int = Field(512, ge=8, le=LENGTH, description="Tokens of a text; longer texts are cut.")
     rest: Rest = Field(
         "tail",
-        description="what of the global adapter rides along frozen; from the merge rule, as the next two",
+        description="Part of the global adapter that a site holds frozen beside what it trains. Follows from the merge "
+        "rule.",
     )
-    factors: Factors = Field("AB", description="those a site trains in this round")
-    shares: Factors = Field("AB", description="those that leave a site")
+    factors: Factors = Field("AB", description="Factors that a site trains in this round. Follows from the merge rule.")
+    shares: Factors = Field("AB", description="Factors that leave a site. Follows from the merge rule.")
     label_statistics: LabelStatistics = Field(
-        (), description="what a site is asked to tell of how often its labels occur; follows from the weights"
+        (), description="What a site must report about how often its labels occur. Follows from the weights."
     )
-    counts: Counts = Field((), description="of its rows and steps, what a site is asked to tell; from the weights, too")
+    counts: Counts = Field(
+        (), description="What a site must report about how many rows and steps it has. Follows from the weights."
+    )
+    training: TrainingSettings = Field(TrainingSettings(), description="How a site trains in one round.")
+    evaluation: EvaluationSettings = Field(
+        EvaluationSettings(), description="When a site measures the adapter on its own validation data."
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        le=SEED,
+        description="Seed of the adapter's first values and of which sites are drawn. In the simulator it is that of "
+        "the order of the rows as well.",
+    )
     uplink: Rules = Field(
         (),
-        description="transforms of what a site sends, in order, such as int8; empty: tensors travel as float32",
+        description="Transforms of what a site sends, in order, such as int8. Empty: tensors are sent as float32.",
     )
-    downlink: Rules = Field((), description="transforms of the global adapter on its way to the sites")
-    training: TrainingSettings = TrainingSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    seed: int = Field(0, ge=0, le=SEED)
+    downlink: Rules = Field(
+        (), description="Transforms of the global adapter that the server sends to the sites, in order."
+    )
     negotiable: Negotiable = Field(
-        (), description="of rank, batch_size and local_steps, what a site may lower to its limits; the rest it refuses"
+        (),
+        description="Of rank, batch_size and local_steps, those that a site may lower to its limits. Where any "
+        "other setting exceeds its limits, the site refuses.",
     )
-    template: Name = Field(
-        "", description="the job template this plan came from; sites may welcome some and not others"
-    )
+    template: Name = Field("", description="Name of the job template; a site may accept some templates only.")
 
     @property
     def rank(self) -> int:
@@ -270,33 +314,74 @@ DERIVED = (
 class Aggregation(Settings):
     """How many adapters become one. A rule with settings is written `{rule = "name", setting = value}`."""
 
-    merge: Name = Field("exact", description="a merge rule")
-    weigh: Rules = Field(("uniform",), description="weight factors; a site's weight is their product, normalised")
-    max_weight: float = Field(1.0, gt=0, le=1, description="no site counts more than this share")
+    merge: Rule = Field("exact", description="Merge rule; docs/reference/rules.md lists them and what goes together.")
+    weigh: Rules = Field(
+        ("uniform",),
+        description="Weight factors of a site, multiplied, such as uniform or examples. Normalised to sum to 1.",
+    )
+    max_weight: float = Field(1.0, gt=0, le=1, description="Largest share that one site may have, up to 1.")
     guard: Rules = Field(
-        ("clip_norm",), description="guards: how much of a change counts that is far from the other sites'; empty: none"
+        ("clip_norm",), description="Guards that limit changes far from those of the other sites; []: none."
     )
     normalize_steps: bool = Field(
-        False, description="FedNova (arXiv:2007.07481): a site's change counts per step, however many steps it took"
+        False, description="FedNova: count a site's change per step, however many it took (arXiv:2007.07481)."
     )
     step: Rule | None = Field(
         None,
-        description="a server step: what is done with the mean of the sites' changes; unset: fedexp for causal_lm with "
-        "exact or stack, else plain",
+        description="Server step on the mean change of the sites, such as plain or adam; unset: by task. Unset is "
+        "fedexp for causal_lm with a merge rule that adds changes, and plain otherwise.",
+        examples=["plain"],
     )
-    max_rank: int = Field(0, ge=0, le=WIDEST, description="of the global adapter; 0: the plan's rank")
+    max_rank: int = Field(0, ge=0, le=WIDEST, description="Rank of the global adapter; 0: the plan's rank.")
     max_staleness: int = Field(
         0,
         ge=0,
         le=1000,
-        description="an answer counts up to so many rounds late, and its site trains on undisturbed; 0: a round's end "
-        "calls off who is still at it",
+        description="Rounds that an update may be late and still count; 0: late sites are called off. A late site "
+        "trains on undisturbed; one that is called off starts the next round with the others.",
     )
     keep_energy: float = Field(
-        1.0, gt=0, le=1, description="a layer keeps no more directions than hold this share of ‖ΔW‖²"
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of a layer's ‖ΔW‖² to keep; 1: every direction that max_rank allows.",
     )
-    sigma: Literal["B", "balanced", "A"] = Field("B", description="the factor that holds the singular values")
-    seed: int = Field(0, ge=0, le=SEED)
+    sigma: Literal["B", "balanced", "A"] = Field(
+        "B", description="Factor that holds the singular values: B, balanced or A."
+    )
+    seed: int = Field(0, ge=0, le=SEED, description="Seed of the directions that fill unused rank.")
+
+
+class RoundSettings(Settings):
+    """When a round ends, and which one is the best: the settings of the controller `FedPEFT`."""
+
+    num_rounds: int = Field(
+        5, ge=1, le=1_000_000, description="Rounds of the whole federation, those before a resumed one included."
+    )
+    min_responses: int = Field(
+        1, ge=1, le=SITES, description="Usable updates that a round needs; with fewer the job stops and says why."
+    )
+    deadline_s: float = Field(
+        0.0, ge=0, le=A_YEAR, description="Seconds after which a round ends without the rest; 0: wait for every site."
+    )
+    grace_s: float = Field(
+        0.0,
+        ge=0,
+        le=A_YEAR,
+        description="Seconds a round still waits once min_responses are in; 0: wait for every site. A site that is "
+        "still training when a round ends is called off; with max_staleness it trains on, and its update counts in the "
+        "round in which it arrives, unless the site was still at the first round.",
+    )
+    key_metric: OptionalId = Field(
+        "loss",
+        description="Metric that chooses the best round's adapter; empty: no adapter is chosen. It is the median over "
+        "the sites that were sent the adapter, which one site cannot move out of the others' range.",
+    )
+    key_metric_mode: Literal["min", "max"] = Field("min", description="min or max, whichever end is the best.")
+    disk_offload: bool = Field(False, description="true: updates wait on the server's disk, not in its memory.")
+    sites_per_round: int = Field(
+        0, ge=0, le=SITES, description="Sites drawn for each round, by the plan's seed; 0: all that are connected."
+    )
 
 
 def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
@@ -312,15 +397,21 @@ def at_rank(peft: Mapping[str, Any], rank: int) -> dict[str, Any]:
 class SiteOverrides(Settings):
     """What a job asks of one site differently from the plan. None: as the plan says."""
 
-    rank: int | None = Field(None, ge=1, le=WIDEST)
+    rank: int | None = Field(None, ge=1, le=WIDEST, description="Rank of this site's adapter.", examples=[8])
     lora_alpha: float | None = Field(
-        None, gt=0, le=1e6, description="else it follows the rank, so that the scale changes with 1/√rank"
+        None,
+        gt=0,
+        le=1e6,
+        description="Unset: it follows the rank, so that the scale changes with 1/√rank.",
+        examples=[16.0],
     )
-    quantization: Quantization | None = None
-    batch_size: int | None = Field(None, ge=1, le=ROWS)
-    local_steps: int | None = Field(None, ge=1, le=STEPS)
-    model: Text | None = None
-    data: Text | None = None
+    quantization: Quantization | None = Field(
+        None, description="Precision of the frozen base model: nf4, fp4, int8, bf16, fp16 or fp32.", examples=["int8"]
+    )
+    batch_size: int | None = Field(None, ge=1, le=ROWS, description="Rows per batch.", examples=[4])
+    local_steps: int | None = Field(None, ge=1, le=STEPS, description="Optimizer steps per round.", examples=[10])
+    model: Text | None = Field(None, description="Another alias in the site's fm_site.yaml.", examples=["base"])
+    data: Text | None = Field(None, description="Another alias in the site's fm_site.yaml.", examples=["notes"])
 
     def applied(self, plan: RoundPlan) -> RoundPlan:
         """The plan as this site is to carry it out."""

@@ -1,13 +1,18 @@
-"""Which choices of a job do not go together, held as data: it refuses a job while it loads, and the docs print it."""
+"""Which choices of a job do not go together, held as data: it refuses a job while it loads, and the docs print it.
+
+Rules state promises and needs; no rule is known here by its name.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .aggregation.asked import named
+from .aggregation.asked import Needs, named
 from .aggregation.merge import MergeRule
 from .config import Aggregation, RoundPlan, TrainingSettings
 from .errors import ConfigError
 from .site.peft_methods import PeftMethod
+
+_MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it promises all there is
 
 
 @dataclass(frozen=True)
@@ -18,29 +23,24 @@ class Job:
     how: Aggregation
     rule: MergeRule
     method: PeftMethod
+    needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
 
     @property
-    def step(self) -> str:
-        """Asked for by name: where the job leaves it open, nothing clashes."""
-        return named(self.how.step or "plain")
-
-    def weighs(self, *names: str) -> bool:
-        return any(named(entry) in names for entry in self.how.weigh)
+    def plain_lora(self) -> bool:
+        """Whether products B @ A are trained that can be added up."""
+        return self.method.factored and self.method.side_adapter
 
 
 @dataclass(frozen=True)
 class Clash:
     """`this` does not go with `that`: where `holds`, the job is refused with `why` and `remedy`."""
 
+    code: str
     this: str
     that: str
     holds: Callable[[Job], bool]
     why: str
     remedy: str
-
-
-def _one_rank(job: Job) -> bool:
-    return job.method.factored and not (job.rule.mixed_ranks and job.method.side_adapter)
 
 
 def _shifts_classes(training: TrainingSettings) -> bool:
@@ -49,46 +49,55 @@ def _shifts_classes(training: TrainingSettings) -> bool:
 
 CLASHES = (
     Clash(
+        "rank_is_fixed",
         "a merge rule for one rank, or DoRA",
         "`rank` in `negotiable`",
-        lambda job: _one_rank(job) and "rank" in job.plan.negotiable,
+        lambda job: (
+            "rank" in job.plan.negotiable
+            and job.method.factored
+            and not (job.rule.mixed_ranks and job.method.side_adapter)
+        ),
         "every site must train at one rank",
         "take rank out of negotiable",
     ),
     Clash(
+        "dora_max_rank",
         "DoRA",
         "`max_rank` other than the plan's rank",
         lambda job: (
             job.method.factored and not job.method.side_adapter and job.how.max_rank not in (0, job.plan.peft["rank"])
         ),
-        "more directions than a site trains would have to ride along frozen, and two DoRA adapters do not add",
-        "leave max_rank or use_dora off",
+        "a site would hold more directions than it trains frozen beside them, and two DoRA adapters do not add",
+        "leave max_rank or use_dora out",
     ),
     Clash(
-        "`freeze_a`, `alternate`, `share_a`, `stack`",
+        "needs_plain_lora",
+        "a merge rule that trains or shares one factor, or has sites train fresh pairs",
         "a PEFT method without factors, or DoRA",
         lambda job: (
-            not (job.method.factored and job.method.side_adapter)
-            and (job.rule.factors != ("AB",) or job.rule.shares != "AB" or job.rule.rest == "all")
+            not job.plain_lora and (job.rule.factors != ("AB",) or job.rule.shares != "AB" or job.rule.rest == "all")
         ),
         "the rule is about the factors of plain LoRA",
-        "use exact",
+        _MERGE,
     ),
     Clash(
-        "a server step other than `plain`",
+        "step_needs_canonical",
+        "a server step that changes the mean",
         "a merge rule that keeps raw factors",
-        lambda job: job.step != "plain" and not job.rule.canonical,
+        lambda job: job.needs.canonical and not job.rule.canonical,
         "the step acts on ΔW, and the rule keeps B and A as they are",
-        "use plain, or merge = exact",
+        f"leave step out, or {_MERGE}",
     ),
     Clash(
+        "steps_need_delta",
         "`normalize_steps`",
         "a merge rule that is not the global adapter plus changes",
         lambda job: job.how.normalize_steps and not job.rule.delta,
         "it scales what the sites changed, and the rule averages what they hold",
-        "use exact or stack",
+        _MERGE,
     ),
     Clash(
+        "late_needs_delta",
         "`max_staleness`",
         "a merge rule that is not the global adapter plus changes, or DoRA",
         lambda job: (
@@ -96,40 +105,42 @@ CLASHES = (
             and not (job.rule.delta and (job.method.side_adapter or not job.method.factored))
         ),
         "a late answer counts by what it changed, and the rule averages what the sites hold",
-        "use exact or stack",
+        _MERGE,
     ),
     Clash(
-        "weight `staleness`",
+        "nothing_late",
+        "a rule that needs to know how late an update is",
         "`max_staleness = 0`",
-        lambda job: job.weighs("staleness") and not job.how.max_staleness,
+        lambda job: job.needs.lateness and not job.how.max_staleness,
         "no update is older than its round",
         "set max_staleness",
     ),
     Clash(
+        "energy_needs_canonical",
         "`keep_energy` below 1",
         "a merge rule that keeps raw factors",
         lambda job: job.how.keep_energy < 1 and not job.rule.canonical,
         "it counts singular values, and the rule takes none",
-        "use exact",
+        _MERGE,
     ),
     Clash(
-        "weights `agreement`, `norm`; step `fedexp`",
-        "a PEFT method without factors, or `share_a`",
-        lambda job: (
-            (job.weighs("agreement", "norm") or job.step == "fedexp")
-            and not (job.method.factored and job.rule.shares == "AB")
-        ),
-        "they compare the products the sites send, and there are none",
-        "weigh uniform or by examples, step plain",
+        "no_products",
+        "a rule that needs the products ΔW",
+        "a PEFT method without factors, or a merge rule that shares one factor",
+        lambda job: job.needs.products and not (job.method.factored and job.rule.shares == "AB"),
+        "it compares the products the sites send, and there are none",
+        "leave weigh and step out",
     ),
     Clash(
-        "weight `skew`",
+        "no_label_per_row",
+        "a rule that needs label statistics",
         "a task other than `sequence_classification`",
-        lambda job: job.weighs("skew") and job.plan.task != "sequence_classification",
+        lambda job: bool(job.needs.labels) and job.plan.task != "sequence_classification",
         "it needs how each site's rows are spread over the labels, and rows have no one label",
-        "weigh uniform or by examples",
+        "leave weigh out, or weigh by counts",
     ),
     Clash(
+        "no_classes",
         "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",
         "`causal_lm`",
         lambda job: job.plan.task == "causal_lm" and _shifts_classes(job.plan.training),
@@ -137,6 +148,7 @@ CLASHES = (
         "leave them out",
     ),
     Clash(
+        "head_needs_adam",
         "`head_lr_ratio`",
         "`optim = sgd`",
         lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.training.optim == "sgd",
@@ -144,6 +156,7 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
+        "no_head",
         "`head_lr_ratio`",
         "`causal_lm`",
         lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.task == "causal_lm",
@@ -151,10 +164,11 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
-        "weight `loss`",
+        "needs_loss_before",
+        "a rule that needs the loss of the received adapter",
         "`evaluation.before = false`",
-        lambda job: job.weighs("loss") and not job.plan.evaluation.before,
-        "it needs the loss of the adapter each site received",
+        lambda job: job.needs.loss and not job.plan.evaluation.before,
+        "no site measures it",
         "set evaluation.before",
     ),
 )
@@ -169,11 +183,15 @@ def check(job: Job) -> None:
     for clash in CLASHES:
         if clash.holds(job):
             raise ConfigError(
-                f"{_chosen(job)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}"
+                f"{_chosen(job.how)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
+                code=clash.code,
             )
 
 
-def _chosen(job: Job) -> str:
-    how = job.how
-    parts: Mapping[str, object] = {"merge": how.merge, "weigh": [named(w) for w in how.weigh], "step": job.step}
+def _chosen(how: Aggregation) -> str:
+    parts: Mapping[str, object] = {
+        "merge": named(how.merge),
+        "weigh": [named(entry) for entry in how.weigh],
+        "step": named(how.step) if how.step is not None else "by task",
+    }
     return ", ".join(f"{name} = {value}" for name, value in parts.items())

@@ -259,6 +259,6 @@ def _sent(adapter: AdapterShape, rank: int, plan: RoundPlan, entries: Sequence[R
 
 def global_rank(plan: RoundPlan, how: Aggregation, ranks: Iterable[int]) -> int:
     """Of the merged adapter. Rules that keep canonical form fill it up; others keep the widest site's rank."""
-    if merge.registry[how.merge].canonical:
+    if merge.choose(how.merge).canonical:
         return how.max_rank or plan.rank
     return max(ranks)

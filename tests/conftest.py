@@ -1,8 +1,10 @@
 """Shape annotations of the core are checked at every call in a test run; tests that need public data ask for it."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jaxtyping
 import pytest
@@ -27,6 +29,19 @@ settings.register_profile(
     "fuzz", settings.get_profile("search"), max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100000"))
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+
+@pytest.fixture(scope="session")
+def writer() -> ModuleType:
+    """What writes the pages of docs/reference that are made from the code."""
+    spec = importlib.util.spec_from_file_location(
+        "reference_writer", Path(__file__).parents[1] / "docs" / "reference" / "write.py"
+    )
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("nvflare_fm", "tests", "pyproject.toml", "constraints.txt", "job_templates")
+COPIED = ("nvflare_fm", "tests", "docs", "pyproject.toml", "constraints.txt", "job_templates")
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ BUGS = [
     Bug("aggregation/step/__init__.py", "self._squares[name] = v", "pass", "test_step"),
     Bug("aggregation/step/yogi.py", "torch.sign(v - squared)", "torch.sign(squared - v)", "test_step"),
     Bug("aggregation/step/fedexp.py", "max(rate, 1.0)", "rate", "test_step"),
-    Bug("aggregation/combine.py", 'manifest.task == "causal_lm" and', "", "test_step"),
+    Bug("aggregation/step/__init__.py", 'if task == "causal_lm" and', "if", "test_step"),
     Bug("aggregation/combine.py", "step_size=taken.size", "step_size=1.0", "test_step"),
     Bug("aggregation/step/__init__.py", "return None if self.square else float", "return float", "test_step"),
-    Bug("aggregation/combine.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
+    Bug("aggregation/step/__init__.py", "rule.delta and rule.canonical else", "rule.canonical else", "test_step"),
     Bug("aggregation/step/fedexp.py", "share @ cohort.gram @ share", "apart", "test_step"),
     # admit: who may be merged
     Bug("aggregation/admit.py", "if not 0 < pair.scale <", "if not 0 <= pair.scale <", "test_admit"),
@@ -309,7 +309,19 @@ BUGS = [
     Bug("simulate.py", "if began.adapter and number", "if number", "site/test_simulate"),
     Bug("lora.py", "energy.cumsum(0) < keep_energy", "energy.cumsum(0) <= 0", "test_lora"),
     Bug("lora.py", "torch.special.entr(energy / energy.sum())", "torch.special.entr(energy)", "test_lora"),
-    Bug("combination.py", "if how.step is not None:", "if False:", "test_legality"),
+    Bug(
+        "legality.py",
+        "job.needs.lateness and",
+        'any("staleness" in str(w) for w in job.how.weigh) and',
+        "test_legality",
+    ),
+    Bug("aggregation/step/plain.py", "learning_rate != 1", "False", "test_legality"),
+    Bug("aggregation/needed.py", "[] if how.step is None else [how.step]", "[]", "test_legality"),
+    Bug("aggregation/needed.py", "weigh.registry.needs(how.weigh) | guard", "guard", "test_legality"),
+    Bug("aggregation/asked.py", "(*self.labels, *other.labels)", "self.labels", "test_legality"),
+    Bug("aggregation/asked.py", "self.loss or other.loss", "self.loss", "test_legality"),
+    Bug("aggregation/asked.py", "else needs(**given)", "else Needs()", "test_legality"),
+    Bug("aggregation/merge/__init__.py", "with_settings(rule.merge, entry, registry.kind)", "rule.merge", "test_docs"),
     Bug("combination.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
     Bug("legality.py", "if clash.holds(job):", "if False:", "test_legality"),
     Bug("legality.py", 'head_lr_ratio) and job.plan.task == "causal_lm"', "head_lr_ratio) and False", "test_legality"),
@@ -408,7 +420,7 @@ BUGS = [
     Bug("site/training.py", "pass_key = _digest(seed, secret)", "pass_key = _digest(seed)", "site/test_floors"),
     Bug("site/secret.py", "0o600", "0o644", "site/test_floors"),
     Bug("site/secret.py", "or mode & (stat.S_IRWXG | stat.S_IRWXO)", "", "site/test_floors"),
-    Bug("combination.py", '{"examples", "skew"} & {*map', '{"examples"} - {*map', "site/test_floors"),
+    Bug("aggregation/weigh/skew.py", 'counts=("examples",), ', "", "test_legality"),
     # rows as people have them
     Bug("site/tasks/chat_template.py", "|= not self.text.startswith(text)", "|= False", "site/test_conversations"),
     Bug("site/tasks/chat_template.py", "if not after.startswith(before):", "if False:", "site/test_tasks"),
@@ -604,7 +616,7 @@ BUGS = [
     Bug("site/distributed.py", "torch.cuda.device_count() >= local", "True", "site/test_distributed"),
     Bug("site/base_model.py", "including_emulation=False", "including_emulation=True", "site/test_base_model"),
     Bug("site/fingerprint.py", "if means_tokens(folder):", "if False:", "site/test_mean_pooling"),
-    Bug("config.py", 'weigh: Rules = Field(("uniform",)', 'weigh: Rules = Field(("examples",)', "test_combine"),
+    Bug("config.py", '("uniform",),', '("examples",),', "test_combine"),
     Bug("site/class_shift.py", "** -0.25", "** 0.25", "site/test_simulate"),
     Bug("site/attach.py", 'if factors != "AB" and', "if False and", "site/test_simulate"),
     Bug("site/worker.py", "adapter = whole = shared_half(adapter)", "pass", "site/test_simulate"),
@@ -622,7 +634,7 @@ BUGS = [
     Bug("config.py", "allow_inf_nan=False, strict=True", "allow_inf_nan=False", "test_config"),
     Bug("config.py", 'names.append("*")', "names.append(part)", "test_config"),
     Bug("config.py", 'if error["type"] in ("missing", "extra_forbidden"):', "if False:", "test_config"),
-    Bug("config.py", "gt=0, le=10)", "gt=0)", "test_config"),
+    Bug("config.py", "gt=0, le=10, description", "gt=0, description", "test_config"),
     Bug("registry.py", "of that name; {hint}", "{name!r}; {hint}", "test_registry flare/test_replies"),
     Bug("registry.py", "if name in self._entries:", "if False:", "test_registry"),
     Bug("registry.py", "iter(sorted(self._fill()))", "iter(sorted(self._entries))", "test_registry"),
@@ -636,7 +648,12 @@ BUGS = [
     ),
     Bug("plan.py", '"tail": max(0, widest - rank)', '"tail": 0', "test_plan"),
     Bug("plan.py", "return max(ranks)", "return min(ranks)", "test_plan"),
-    # templates: a job of one's own
+    # templates: written once, and a job of one's own
+    Bug("config.py", '.partition(". ")[0]', "", "test_config"),
+    Bug("flare/render_template.py", "if name in without:", "if name in without or name in given:", "test_templates"),
+    Bug("flare/render_template.py", "if name not in given and field.examples:", "if field.examples:", "test_templates"),
+    Bug("flare/arguments.py", "*own, *taken", "*own", "flare/test_job"),
+    Bug("flare/recipe.py", "(RoundPlan, Aggregation, RoundSettings)]", "(RoundPlan, Aggregation)]", "flare/test_job"),
     Bug("templates.py", "found = [knob for knob in found if knob.is_set] or found", "found = list(found)", "test_cli"),
     Bug("templates.py", "return json.dumps(_items(value), ensure_ascii=False)", "return json.dumps(value)", "test_cli"),
     Bug("flare/job.py", "if ours != theirs:", "if False:", "test_plan"),

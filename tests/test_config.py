@@ -11,9 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvflare_fm.aggregation import step, weigh
+from nvflare_fm.aggregation import merge, step, weigh
 from nvflare_fm.aggregation.asked import settings_of
-from nvflare_fm.config import Aggregation, EvaluationSettings, RoundPlan, Settings, SiteOverrides, TrainingSettings
+from nvflare_fm.config import (
+    Aggregation,
+    EvaluationSettings,
+    RoundPlan,
+    RoundSettings,
+    Settings,
+    SiteOverrides,
+    TrainingSettings,
+    summary,
+)
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.export import ProvenanceFile
 from nvflare_fm.flare import components
@@ -22,10 +31,12 @@ from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.site_config import SiteConfig
 
-ALL = [TrainingSettings, EvaluationSettings, RoundPlan, Aggregation, SiteOverrides, SiteConfig]
+ALL = [TrainingSettings, EvaluationSettings, RoundPlan, RoundSettings, Aggregation, SiteOverrides, SiteConfig]
 GROUPS: dict[str, type[Settings]] = {
-    **{g.__name__: g for g in (RoundPlan, Aggregation, SiteOverrides, SiteConfig, Measurement, ProvenanceFile)},
+    **{g.__name__: g for g in (RoundPlan, RoundSettings, Aggregation, SiteOverrides)},
+    **{g.__name__: g for g in (SiteConfig, Measurement, ProvenanceFile)},
     **{name: peft_methods.registry[name] for name in peft_methods.registry},
+    **{f"merge {name}": settings_of(merge.registry[name].merge) for name in merge.registry},
     **{f"weight {name}": settings_of(weigh.registry[name]) for name in weigh.registry},
     **{f"step {name}": settings_of(step.registry[name]) for name in step.registry},
 }
@@ -54,6 +65,17 @@ def leaves(group: type[Settings]) -> list[tuple[str, dict[str, Any]]]:
     return list(inside("", schema))
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_every_setting_says_what_it_is_and_what_its_unit_is_in_a_line_of_a_template(name):
+    """What a description says first stands beside the setting in a template; the reference has all of it."""
+    for setting, field in GROUPS[name].model_fields.items():
+        if name != "ProvenanceFile":  # written by us, read by us
+            assert field.description, setting
+            assert " " in field.description, setting
+        if name in ("RoundPlan", "RoundSettings", "Aggregation", "SiteOverrides", *peft_methods.registry):
+            assert len(summary(field)) <= 100, setting
+
+
 def bounded(part: dict[str, Any]) -> bool:
     lower, upper = {"minimum", "exclusiveMinimum"} & {*part}, {"maximum", "exclusiveMaximum"} & {*part}
     return {
@@ -80,6 +102,7 @@ def test_no_group_of_settings_is_left_out_of_that_law():
         return {kind}.union(*map(within, parts))
 
     ours = {kind for kind in under(Settings) if kind.__module__.startswith("nvflare_fm.")}
+    ours = {kind for kind in ours if not kind.__module__.startswith("nvflare_fm.compare.")}  # no job names a peer
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for
     arguments = {kind for kind in ours if issubclass(kind, Arguments)}

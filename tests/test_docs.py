@@ -1,6 +1,5 @@
 """The docs are true: links lead somewhere, commands exist, tables are up to date, and every block of Python runs."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -9,10 +8,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from nvflare_fm.adapter import Adapter, AdapterUpdate, Manifest, Report
+from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
 from nvflare_fm.aggregation import merge, weigh
 from nvflare_fm.aggregation.cohort import Cohort
+from nvflare_fm.combination import settle
+from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.errors import ConfigError
+from nvflare_fm.lora import fresh_rows, zero
+from tests import pages
+from tests.pages import blocks
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -20,23 +26,9 @@ TUTORIAL = ROOT / "docs" / "tutorials" / "first_federation.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.fixture(scope="module")
-def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference_writer", ROOT / "docs" / "reference" / "write.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -87,28 +79,25 @@ def test_every_script_in_the_docs_exists() -> None:
 
 
 @pytest.fixture
-def pasted(tmp_path: Path) -> Iterator[None]:
-    """The how-to's rules, each in a module of its own, taken back out of the registries afterwards."""
-    for number, block in enumerate(blocks(ROOT / "docs" / "how_to" / "add_a_merge_rule.md", "python")):
-        file = tmp_path / f"rule_{number}.py"
-        file.write_text(block, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec
-        assert spec.loader
-        module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    yield
-    merge.registry._entries.pop("heaviest", None)
-    weigh.registry._entries.pop("slow", None)
+def pasted() -> Iterator[None]:
+    """The how-to's rules in their registries."""
+    with pages.pasted():
+        yield
 
 
 @pytest.mark.usefixtures("pasted")
-def test_the_merge_rule_of_the_how_to_is_a_rule() -> None:
-    from nvflare_fm.adapter import LoraPair
-    from nvflare_fm.lora import fresh_rows, zero
-
-    pairs = [LoraPair(fresh_rows("layer", 5, range(r), seed=r), fresh_rows("b", 4, range(r), seed=r).T) for r in (1, 2)]
-    assert merge.registry["heaviest"].merge(zero(4, 5), pairs, [0.3, 0.7]) is pairs[1]
+def test_the_merge_rule_of_the_how_to_is_one_that_a_job_can_ask_for_with_its_setting() -> None:
+    """tests/test_merge.py holds it to its promises."""
+    ranks = (1, 2)
+    pairs = [LoraPair(fresh_rows("a", 5, range(r), seed=r), fresh_rows("b", 4, range(r), seed=r).T) for r in ranks]
+    for power, share in ((1.0, 0.25), (2.0, 0.1)):
+        rule = merge.choose({"rule": "sharpened", "power": power})
+        expected = share * pairs[0].delta() + (1 - share) * pairs[1].delta()
+        assert torch.allclose(rule.merge(zero(4, 5), pairs, [0.25, 0.75]).delta(), expected)
+    with pytest.raises(ConfigError) as refused:
+        merge.choose({"rule": "sharpened", "power": 0})
+    assert refused.value.code == "wrong_setting"
+    settle(RoundPlan(), Aggregation(merge={"rule": "sharpened", "power": 3.0}))
 
 
 @pytest.mark.usefixtures("pasted")

@@ -9,6 +9,7 @@ from nvflare_fm.adapter import LoraPair
 from nvflare_fm.aggregation import merge
 from nvflare_fm.config import Aggregation
 from nvflare_fm.lora import head, shorten, stack, tail
+from tests import pages
 from tests.strategies import (
     TOLERANCE,
     Layer,
@@ -21,12 +22,17 @@ from tests.strategies import (
     scales,
 )
 
+REGISTERED = {name: merge.registry[name] for name in merge.registry}
+with pages.pasted() as of_the_how_to:  # the rule that docs/how_to/add_a_merge_rule.md prints
+    assert of_the_how_to
+    RULES = {**REGISTERED, **of_the_how_to}
+
 
 def rules(**promises):
-    """Every rule, present and future, that makes these promises and merges whole pairs."""
+    """Every rule, present and future, that makes these promises and merges whole pairs; the how-to's rule as well."""
     promises = {"shares": "AB", **promises}
-    kept = [n for n in merge.registry if all(getattr(merge.registry[n], k) == v for k, v in promises.items())]
-    return pytest.mark.parametrize("name", kept)
+    kept = {n: rule for n, rule in RULES.items() if all(getattr(rule, k) == v for k, v in promises.items())}
+    return pytest.mark.parametrize("rule", [pytest.param(rule, id=name) for name, rule in kept.items()])
 
 
 def test_the_default_rule_promises_all_there_is():
@@ -41,10 +47,10 @@ def cohort(data, rule: merge.MergeRule) -> Layer:
     return data.draw(layers(mixed_ranks=rule.mixed_ranks, frozen="A" if rule.factors == ("B",) else ""))
 
 
-def won(name: str, layer: Layer, site: int) -> torch.Tensor:
+def won(rule: merge.MergeRule, layer: Layer, site: int) -> torch.Tensor:
     """What is left where one site has all the weight: its whole adapter."""
-    whole = layer.wholes(merge.registry[name].rest)[site]
-    if name == "rank_partition":  # directions that no site with any weight reaches stay
+    whole = layer.wholes(rule.rest)[site]
+    if rule is merge.registry["rank_partition"]:  # directions that no site with any weight reaches stay
         whole = whole + tail(layer.start, layer.pairs[site].rank).delta()
     return whole
 
@@ -55,8 +61,7 @@ def merged(rule: merge.MergeRule, layer: Layer) -> torch.Tensor:
 
 @rules(exact=True)
 @given(data=st.data(), dtype=precisions)
-def test_an_exact_rule_gives_the_weighted_mean_of_the_sites_whole_adapters(name, data, dtype):
-    rule = merge.registry[name]
+def test_an_exact_rule_gives_the_weighted_mean_of_the_sites_whole_adapters(rule, data, dtype):
     layer = cohort(data, rule)
     expected = dense_mean(layer.wholes(rule.rest), layer.weights)
     close(merged(rule, layer.to(dtype)), expected, TOLERANCE[dtype], layer.size())
@@ -64,34 +69,31 @@ def test_an_exact_rule_gives_the_weighted_mean_of_the_sites_whole_adapters(name,
 
 @rules()
 @given(data=st.data())
-def test_a_site_with_all_the_weight_wins(name, data):
-    rule = merge.registry[name]
+def test_a_site_with_all_the_weight_wins(rule, data):
     layer = cohort(data, rule)
     all_of_it = [0.0] * (len(layer.pairs) - 1) + [1.0]
-    close(rule.merge(layer.start, layer.pairs, all_of_it).delta(), won(name, layer, -1), 1e-10, layer.size())
+    close(rule.merge(layer.start, layer.pairs, all_of_it).delta(), won(rule, layer, -1), 1e-10, layer.size())
 
 
 @rules()
 @given(data=st.data())
-def test_equal_sites_give_what_each_of_them_has(name, data):
-    rule = merge.registry[name]
+def test_equal_sites_give_what_each_of_them_has(rule, data):
     layer = cohort(data, rule)
     same = Layer(layer.start, [layer.pairs[0]] * len(layer.pairs), layer.weights)
-    close(merged(rule, same), won(name, same, 0), 1e-10, same.size())
+    close(merged(rule, same), won(rule, same, 0), 1e-10, same.size())
 
 
 @rules(rest="tail")
 @given(data=st.data())
-def test_sites_that_learned_nothing_leave_the_whole_global_adapter_at_any_ranks(name, data):
-    layer = cohort(data, merge.registry[name])
+def test_sites_that_learned_nothing_leave_the_whole_global_adapter_at_any_ranks(rule, data):
+    layer = cohort(data, rule)
     idle = Layer(layer.start, [head(layer.start, p.rank) for p in layer.pairs], layer.weights)
-    close(merged(merge.registry[name], idle), layer.start.delta(), 1e-10, layer.size())
+    close(merged(rule, idle), layer.start.delta(), 1e-10, layer.size())
 
 
 @rules()
 @given(data=st.data(), scale=scales)
-def test_a_site_may_write_the_same_change_at_another_scale(name, data, scale):
-    rule = merge.registry[name]
+def test_a_site_may_write_the_same_change_at_another_scale(rule, data, scale):
     layer = cohort(data, rule)
     other = Layer(layer.start, [layer.pairs[0].rescaled(scale), *layer.pairs[1:]], layer.weights)
     close(merged(rule, other), merged(rule, layer), 1e-10, layer.size())
@@ -99,8 +101,7 @@ def test_a_site_may_write_the_same_change_at_another_scale(name, data, scale):
 
 @rules(exact=True)
 @given(data=st.data(), seed=st.integers(0, 99))
-def test_an_exact_rule_does_not_see_how_b_and_a_are_turned_inside_the_rank(name, data, seed):
-    rule = merge.registry[name]
+def test_an_exact_rule_does_not_see_how_b_and_a_are_turned_inside_the_rank(rule, data, seed):
     layer = cohort(data, rule)
     turned = Layer(layer.start, [rotated(p, seed + i) for i, p in enumerate(layer.pairs)], layer.weights)
     close(merged(rule, turned), merged(rule, layer), 1e-10, layer.size())
@@ -108,27 +109,26 @@ def test_an_exact_rule_does_not_see_how_b_and_a_are_turned_inside_the_rank(name,
 
 @rules(exact=True)
 @given(data=st.data())
-def test_doubling_every_change_doubles_what_an_exact_rule_gives(name, data):
-    rule = merge.registry[name]
+def test_doubling_every_change_doubles_what_an_exact_rule_gives(rule, data):
     layer = cohort(data, rule)
     doubled = [LoraPair(p.A, p.B, 2 * p.scale) for p in (layer.start, *layer.pairs)]
     close(merged(rule, Layer(doubled[0], doubled[1:], layer.weights)), 2 * merged(rule, layer), 1e-10, layer.size())
 
 
 @rules(mixed_ranks=True)
-def test_a_rule_that_promises_mixed_ranks_uses_every_site(name):
+def test_a_rule_that_promises_mixed_ranks_uses_every_site(rule):
     start = shorten(make_pair(6, 5, 4, seed=9), 4)[0]
     pairs = [make_pair(6, 5, r, seed=r) for r in (0, 2, 4, 7)]
-    whole = merge.registry[name].merge(start, pairs, [0.25] * 4).delta()
+    whole = rule.merge(start, pairs, [0.25] * 4).delta()
     for site in (1, 2, 3):
         changed = [make_pair(6, 5, p.rank, seed=50) if i == site else p for i, p in enumerate(pairs)]
-        assert (merge.registry[name].merge(start, changed, [0.25] * 4).delta() - whole).norm() > 0.01
+        assert (rule.merge(start, changed, [0.25] * 4).delta() - whole).norm() > 0.01
 
 
 @rules()
-def test_weights_are_respected(name):
+def test_weights_are_respected(rule):
     start, pairs = make_pair(6, 5, 3, seed=0), [make_pair(6, 5, 3, seed=s, scale=s) for s in (1, 2)]
-    towards = [merge.registry[name].merge(start, pairs, [w, 1 - w]).delta() for w in (0.9, 0.5, 0.1)]
+    towards = [rule.merge(start, pairs, [w, 1 - w]).delta() for w in (0.9, 0.5, 0.1)]
     distances = [float((t - pairs[0].delta()).norm()) for t in towards]
     assert distances == sorted(distances)
     assert distances[0] < 0.5 * distances[2]
@@ -163,10 +163,10 @@ def test_zero_padding_keeps_the_rank_of_the_global_adapter_where_every_site_is_b
 
 
 @rules(canonical=False)
-def test_a_rule_on_raw_factors_depends_on_how_they_are_turned_inside_the_rank(name):
+def test_a_rule_on_raw_factors_depends_on_how_they_are_turned_inside_the_rank(rule):
     pairs = [make_pair(6, 5, 3, seed=s) for s in (1, 2)]
     turned = [pairs[0], rotated(pairs[1], seed=3)]
-    both = [merge.registry[name].merge(pairs[0], p, [0.5, 0.5]).delta() for p in (pairs, turned)]
+    both = [rule.merge(pairs[0], p, [0.5, 0.5]).delta() for p in (pairs, turned)]
     assert (both[0] - both[1]).norm() > 0.1 * both[0].norm()
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from zipfile import ZipFile
 
@@ -16,36 +17,37 @@ import pytest
 from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.fuel.utils.config_factory import ConfigFactory
 from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
+from pydantic import Field
 from pyhocon import ConfigFactory as Hocon
 from typer.testing import CliRunner
 
 from nvflare_fm import templates
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
-from nvflare_fm.config import DERIVED, EvaluationSettings, RoundPlan, SiteOverrides, TrainingSettings
+from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
+from nvflare_fm.errors import ConfigError
 from nvflare_fm.export import Provenance, read_adapter, write_adapter
+from nvflare_fm.flare import aggregator as aggregator_module
+from nvflare_fm.flare import controller as controller_module
+from nvflare_fm.flare import executor as executor_module
+from nvflare_fm.flare import recipe as recipe_module
+from nvflare_fm.flare import render_template
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
-from nvflare_fm.flare.locator import AdapterLocator, Measurement
+from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.flare.simulate_job import prepare
-from nvflare_fm.site.peft_methods import registry as methods
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny
 
 FOLDER = Path(__file__).parents[1] / "job_templates"
-TRAINING = [
-    "continue_from_adapter",
-    "lora_instruction_tuning",
-    "lora_mixed_hardware",
-    "lora_text_classification",
-    "lora_token_classification",
-]
-TEMPLATES = sorted([*TRAINING, "evaluate_adapter"])
-FROM_ADAPTER = {"continue_from_adapter", "evaluate_adapter"}
+SOURCES = render_template.sources()
+TEMPLATES = list(SOURCES)
+TRAINING = [name for name, source in SOURCES.items() if "measurement" not in source]
+FROM_ADAPTER = {name for name, source in SOURCES.items() if "measurement" in source or "initial_adapter" in source}
 NOT_KNOBS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
 NOT_KNOBS |= {"task_data_filters", "task_result_filters"}
 every_template = pytest.mark.parametrize("template", TEMPLATES)
@@ -76,7 +78,11 @@ def said(component: Any) -> str:
     """What it is and was made with, defaults written out."""
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
-    held = {"plan": "round_plan", "settings": "how" if hasattr(component, "how") else "overrides"}
+    held = {
+        "plan": "round_plan",
+        "measurement": "asked",
+        "settings": "how" if hasattr(component, "how") else "overrides",
+    }
     values = {name: getattr(component, held.get(name, name)) for name in names if ours and name != "aggregator"}
     return f"{type(component).__name__} {values}"
 
@@ -120,7 +126,7 @@ def test_every_component_takes_its_arguments(template: str) -> None:
 @every_template
 def test_an_argument_nobody_knows_is_refused(template: str) -> None:
     for part in parts(FOLDER / template, "server") + parts(FOLDER / template, "client"):
-        with pytest.raises((TypeError, ValueError, RuntimeError), match="lerning_rate"):
+        with pytest.raises((TypeError, ValueError, RuntimeError, ConfigError), match="lerning_rate"):
             Builder().build_component({**part, "args": {**part.get("args", {}), "lerning_rate": 1}})
 
 
@@ -133,45 +139,74 @@ def test_every_knob_is_explained_on_its_own_line(template: str) -> None:
                 assert re.search(r" {2}# \S.{4,}$", line), f"{file.name}, line {number} explains nothing: {line}"
 
 
-@every_training
-def test_every_setting_is_a_knob(template: str) -> None:
-    (controller,) = [p for p in parts(FOLDER / template, "server") if p["path"].endswith("FedPEFT")]
-    plan = controller["args"]["plan"]
-    labels = {"labels"} if plan["task"] == "causal_lm" else set()  # it has none
-    assert set(plan) == set(RoundPlan.model_fields) - set(DERIVED) - labels
-    assert set(plan["training"]) == set(TrainingSettings.model_fields)
-    assert set(plan["evaluation"]) == set(EvaluationSettings.model_fields)
-    assert set(plan["peft"]) == {"method", *methods[plan["peft"]["method"]].model_fields}
+@every_template
+def test_a_template_is_what_its_source_says_now(template: str) -> None:
+    there = {f.relative_to(FOLDER / template).as_posix(): f for f in (FOLDER / template).rglob("*") if f.is_file()}
+    rendered = render_template.render(template, SOURCES[template])
+    assert {name: file.read_text("utf-8") for name, file in there.items()} == rendered, "run: make templates"
 
 
-@every_training
-def test_every_setting_of_a_single_site_is_a_knob(template: str) -> None:
-    for client in (FOLDER / template).rglob("config_fed_client.conf"):
-        knobs = set(re.findall(r"^\s+(?:# )?(\w+) = ", client.read_text(), re.MULTILINE)) - NOT_KNOBS
-        assert knobs == {*SiteOverrides.model_fields, "processes", "launch_timeout_s", "events_to_convert"}
+def test_a_setting_that_a_source_does_not_know_is_refused_with_the_nearest() -> None:
+    for wrong in ({"num_ronds": 3}, {"training": {"lerning_rate": 1}}, {"sites": {"a": {"rnk": 2}}}):
+        with pytest.raises(ConfigError, match="did you mean") as refused:
+            render_template.render("mine", {**SOURCES["lora_text_classification"], **wrong})
+        assert refused.value.code == "wrong_setting"
 
 
-def test_every_setting_of_an_evaluation_is_a_knob() -> None:
-    knobs = [knob for knob in templates.load("evaluate_adapter").knobs() if knob.path[-2:-1] == ("measurement",)]
-    assert {knob.path[-1] for knob in knobs} == set(Measurement.model_fields)
+class MoreTraining(TrainingSettings):
+    noise: float = Field(0.25, ge=0, le=1, description="Noise on the inputs, 0 to 1. More in the paper.")
+
+
+class MorePlan(RoundPlan):
+    training: MoreTraining = MoreTraining()
+    hurry: bool = Field(True, description="Hurry up.")
+
+
+class MoreAggregation(Aggregation):
+    trim: int = Field(7, ge=0, le=9, description="Sites to leave out.")
+
+
+class MoreOverrides(SiteOverrides):
+    trim: int | None = Field(None, ge=0, le=9, description="Rows to leave out.", examples=[5])
+
+
+def test_a_setting_costs_one_field(monkeypatch: pytest.MonkeyPatch, writer: ModuleType) -> None:
+    """With nothing but a field, it is an argument of recipe and components, and in every template and the reference."""
+    for module in (render_template, recipe_module, aggregator_module, executor_module, controller_module, writer):
+        for more in (MorePlan, MoreAggregation, MoreOverrides, MoreTraining):
+            name = more.__mro__[1].__name__
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, more)
+    plan, how, _ = recipe_module.sorted_out({"trim": 3, "hurry": False})
+    assert (plan, how) == ({"hurry": False}, {"trim": 3})
+    assert aggregator_module.AdapterAggregator({"trim": 3}).how.trim == 3
+    assert PeftExecutor(settings={"trim": 3}).overrides.trim == 3
+    source = SOURCES["lora_text_classification"]
+    files = render_template.render("mine", {**source, "training": {"noise": 0.5}, "trim": 3})
+    server, client = (files[f"config/config/config_fed_{side}.conf"] for side in ("server", "client"))
+    assert re.search(r"^ +noise = 0\.5 +# Noise on the inputs, 0 to 1$", server, re.MULTILINE)
+    assert re.search(r"^ +hurry = true +# Hurry up$", server, re.MULTILINE)
+    assert re.search(r"^ +trim = 3 +# Sites to leave out$", server, re.MULTILINE)
+    assert re.search(r"^ +# trim = 5 +# Rows to leave out$", client, re.MULTILINE)
+    reference = writer.settings()
+    for row in ("| `noise` | number, ≥ 0, ≤ 1 | `0.25` | Noise", "| `hurry` |", "`7` | Sites", "| Rows to leave out."):
+        assert row in reference
+
+
+def given(source: dict[str, Any]) -> dict[str, Any]:
+    """What a source gives the recipe of its kind, under its arguments' names."""
+    own = ("description", "about", "sites", "initial_adapter", "measurement")
+    return {name: value for name, value in source.items() if name not in own}
 
 
 def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecipe:
-    """The recipe that says in Python what the template says."""
-    server = {part["path"].rpartition(".")[2]: part.get("args", {}) for part in parts(FOLDER / template, "server")}
-    if template == "evaluate_adapter":
-        measurement, timeout = server["AdapterLocator"]["measurement"], server["GlobalModelEval"]["validation_timeout"]
-        return EvaluateAdapterRecipe(template, brought, min_sites=2, validation_timeout=timeout, **measurement)
-    asked = {
-        k: v for k, v in server["FedPEFT"].items() if k not in ("aggregator", "min_responses", "persistor_id", "sites")
-    }
-    plan, sites = asked.pop("plan"), {}
-    for client in (FOLDER / template).glob("app_*/config/config_fed_client.conf"):
-        (executor,) = [c for c in built(client.parent) if isinstance(c, PeftExecutor)]
-        sites[client.parts[-3].removeprefix("app_")] = executor.overrides.model_dump(exclude_none=True)
-    how = {"max_rank": server["FedPEFT"]["aggregator"]["args"]["settings"]["max_rank"]}
+    """The recipe that says in Python what the template's source says."""
+    source = SOURCES[template]
+    if "measurement" in source:
+        return EvaluateAdapterRecipe(template, brought, min_sites=2, **source["measurement"], template=template)
+    sites = {name: {k: v for k, v in said.items() if k != "about"} for name, said in source.get("sites", {}).items()}
     initial = {"initial_adapter": brought} if template in FROM_ADAPTER else {}
-    return FedPEFTRecipe(template, min_sites=2, sites=sites, **how, **initial, **asked, **plan)
+    return FedPEFTRecipe(template, min_sites=2, sites=sites, template=template, **initial, **given(source))
 
 
 @every_template
@@ -242,15 +277,12 @@ def test_a_wheel_has_them_too(tmp_path: Path) -> None:
 
 SMALL = ["num_rounds=2", "local_steps=2", "training.batch_size=4", "gradient_accumulation_steps=1", "max_length=48"]
 CHANGED = {
-    "continue_from_adapter": [*SMALL, "num_rounds=1"],
-    "evaluate_adapter": [],
-    "lora_instruction_tuning": SMALL,
-    "lora_mixed_hardware": [*SMALL, "sites.alder.rank=2", "sites.alder.quantization=fp32", "sites.birch.batch_size=2"],
-    "lora_text_classification": [*SMALL, "labels=calm,ill,well"],
-    "lora_token_classification": [*SMALL, "labels=[calm, ill, well]"],
+    "continue_from_adapter": ["num_rounds=1"],
+    "lora_mixed_hardware": ["sites.alder.rank=2", "sites.alder.quantization=fp32", "sites.birch.batch_size=2"],
+    "lora_text_classification": ["labels=calm,ill,well"],
+    "lora_token_classification": ["labels=[calm, ill, well]"],
 }
 SIMULATED = "lora_mixed_hardware"  # in every run of the suite; the others by make test-all
-TASK = {"lora_text_classification": "sequence_classification", "lora_token_classification": "token_classification"}
 
 
 def simulated(job: Path, output: Path, model: Path, task: str, sites: Sequence[str]) -> Path:
@@ -287,10 +319,11 @@ def earlier(folder: Path, model: Path) -> Path:
 )
 def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: Path) -> None:
     """Only what a user must change is changed: labels, sites, the adapter, and fewer and smaller steps."""
-    task = TASK.get(template, "causal_lm")
+    task = SOURCES[template].get("task", "causal_lm")
     model = tiny.save(tmp_path / "model", "llama" if task == "causal_lm" else "bert")
     brings = [f"adapter={earlier(tmp_path, model)}"] if template in FROM_ADAPTER else []
-    typed("new", template, "-o", tmp_path / "job", *CHANGED[template], *brings)
+    small = SMALL if template in TRAINING else []
+    typed("new", template, "-o", tmp_path / "job", *small, *CHANGED.get(template, []), *brings)
     sites = ["alder", "birch", *(["oak"] if template == "evaluate_adapter" else [])]
     run = simulated(tmp_path / "job", tmp_path / "runs", model, task, sites)
     if template == "evaluate_adapter":

@@ -5,7 +5,9 @@ A test holds the two files to what this would write.
 
 import collections.abc
 import sys
-from inspect import getdoc
+from collections.abc import Mapping
+from importlib import import_module
+from inspect import getdoc, signature
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,14 +19,17 @@ from pydantic.fields import FieldInfo
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Description
 from nvflare_fm.aggregation import guard, merge, step, weigh
-from nvflare_fm.aggregation.asked import settings_of
+from nvflare_fm.aggregation.asked import Needs, settings_of
 from nvflare_fm.config import (
     Aggregation,
     EvaluationSettings,
     RoundPlan,
+    RoundSettings,
     SiteOverrides,
     TrainingSettings,
 )
+from nvflare_fm.flare import components
+from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.legality import CLASHES
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.site_config import SiteConfig
@@ -41,12 +46,28 @@ def settings() -> str:
         ("`evaluation`", EvaluationSettings),
         *methods,
         ("Aggregation: how many adapters become one", Aggregation),
+        ("Rounds: arguments of `FedPEFT`", RoundSettings),
         ("What a job may ask of one site differently", SiteOverrides),
+        ("`measurement`: how an adapter is measured", Measurement),
         ("`fm_site.yaml`: what a site offers, and its limits", SiteConfig),
         *((f"`{where}`", group) for where, group in _inside(SiteConfig)),
     ]
     intro = f"{MADE}\n# Settings\n\nA key that is not here is an error, which names the nearest key that is.\n"
-    return intro + "".join(f"\n## {title}\n\n{_about(group)}\n\n{_table(group)}" for title, group in groups)
+    pages = [f"\n## {title}\n\n{_about(group)}\n\n{_table(group)}" for title, group in groups]
+    return intro + "".join(pages) + "".join(map(_component, components.OURS))
+
+
+def _component(name: str) -> str:
+    """The arguments of a component that no table above has."""
+    kind, module = components.load(name), import_module(name.rpartition(".")[0])
+    group = getattr(module, "_Arguments", None)
+    known = {*RoundSettings.model_fields}
+    own = {key: field for key, field in group.model_fields.items() if key not in known} if group else {}
+    if not own:
+        return ""
+    defaults = {key: parameter.default for key, parameter in signature(kind).parameters.items()}
+    title = f"\n## Component `{kind.__name__}`\n\n{_about(kind)}\n\n"
+    return title + _rows({key: (field, defaults[key]) for key, field in own.items()})
 
 
 def _about(group: type[BaseModel]) -> str:
@@ -67,13 +88,18 @@ def _inside(group: type[BaseModel], path: str = "") -> list[tuple[str, type[Base
 
 
 def _table(group: type[BaseModel]) -> str:
-    rows = [_row(name, field) for name, field in group.model_fields.items()]
+    return _rows({name: (field, _default(field)) for name, field in group.model_fields.items()})
+
+
+def _rows(fields: Mapping[str, tuple[FieldInfo, Any]]) -> str:
+    rows = [_row(name, field, default) for name, (field, default) in fields.items()]
     return "| setting | values | default | meaning |\n|---|---|---|---|\n" + "".join(rows)
 
 
-def _row(name: str, field: FieldInfo) -> str:
+def _row(name: str, field: FieldInfo, default: Any) -> str:
     values = ", ".join([_values(field.annotation), *filter(None, map(_limit, field.metadata))])
-    return f"| `{name}` | {values} | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |\n"
+    meaning = (field.description or "").replace("|", r"\|")
+    return f"| `{name}` | {values} | {_shown(default)} | {meaning} |\n"
 
 
 def _limit(constraint: Any) -> str:
@@ -101,10 +127,13 @@ def _values(kind: Any) -> str:
     return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}.get(kind, "any")
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default(field: FieldInfo) -> Any:
+    return ... if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _shown(value: Any) -> str:
+    if value is ...:
         return "must be given"
-    value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel) or value in ({}, (), "", None):
         return ""
     if isinstance(value, tuple):
@@ -116,23 +145,25 @@ def rules() -> str:
     lines = [MADE, "# Rules and their promises\n"]
     lines += [
         "## Merge rules\n",
-        "The promises choose the laws a rule is tested by, and refuse jobs it cannot serve.\n",
+        "A rule's promises choose the laws that test it, and refuse jobs that it cannot serve. A rule with settings is",
+        'written `merge = {rule = "name", setting = value}`.\n',
     ]
     lines += [
-        "| rule | exact | mixed ranks | canonical | rest | trains, in turn | shares | follows |",
-        "|---|---|---|---|---|---|---|---|",
+        "| rule | settings | exact | mixed ranks | canonical | rest | trains, in turn | shares | follows |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in merge.registry:
         rule = merge.registry[name]
         promises = " | ".join("yes" if p else "–" for p in (rule.exact, rule.mixed_ranks, rule.canonical))
         turns = ", ".join(rule.factors)
-        lines.append(f"| `{name}` | {promises} | {rule.rest} | {turns} | {rule.shares} | {_first_line(rule.merge)} |")
+        said = f"{_of_rule(rule.merge)} | {promises} | {rule.rest} | {turns} | {rule.shares}"
+        lines.append(f"| `{name}` | {said} | {_first_line(rule.merge)} |")
     lines += [
         "",
         "- **exact**: equals Σ wₖΔWₖ before it is shortened to the global rank.",
         "- **mixed ranks**: sites may train at different ranks.",
         "- **canonical**: the result is kept as U Σ Vᵀ, the strongest direction first.",
-        "- **rest**: what of the global adapter rides along frozen beside what a site trains: none of it, its tail",
+        "- **rest**: the part of the global adapter that a site holds frozen beside what it trains: none, its tail",
         "  (the directions above the site's rank), or all of it (the site trains a fresh pair).",
         "- **trains**, **shares**: the factors of B @ A that are trained and that leave a site.\n",
         "## Weight factors\n",
@@ -143,7 +174,8 @@ def rules() -> str:
         "",
         "What a site reports of itself (examples, steps, the loss of the adapter it received) counts no more than",
         "ten times the median of the other sites', and steps no less than a tenth of it. One of n sites that lies",
-        "has at most 20 / (n + 19) of the weight by its examples; `max_weight` lowers that.\n",
+        "has at most 20 / (n + 19) of the weight by its examples; `max_weight` lowers that. **needs** is what a factor",
+        "reads: a job in which it is not there is refused, and sites are asked for what they must report.\n",
         "## Guards\n",
         "What is done about a site whose change lies far from the others':",
         '`guard = [{rule = "clip_norm", most = 2}]`. Who counts less, and why, is in the log and in',
@@ -173,11 +205,10 @@ def rules() -> str:
 
 
 def _functions(registry: Any) -> list[str]:
-    lines = ["| name | settings | follows |", "|---|---|---|"]
+    lines = ["| name | settings | needs | follows |", "|---|---|---|---|"]
     for name in registry:
-        fields = settings_of(registry[name]).model_fields.items()
-        said = "; ".join(f"`{key}` = {field.default}: {field.description}" for key, field in fields)
-        lines.append(f"| `{name}` | {said} | {_first_line(registry[name])} |")
+        needs = ", ".join(_needs(registry.needs([name])))
+        lines.append(f"| `{name}` | {_of_rule(registry[name])} | {needs} | {_first_line(registry[name])} |")
     return lines
 
 
@@ -190,6 +221,23 @@ def _transforms() -> list[str]:
         linear = "yes" if kind.linear else "–"
         lines.append(f"| `{name}` | {kind.stage} | {kind.error:.2g} | {linear} | {bits:g} | {_first_line(kind)} |")
     return lines
+
+
+def _of_rule(function: Any) -> str:
+    fields = settings_of(function).model_fields.items()
+    return "; ".join(
+        f"`{key}` = {field.default}: {(field.description or '').removesuffix('.')}" for key, field in fields
+    )
+
+
+def _needs(needs: Needs) -> list[str]:
+    said = {
+        "the loss of the received adapter": needs.loss,
+        "products ΔW": needs.products,
+        "how late an update is": needs.lateness,
+        "a canonical merge rule": needs.canonical,
+    }
+    return [*needs.counts, *needs.labels, *(words for words, needed in said.items() if needed)]
 
 
 def _first_line(function: Any) -> str:

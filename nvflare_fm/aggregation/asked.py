@@ -1,37 +1,118 @@
 """A rule as a job asks for it: by its name, or by its name and settings, which are the function's keyword arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 from pydantic import create_model
 
-from ..config import Rule, Settings
+from ..config import Count, Rule, Settings, Statistic
 from ..errors import ConfigError
 from ..registry import Registry
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def asked(registry: Registry[Callable[..., T]], entry: str | Mapping[str, Any]) -> Callable[..., T]:
+@dataclass(frozen=True)
+class Needs:
+    """What a rule reads of a round. A job that cannot give it is refused while it loads, and sites are asked for it.
+
+    Args:
+        counts: of its rows and steps, what a site must report.
+        labels: of how often its labels occur, what a site must report.
+        loss: the loss of the adapter that each site received.
+        products: inner products or norms of the sites' products ΔW.
+        lateness: how many rounds ago the adapter was sent that a site trained from.
+        canonical: the merged adapter as U Σ Vᵀ, because the rule acts on ΔW.
+    """
+
+    counts: tuple[Count, ...] = ()
+    labels: tuple[Statistic, ...] = ()
+    loss: bool = False
+    products: bool = False
+    lateness: bool = False
+    canonical: bool = False
+
+    def __or__(self, other: "Needs") -> "Needs":
+        return Needs(
+            tuple(dict.fromkeys((*self.counts, *other.counts))),
+            tuple(dict.fromkeys((*self.labels, *other.labels))),
+            self.loss or other.loss,
+            self.products or other.products,
+            self.lateness or other.lateness,
+            self.canonical or other.canonical,
+        )
+
+
+class RuleRegistry(Registry[F]):
+    """A registry of rules that are functions, each with what it needs."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        super().__init__(kind, package)
+        self._needs: dict[str, Needs | Callable[..., Needs]] = {}
+
+    def register(self, name: str, needs: Needs | Callable[..., Needs] = Needs()) -> Callable[[F], F]:
+        """Add a function as the rule `name`.
+
+        Args:
+            needs: what the rule needs, or a function that says so of the rule's settings.
+        """
+        self._needs[name] = needs
+        return super().register(name)
+
+    def needs(self, entries: Iterable[Rule]) -> Needs:
+        """What the rules that a job asks for need together.
+
+        Raises:
+            ConfigError: an unknown name or setting, or a value out of range.
+        """
+        together = Needs()
+        for entry in entries:
+            given = with_settings(found(self, entry), entry, self.kind).keywords
+            needs = self._needs.get(named(entry), Needs())
+            together |= needs if isinstance(needs, Needs) else needs(**given)
+        return together
+
+
+def asked(registry: Registry[Callable[..., T]], entry: Rule) -> Callable[..., T]:
     """The function that `"name"` or `{"rule": "name", setting: value}` means, its settings filled in.
 
     Raises:
         ConfigError: an unknown name or setting, with the nearest known one, or a value out of range.
     """
-    values = {"rule": entry} if isinstance(entry, str) else dict(entry)
-    if "rule" not in values:
-        raise ConfigError(f"a {registry.kind} with settings needs its name as `rule`, one of {list(registry)}")
-    name = values.pop("rule")
-    function = registry[name]
-    given = settings_of(function).read(values, f"{registry.kind} ({name})")
-    return partial(function, **given.model_dump())
+    return with_settings(found(registry, entry), entry, registry.kind)
 
 
 def named(entry: Rule) -> str:
     """The name of a rule as a job asks for it."""
     return entry if isinstance(entry, str) else str(entry.get("rule"))
+
+
+def found(registry: Registry[T], entry: Rule) -> T:
+    """The entry of `registry` that a job asks for.
+
+    Raises:
+        ConfigError: an unknown name, or settings without a name.
+    """
+    if not isinstance(entry, str) and "rule" not in entry:
+        raise ConfigError(
+            f"a {registry.kind} with settings needs its name as `rule`, one of {list(registry)}", code="no_rule_name"
+        )
+    return registry[named(entry)]
+
+
+def with_settings(function: Callable[..., T], entry: Rule, kind: str) -> partial[T]:
+    """`function` with the settings that `entry` gives filled in, and its own defaults for the others.
+
+    Raises:
+        ConfigError: an unknown setting, with the nearest known one, or a value out of range.
+    """
+    values = {} if isinstance(entry, str) else {key: value for key, value in entry.items() if key != "rule"}
+    given = settings_of(function).read(values, f"{kind} ({named(entry)})")
+    return partial(function, **given.model_dump())
 
 
 def settings_of(function: Callable[..., Any]) -> type[Settings]:

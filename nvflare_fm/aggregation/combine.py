@@ -15,11 +15,11 @@ from ..errors import WireError
 from ..lora import refill, shorten, spectrum, zero
 from . import guard, merge, step
 from .admit import admit
-from .asked import named
 from .claims import held
 from .cohort import Cohort, Trained
 from .downlink import restored, restored_tensor
 from .late import rebased
+from .needed import needed
 from .step import Memory
 from .weigh import weigh
 
@@ -63,7 +63,7 @@ def combine(
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
     """
-    rule = merge.registry[how.merge]
+    rule = merge.choose(how.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
         raise WireError(f"no update can be merged: {refused or 'no site answered'}")
@@ -78,7 +78,7 @@ def combine(
     weights = weigh(how.weigh, cohort, how.max_weight)
     shares = list(weights.shares.values())
     counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
-    taken = step.choose(how.step or _usual_step(rule, accepted[0].manifest), cohort, shares)
+    taken = step.choose(how.step or step.usual(accepted[0].manifest.task, rule), cohort, shares)
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
@@ -117,19 +117,10 @@ def combine(
     )
 
 
-def _usual_step(rule: merge.MergeRule, manifest: Manifest) -> str:
-    """A longer one where text is written: the mean change of sites of mixed rank is too short there (docs/log.md)."""
-    return "fedexp" if manifest.task == "causal_lm" and rule.delta and rule.canonical else "plain"
-
-
 def _weighed_by(how: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
-    asked = set(map(named, how.weigh))
-    return {
-        *(["examples"] if asked & {"examples", "skew"} else []),
-        *(["loss"] if "loss" in asked else []),
-        *(["steps"] if how.normalize_steps else []),
-    }
+    needs = needed(how)
+    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if how.normalize_steps else [])}
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from pydantic import Field
 
 from ..adapter import Adapter, AdapterUpdate, RoundTask
 from ..aggregation.admit import check_terms, check_values
@@ -34,7 +35,7 @@ from .ledger import received
 
 
 class _Arguments(Arguments):
-    settings: Mapping[str, Any] | None
+    settings: Mapping[str, Any] | None = Field(description="The settings of the aggregation.")
 
 
 class AdapterAggregator(ModelAggregator):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import Task
@@ -37,14 +37,14 @@ from ..aggregation.cohort import drawn
 from ..aggregation.metrics import mean, medians
 from ..aggregation.step import Memory
 from ..combination import max_rank, of_round, settle
-from ..config import DERIVED, RoundPlan, SiteOverrides
+from ..config import DERIVED, SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
 from ..transforms.packed import pack
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
-from .arguments import A_YEAR, SITES, Arguments, Id, OptionalId
+from .arguments import Arguments, Id, taking
 from .ledger import Ledger
 from .persistor import REMEMBERED
 from .standing import Sent, StandingTasks, call_offs
@@ -57,98 +57,75 @@ class TooFewAnswers(Exception):
     """A round ended with less than it needs."""
 
 
-class _Arguments(Arguments):
-    num_rounds: int = Field(ge=1, le=1_000_000)
-    min_responses: int = Field(ge=1, le=SITES)
-    deadline_s: float = Field(ge=0, le=A_YEAR)
-    grace_s: float = Field(ge=0, le=A_YEAR)
-    plan: Mapping[str, Any] | None
-    aggregator: AdapterAggregator | None
-    persistor_id: Id
-    key_metric: OptionalId
-    key_metric_mode: Literal["min", "max"]
-    disk_offload: bool
-    sites_per_round: int = Field(ge=0, le=SITES)
-    sites: Mapping[str, Mapping[str, Any]] | None = Field(max_length=SITES)
-
-
-_BUILT = ("plan", "aggregator", "persistor_id", "sites", "min_responses")
-ROUND_SETTINGS = tuple(name for name in _Arguments.model_fields if name not in _BUILT)  # a recipe passes them on
+class _Arguments(Arguments, RoundSettings):
+    plan: Mapping[str, Any] | None = Field(None, description="What the sites are to do; sent with every task.")
+    aggregator: AdapterAggregator | None = Field(None, description="How the sites' adapters become one.")
+    persistor_id: Id = Field("persistor", description="Id of the AdapterPersistor among the components.")
+    sites: Mapping[str, Mapping[str, Any]] | None = Field(
+        None,
+        max_length=SITES,
+        description="Rank, lora_alpha and local_steps of single sites, by name. Their updates must match.",
+    )
 
 
 class FedPEFT(ModelController):
     """Runs the rounds: has sites train, has their adapters merged, keeps the last and the best.
 
     Args:
-        num_rounds: of the whole federation, rounds before a resumed one included.
-        min_responses: usable updates a round needs; with fewer the job stops and says what each site answered.
-        deadline_s: a round ends after so many seconds; 0: it waits for every site.
-        grace_s: a round ends so many seconds after `min_responses` usable updates are in; 0: it waits for every site.
-            Who is still at a round that ended is called off, or with the aggregator's `max_staleness` trains on and
-            counts in the round in which the answer comes. The first round has nothing that it could be late for.
         plan: what the sites are to do, a `config.RoundPlan`; sent with every task.
         aggregator: how their adapters become one.
-        sites_per_round: so many of the connected sites are drawn for each round, by the plan's seed; 0: all.
+        persistor_id: of the `AdapterPersistor`.
         sites: for each site what the job asks of it differently, as `config.SiteOverrides`: its updates are held to it.
             A lora_alpha of its own must be here, as must local_steps under `normalize_steps`.
-        persistor_id: of the `AdapterPersistor`.
-        key_metric: decides which round's adapter is the best: its median over the sites that were sent it (see
-            `aggregation.metrics`), which one site cannot move out of the others' range. Empty: no best is kept.
-        key_metric_mode: "min" or "max".
-        disk_offload: updates wait on the server's disk, not in its memory.
+        settings: those of `config.RoundSettings` (num_rounds, grace_s, key_metric, …).
 
     Raises:
         ConfigError: a setting nobody knows or a combination that cannot work; the job is refused while it loads.
     """
 
+    @taking(RoundSettings)
     def __init__(
         self,
-        num_rounds: int = 5,
-        min_responses: int = 1,
-        deadline_s: float = 0,
-        grace_s: float = 0,
         plan: Mapping[str, Any] | None = None,
         aggregator: AdapterAggregator | None = None,
         persistor_id: str = "persistor",
-        key_metric: str = "loss",
-        key_metric_mode: str = "min",
-        disk_offload: bool = False,
-        sites_per_round: int = 0,
         sites: Mapping[str, Mapping[str, Any]] | None = None,
+        **settings: Any,
     ) -> None:
-        _Arguments.check(locals(), "controller")
-        if sites_per_round and sites_per_round < min_responses:
-            raise ConfigError(f"sites_per_round {sites_per_round} cannot give min_responses {min_responses} answers")
+        built = {"plan": plan, "aggregator": aggregator, "persistor_id": persistor_id, "sites": sites}
+        given = _Arguments.read({**built, **settings}, "controller")
+        rounds = {name: getattr(given, name) for name in RoundSettings.model_fields}
+        if given.sites_per_round and given.sites_per_round < given.min_responses:
+            raise ConfigError(
+                f"sites_per_round {given.sites_per_round} cannot give min_responses {given.min_responses} answers",
+                code="too_few_sites",
+            )
         aggregator = aggregator or AdapterAggregator()
-        if aggregator.how.max_staleness and not (grace_s or deadline_s):
-            raise ConfigError("max_staleness: a round that waits for every site has nobody late; set grace_s as well")
+        if aggregator.how.max_staleness and not (given.grace_s or given.deadline_s):
+            raise ConfigError(
+                "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
+                code="nobody_late",
+            )
         super().__init__(
             persistor_id=persistor_id,
             ignore_result_error=True,
             allow_empty_global_weights=True,
             task_check_period=POLL_S,
         )
-        self.num_rounds, self.aggregator = num_rounds, aggregator
-        self.min_responses, self.deadline_s, self.grace_s, self.plan = (
-            min_responses,
-            deadline_s,
-            grace_s,
-            dict(plan or {}),
-        )
-        self.persistor_id, self.key_metric, self.key_metric_mode = persistor_id, key_metric, key_metric_mode
-        self.disk_offload, self.sites_per_round = disk_offload, sites_per_round
+        self.__dict__.update(rounds)  # by their names: NVFlare writes them into the job
+        self.plan, self.persistor_id, self.aggregator = dict(plan or {}), persistor_id, aggregator
         if decided := [name for name in DERIVED if name in self.plan]:
             raise ConfigError(f"plan: {decided[0]} follows from how the adapters are merged; leave it out")
         self.sites = dict(sites or {})
         self.overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
         self.round_plan = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, self.overrides)
-        check_best(self.round_plan.task, key_metric, key_metric_mode)
-        self.ledger = Ledger(0, num_rounds, [], 0)
+        check_best(self.round_plan.task, given.key_metric, given.key_metric_mode)
+        self.ledger = Ledger(0, given.num_rounds, [], 0)
         self.latest: dict[str, float] = {}  # the sites' median metrics known last
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
-        self.standing = StandingTasks(aggregator.how.max_staleness, num_rounds)
+        self.standing = StandingTasks(aggregator.how.max_staleness, given.num_rounds)
         self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other

@@ -26,12 +26,12 @@ from nvflare.client.config import ExchangeFormat
 from nvflare.fuel.utils import fobs
 from pydantic import Field
 
-from ..config import SiteOverrides
+from ..config import A_YEAR, SiteOverrides
 from ..errors import FmError
 from ..site import secret
 from ..site.site_config import FILE_NAME, load_site
 from . import wire
-from .arguments import A_YEAR, Arguments
+from .arguments import Arguments
 from .gate import Gate
 
 TRAINER = "nvflare_fm.flare.trainer"
@@ -40,9 +40,11 @@ _STOPS_WITHIN_S = 10.0  # from SIGTERM to SIGKILL
 
 
 class _Arguments(Arguments):
-    processes: int = Field(ge=1, le=64)
-    launch_timeout_s: float = Field(gt=0, le=A_YEAR)
-    settings: Mapping[str, Any] | None
+    processes: int = Field(ge=1, le=64, description="Trainer processes at a site, one GPU each.")
+    launch_timeout_s: float = Field(
+        gt=0, le=A_YEAR, description="Seconds a trainer may take to start; it loads the base model after that."
+    )
+    settings: Mapping[str, Any] | None = Field(description="What differs at the site from the plan.")
 
 
 class PeftExecutor(ClientAPIExecutor):

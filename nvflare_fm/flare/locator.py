@@ -31,13 +31,19 @@ from .persistor import BEST, LAST, AdapterPersistor
 class Measurement(Settings):
     """On what a finished adapter is measured. None: as it was trained, by its provenance."""
 
-    model: Text | None = Field(None, description="alias in the site's models")
-    data: Text | None = Field(None, description="alias in the site's data")
-    quantization: Quantization | None = None
-    max_length: int | None = Field(None, ge=8, le=LENGTH, description="tokens; longer texts are cut")
-    batch_size: int = Field(16, ge=1, le=ROWS, description="examples per batch when measuring")
-    max_examples: int = Field(0, ge=0, le=MANY, description="0: all of them")
-    template: Name = Field("", description="the job template this comes from; sites may welcome some and not others")
+    model: Text | None = Field(
+        None, description="Alias of the base model in the sites' fm_site.yaml.", examples=["base"]
+    )
+    data: Text | None = Field(None, description="Alias of the data set in the sites' fm_site.yaml.", examples=["notes"])
+    quantization: Quantization | None = Field(
+        None, description="Precision of the frozen base model: nf4, fp4, int8, bf16, fp16 or fp32.", examples=["nf4"]
+    )
+    max_length: int | None = Field(
+        None, ge=8, le=LENGTH, description="Tokens of a text; longer texts are cut.", examples=[1024]
+    )
+    batch_size: int = Field(16, ge=1, le=ROWS, description="Rows per batch.")
+    max_examples: int = Field(0, ge=0, le=MANY, description="Most validation rows to measure on; 0: all.")
+    template: Name = Field("", description="Name of the job template; a site may accept some templates only.")
 
     def applied(self, plan: RoundPlan | None) -> RoundPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
@@ -58,8 +64,10 @@ class Measurement(Settings):
 
 
 class _Arguments(Arguments):
-    persistor_id: Id
-    measurement: Mapping[str, Any] | None
+    persistor_id: Id = Field(description="Id of the AdapterPersistor among the components.")
+    measurement: Mapping[str, Any] | None = Field(
+        description="What differs from the plan by which the adapter was trained; unset: measure this job's adapters."
+    )
 
 
 class AdapterLocator(ModelLocator):

@@ -15,23 +15,28 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.model_desc import ModelDescriptor
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
+from pydantic import Field
 
 from ..aggregation.step import Memory
-from ..config import Rule
+from ..config import OptionalId, Rule
 from ..errors import ConfigError
 from ..export import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
 from ..files import write_text
 from . import wire
-from .arguments import Arguments, OptionalId
+from .arguments import Arguments
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
 REMEMBERED = "nvflare_fm.step"  # in the FLContext: the server step, and what it remembers after the round
 
 
 class _Arguments(Arguments):
-    keep_rounds: bool
-    initial_adapter: OptionalId  # the name of a folder, not a path
-    resume: bool
+    keep_rounds: bool = Field(description="true: keep the adapter of every round, not only the last and the best.")
+    initial_adapter: OptionalId = Field(
+        description="Folder beside this file with the adapter to start from; empty: start afresh."
+    )
+    resume: bool = Field(
+        description="true: go on counting rounds after those of the adapter. num_rounds is then that of all rounds."
+    )
 
 
 class AdapterPersistor(ModelPersistor):

@@ -15,13 +15,13 @@ from nvflare.recipe.spec import Recipe
 
 from .. import export
 from ..combination import CHECKED
-from ..config import Aggregation, RoundPlan, SiteOverrides
+from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError
 from ..feasible import check_plan, check_sites
 from ..registry import nearest
 from ..site import peft_methods
 from .aggregator import AdapterAggregator
-from .controller import ROUND_SETTINGS, FedPEFT
+from .controller import FedPEFT
 from .executor import PeftExecutor
 from .locator import AdapterLocator
 from .persistor import AdapterPersistor
@@ -92,8 +92,8 @@ class FedPEFTRecipe(AdapterRecipe):
         resume: continue the round count and the schedule after the initial adapter's round.
         cross_site_evaluation: measure every site's and the server's adapters at every site at the end.
         settings: those of `config.RoundPlan` (task, model, data, peft, training, …), of `config.Aggregation` (merge,
-            weigh, step, max_rank, …; max_rank 0 is the largest rank any site trains) and of `FedPEFT` (num_rounds,
-            deadline_s, grace_s, key_metric, …).
+            weigh, step, max_rank, …; max_rank 0 is the largest rank any site trains) and of
+            `config.RoundSettings` (num_rounds, deadline_s, grace_s, key_metric, …).
 
     Raises:
         ConfigError: an unknown setting or a combination that cannot work.
@@ -142,7 +142,8 @@ def sorted_out(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     Raises:
         ConfigError: nobody's.
     """
-    owners = (set(RoundPlan.model_fields), set(Aggregation.model_fields), set(ROUND_SETTINGS))
+    owners = [set(group.model_fields) for group in (RoundPlan, Aggregation, RoundSettings)]
+    owners[-1].discard("min_responses")  # min_sites
     known = sorted(set().union(*owners))
     if unknown := sorted(settings.keys() - set(known)):
         raise ConfigError(

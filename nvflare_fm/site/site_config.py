@@ -72,66 +72,90 @@ Delimiter = Annotated[
 class ModelSource(Settings):
     """A base model the site offers. Exactly one of `path` and `hub_id`."""
 
-    path: Place = Field("", description="a local folder with config.json and *.safetensors")
-    hub_id: Text = Field("", description="owner/name on the Hugging Face hub")
-    revision: Text = Field("", description="commit of the hub repository; needed with hub_id")
-    fingerprint: Fingerprint = Field("", description="pins the weights; empty: not pinned")
-    quantizations: Quantizations | None = Field(None, description="of this model; unset: as in limits")
+    path: Place = Field("", description="Local folder with config.json and *.safetensors.")
+    hub_id: Text = Field("", description="owner/name on the Hugging Face hub, instead of path.")
+    revision: Text = Field("", description="Commit of the hub repository; needed with hub_id.")
+    fingerprint: Fingerprint = Field("", description="Fingerprint that the weights must have; empty: any.")
+    quantizations: Quantizations | None = Field(
+        None, description="Precisions in which this model may be loaded; unset: as in limits."
+    )
 
 
 class DataSource(Settings):
     """A data set the site offers. Paths are relative to its folder, or to that of this file, unless absolute."""
 
-    train: Place
-    validation: Place = Field("", description="empty: a tenth of the training rows is held out")
+    train: Place = Field(description="File or folder with the training rows.")
+    validation: Place = Field("", description="File or folder with the validation rows; empty: a tenth of train.")
     folder: Place = Field(
-        "", description="nothing outside it is read, links included; empty: the folder each file is in"
+        "", description="Nothing outside this folder is read, not even through links; empty: the folder of each file."
     )
     format: Literal["auto", "jsonl", "json", "csv", "conll", "parquet", "datasets", "excel"] = Field(
-        AUTO, description="auto: by the file's ending and beginning; a folder is one of Hugging Face `datasets`"
+        AUTO,
+        description="Format; auto: by the file's ending and beginning. A folder holds Hugging Face `datasets`.",
     )
-    encoding: Encoding = Field(AUTO, description="of a text, such as utf-8 or cp1252; auto: guessed")
+    encoding: Encoding = Field(AUTO, description="Encoding of a text file, such as utf-8 or cp1252; auto: guessed.")
     delimiter: Delimiter = Field(
-        AUTO, description="of a table in a text: one character, or tab; auto: the likeliest of , ; tab |"
+        AUTO, description="Character between two columns of a text file, or tab; auto: the likeliest of , ; tab |."
     )
     columns: Mapping[Text, Text] = Field(
-        default_factory=dict, max_length=100, description="the name we use → the name in the file"
+        default_factory=dict,
+        max_length=100,
+        description="Names of columns: the name that a task uses → the name in the file.",
     )
     labels: Mapping[Text, Text] = Field(
-        default_factory=dict, max_length=LABELS, description="a label in the file → the plan's label it stands for"
+        default_factory=dict,
+        max_length=LABELS,
+        description="Names of labels: a label in the file → the plan's label that it stands for.",
     )
-    max_bad_rows: float = Field(0.05, ge=0, lt=1, description="a larger share of bad rows in a file stops the site")
+    max_bad_rows: float = Field(
+        0.05, ge=0, lt=1, description="Largest share of rows that cannot be read; with more the site stops, 0 to 1."
+    )
 
 
 class Limits(Settings):
     """The most a job may ask of this site."""
 
-    max_rank: int = Field(64, ge=1, le=WIDEST)
-    max_batch_size: int = Field(1024, ge=1, le=ROWS, description="examples in memory at once, in training or measuring")
+    max_rank: int = Field(64, ge=1, le=WIDEST, description="Largest rank of an adapter that is trained.")
+    max_batch_size: int = Field(
+        1024, ge=1, le=ROWS, description="Most rows in memory at once, in training or measuring."
+    )
     max_rows_per_step: int = Field(
-        1024, ge=1, le=MANY, description="batch_size × gradient_accumulation_steps × processes"
+        1024,
+        ge=1,
+        le=MANY,
+        description="Most rows per optimizer step: batch_size × gradient_accumulation_steps × processes.",
     )
-    max_steps_per_round: int = Field(10_000, ge=1, le=STEPS)
+    max_steps_per_round: int = Field(10_000, ge=1, le=STEPS, description="Most optimizer steps per round.")
     max_seconds_per_round: float = Field(
-        3600, gt=0, le=31_536_000, description="training and measuring, without loading"
+        3600, gt=0, le=31_536_000, description="Most seconds of training and measuring per round, without loading."
     )
-    max_length: int = Field(4096, ge=8, le=LENGTH, description="tokens of a text")
-    max_labels: int = Field(1000, ge=2, le=LABELS)
-    max_virtual_tokens: int = Field(256, ge=1, le=WIDEST, description="of prompt and prefix tuning")
+    max_length: int = Field(4096, ge=8, le=LENGTH, description="Most tokens of a text.")
+    max_labels: int = Field(1000, ge=2, le=LABELS, description="Most classes of a task.")
+    max_virtual_tokens: int = Field(256, ge=1, le=WIDEST, description="Longest prompt or prefix, in positions.")
     max_adapter_mib: float = Field(
-        1024, gt=0, le=1e6, description="of all that is trained, 4 bytes a number; training takes up to four times that"
+        1024,
+        gt=0,
+        le=1e6,
+        description="Most MiB of all that is trained, at 4 bytes a number. Training takes up to four times that.",
     )
-    max_processes: int = Field(8, ge=1, le=1024, description="trainer processes, one GPU each")
-    memory_gib: float = Field(16, gt=0, le=1e6, description="of the trainer: GPU memory where there is one")
-    quantizations: Quantizations = ("nf4", "fp4", "int8", "bf16", "fp16", "fp32")
-    threads: int = Field(0, ge=0, le=4096, description="CPU threads of the trainer; 0: torch decides")
-    max_weight: float = Field(1.0, gt=0, le=1, description="the largest share of the global adapter this site wants")
-    pinned_only: bool = Field(False, description="a model without a fingerprint in this file is not used")
+    max_processes: int = Field(8, ge=1, le=1024, description="Most trainer processes, one GPU each.")
+    memory_gib: float = Field(
+        16, gt=0, le=1e6, description="GiB that the trainer may use: of GPU memory where there is a GPU."
+    )
+    quantizations: Quantizations = Field(
+        ("nf4", "fp4", "int8", "bf16", "fp16", "fp32"), description="Precisions in which base models may be loaded."
+    )
+    threads: int = Field(0, ge=0, le=4096, description="CPU threads of the trainer; 0: torch decides.")
+    max_weight: float = Field(
+        1.0, gt=0, le=1, description="Largest share of the global adapter that this site wants to have, up to 1."
+    )
+    pinned_only: bool = Field(False, description="true: a model without a fingerprint in this file is not used.")
     train_embeddings: bool = Field(
-        False, description="an adapter on the word embeddings tells which words the site's texts hold"
+        False,
+        description="true: word embeddings may be trained, which tells what words the site's texts hold.",
     )
     trainable_modules: Modules = Field(
-        (), description="ends of names of modules that a job may train whole, beside a new head of its own"
+        (), description="Ends of the names of modules that a job may train whole, besides a new head."
     )
 
 
@@ -141,21 +165,25 @@ class Privacy(Settings):
     Rows are told apart by what of them is trained on: a row that is there twice counts once.
     """
 
-    min_examples: int = Field(10, ge=1, le=MANY, description="no job trains on fewer different rows than this")
-    min_update_rows: int = Field(10, ge=1, le=MANY, description="different rows behind each round's update, at least")
+    min_examples: int = Field(10, ge=1, le=MANY, description="Fewest different rows on which a job may train.")
+    min_update_rows: int = Field(10, ge=1, le=MANY, description="Fewest different rows behind each round's update.")
     min_metric_rows: int = Field(
-        10, ge=1, le=MANY, description="different rows behind each metric, at least; of fewer no metric leaves"
+        10,
+        ge=1,
+        le=MANY,
+        description="Fewest different rows behind each metric; with fewer, no metric leaves the site.",
     )
     counts: Counts = Field(
         (),
-        description="what may leave of how much there is: examples, tokens, bad_rows, and steps where they follow from "
-        "the number of rows; empty: nothing",
+        description="Counts that may leave: examples, tokens, bad_rows, and steps where they follow from the number of "
+        "rows; empty: none.",
     )
     label_statistics: LabelStatistics = Field(
-        (), description="what may leave of how often each label occurs: skew, its distance to even; empty: nothing"
+        (), description="Statistics of the labels that may leave: skew, their distance from even; empty: none."
     )
     required_protection: Protections = Field(
-        (), description="of every update: clip, noise, encryption. No job can give any yet: naming one refuses all"
+        (),
+        description="Protection of every update: clip, noise, encryption. No job offers any yet: one here refuses all.",
     )
 
 
@@ -167,17 +195,17 @@ class Welcome(Settings):
     """
 
     submitters: Listed = Field(
-        None, description="user names as in their certificates; unset: all of orgs", examples=[["lead@company.example"]]
+        None,
+        description="Submitters, by the names in their certificates; unset: all of orgs.",
+        examples=[["lead@company.example"]],
     )
-    orgs: Listed = Field(
-        None, description="organisations of submitters; unset: that of any of submitters", examples=[["company"]]
-    )
+    orgs: Listed = Field(None, description="Organisations of submitters; unset: any.", examples=[["company"]])
     templates: Listed = Field(
-        None, description="job templates, by name; unset: any", examples=[["lora_text_classification"]]
+        None, description="Job templates, by name; unset: any.", examples=[["lora_text_classification"]]
     )
     tasks: Listed = Field(
         None,
-        description="causal_lm, sequence_classification, token_classification; unset: any",
+        description="Tasks: causal_lm, sequence_classification, token_classification; unset: any.",
         examples=[["sequence_classification"]],
     )
 
@@ -200,11 +228,15 @@ class Welcome(Settings):
 class SiteConfig(Settings):
     """The whole of `fm_site.yaml`."""
 
-    models: Mapping[Alias, ModelSource] = Field(default_factory=dict, max_length=1000)
-    data: Mapping[Alias, DataSource] = Field(default_factory=dict, max_length=1000)
-    limits: Limits = Limits()
-    privacy: Privacy = Privacy()
-    welcome: Welcome = Welcome()
+    models: Mapping[Alias, ModelSource] = Field(
+        default_factory=dict, max_length=1000, description="Base models that the site offers, by alias."
+    )
+    data: Mapping[Alias, DataSource] = Field(
+        default_factory=dict, max_length=1000, description="Data sets that the site offers, by alias."
+    )
+    limits: Limits = Field(Limits(), description="The most that a job may ask of this site.")
+    privacy: Privacy = Field(Privacy(), description="What must hold before anything learned may leave.")
+    welcome: Welcome = Field(Welcome(), description="Whose jobs the site runs.")
 
     def model(self, alias: str) -> ModelSource:
         return _offered(self.models, alias, "model")

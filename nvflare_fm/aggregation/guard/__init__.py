@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...config import Rule
-from ...registry import Registry
-from ..asked import asked
+from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
 
 
@@ -18,7 +17,7 @@ class Verdict:
 
 
 Guard = Callable[..., Mapping[str, Verdict]]
-registry: Registry[Guard] = Registry("guard", __name__)
+registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)
 
 
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:

@@ -1,11 +1,12 @@
 """Merge rules: the factors of every site and the global pair they started from become one pair, layer by layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...adapter import LoraPair
-from ...config import Factors, Rest
+from ...config import Factors, Rest, Rule
 from ...registry import Registry
+from ..asked import found, with_settings
 
 Merge = Callable[[LoraPair, Sequence[LoraPair], Sequence[float]], LoraPair]
 
@@ -16,7 +17,7 @@ class MergeRule:
 
     Args:
         merge: (global pair the round started from, trained pairs in site order, weights that sum to 1) → the
-            next global pair, not yet shortened.
+            next global pair, not yet shortened. Its settings are keyword arguments.
         exact: equals Σ wₖΔWₖ (with `rest`: of each site's whole adapter) before shortening.
         mixed_ranks: sites may train at different ranks.
         canonical: the result is shortened to U Σ Vᵀ form; otherwise its factors are kept as they are.
@@ -43,6 +44,16 @@ class MergeRule:
 registry: Registry[MergeRule] = Registry("merge rule", __name__)
 
 
+def choose(entry: Rule) -> MergeRule:
+    """The merge rule that a job asks for, its settings filled in.
+
+    Raises:
+        ConfigError: an unknown rule or setting, or a value out of range.
+    """
+    rule = found(registry, entry)
+    return replace(rule, merge=with_settings(rule.merge, entry, registry.kind))
+
+
 def rule(
     name: str,
     *,
@@ -53,6 +64,8 @@ def rule(
     factors: tuple[Factors, ...] = ("AB",),
     shares: Factors = "AB",
 ) -> Callable[[Merge], Merge]:
+    """Register a function as the merge rule `name`, with its promises (see `MergeRule`)."""
+
     def register(merge: Merge) -> Merge:
         registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares))
         return merge

@@ -15,9 +15,9 @@ from ...adapter import Adapter, LoraPair
 from ...config import Rule
 from ...inner import energy
 from ...lora import shorten, stack, zero
-from ...registry import Registry
-from ..asked import asked
+from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
+from ..merge import MergeRule
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Step:
 
 
 Factory = Callable[..., Step]
-registry: Registry[Factory] = Registry("server step", __name__)
+registry: RuleRegistry[Factory] = RuleRegistry("server step", __name__)
 
 
 def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
@@ -66,6 +66,13 @@ def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
         ConfigError: an unknown step or setting.
     """
     return asked(registry, entry)(cohort, weights)
+
+
+def usual(task: str, rule: MergeRule) -> str:
+    """The step of a job that names none: a longer one where text is written, because the mean change of sites of mixed
+    rank is too short there (docs/log.md), and the rule adds changes.
+    """
+    return "fedexp" if task == "causal_lm" and rule.delta and rule.canonical else "plain"
 
 
 class Mover:

@@ -6,19 +6,20 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from ..asked import Needs
 from ..cohort import Cohort
 from . import Step, registry
 
 
-@registry.register("adam")
+@registry.register("adam", Needs(canonical=True))
 def adam(
     cohort: Cohort,
     weights: Sequence[float],
     *,
-    learning_rate: Annotated[float, Field(gt=0, le=100, description="η")] = 1e-2,
-    beta1: Annotated[float, Field(ge=0, lt=1, description="what is kept of past changes")] = 0.9,
-    beta2: Annotated[float, Field(ge=0, lt=1, description="what is kept of their squares")] = 0.99,
-    tau: Annotated[float, Field(gt=0, le=1e6, description="below it a change counts as small")] = 1e-3,
+    learning_rate: Annotated[float, Field(gt=0, le=100, description="η: step length, times the mean change.")] = 1e-2,
+    beta1: Annotated[float, Field(ge=0, lt=1, description="Share of past changes that is kept.")] = 0.9,
+    beta2: Annotated[float, Field(ge=0, lt=1, description="Share of their squares that is kept.")] = 0.99,
+    tau: Annotated[float, Field(gt=0, le=1e6, description="τ: a change below it counts as small.")] = 1e-3,
 ) -> Step:
     """m ← β₁m + (1−β₁)d;  v ← β₂v + (1−β₂)d²;  x + η·m/(√v + τ), with v = τ² before the first round."""
     return adaptive(lambda v, squared: beta2 * v + (1 - beta2) * squared, learning_rate, beta1, tau)

@@ -6,19 +6,20 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ..asked import Needs
 from ..cohort import Cohort
 from . import Step, registry
 
 
-@registry.register("fedexp")
+@registry.register("fedexp", Needs(products=True, canonical=True))
 def fedexp(
     cohort: Cohort,
     weights: Sequence[float],
     *,
     epsilon: Annotated[
-        float, Field(ge=0, le=1e6, description="keeps the step short where the mean change is tiny")
+        float, Field(ge=0, le=1e6, description="ε: keeps the step short where the mean change is tiny.")
     ] = 1e-3,
-    most: Annotated[float, Field(ge=1, le=100, description="no longer than this")] = 1.5,
+    most: Annotated[float, Field(ge=1, le=100, description="Longest step.")] = 1.5,
 ) -> Step:
     """x + η·d with η = max(1, Σ wₖ‖Dₖ‖² / (2(‖Σ wₖDₖ‖² + ε))), at most `most`; ε relative to Σ wₖ‖Dₖ‖²."""
     share = torch.tensor(list(weights), dtype=torch.float64)

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from ...adapter import AdapterUpdate
 from ...config import Rule
 from ...errors import ConfigError
-from ...registry import Registry
-from ..asked import asked, named
+from ..asked import RuleRegistry, asked, named
 from ..cohort import Cohort
 
 FAINT = 1e-12
 Factor = Callable[..., list[float]]
-registry: Registry[Factor] = Registry("weight factor", __name__)
+registry: RuleRegistry[Factor] = RuleRegistry("weight factor", __name__)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,16 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from ..asked import Needs
 from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("agreement")
+@registry.register("agreement", Needs(products=True))
 def agreement(
     cohort: Cohort,
     *,
-    power: Annotated[float, Field(ge=0, le=100, description="0: every site the same; larger: stricter")] = 1.0,
+    power: Annotated[float, Field(ge=0, le=100, description="Strictness; 0: every site counts the same.")] = 1.0,
 ) -> list[float]:
     """((1 + cosₖ) / 2)^power, with cosₖ the cosine of site k's change of ΔW to the sum of the others' unit changes:
     its own share in a consensus says nothing about agreement. 1 for a site that is alone or changed nothing.

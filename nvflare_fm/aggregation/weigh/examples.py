@@ -1,11 +1,12 @@
 """FedAvg (arXiv:1602.05629): in proportion to the training examples."""
 
 from ...errors import ConfigError
+from ..asked import Needs
 from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("examples")
+@registry.register("examples", Needs(counts=("examples",)))
 def examples(cohort: Cohort) -> list[float]:
     """nₖ.
 

@@ -6,15 +6,16 @@ from typing import Annotated
 from pydantic import Field
 
 from ...errors import ConfigError
+from ..asked import Needs
 from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("loss")
+@registry.register("loss", Needs(loss=True))
 def loss(
     cohort: Cohort,
     *,
-    q: Annotated[float, Field(ge=0, le=100, description="0: every site the same; larger: fairer")] = 1.0,
+    q: Annotated[float, Field(ge=0, le=100, description="Fairness; 0: every site counts the same.")] = 1.0,
 ) -> list[float]:
     """Fₖ^q, with Fₖ the loss of the adapter that site k received, on its validation data. The same for all where it is
     0 everywhere.

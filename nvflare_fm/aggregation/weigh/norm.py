@@ -1,11 +1,12 @@
 """HetLoRA's sparsity-weighted aggregation (arXiv:2401.06432): in proportion to the norm of a site's product."""
 
+from ..asked import Needs
 from ..claims import at_most
 from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("norm")
+@registry.register("norm", Needs(products=True))
 def norm(cohort: Cohort) -> list[float]:
     """‖ΔWₖ‖ over all layers: what a site holds, not how far it moved, and no more than ten times the median of the
     others'. The same for all where nobody holds anything.

@@ -5,17 +5,18 @@ from typing import Annotated
 from pydantic import Field
 
 from ...errors import ConfigError
+from ..asked import Needs
 from ..cohort import Cohort
 from . import registry
 from .examples import counted
 
 
-@registry.register("skew")
+@registry.register("skew", Needs(counts=("examples",), labels=("skew",)))
 def skew(
     cohort: Cohort,
     *,
-    a: Annotated[float, Field(ge=0, le=1000, description="how much the distance counts")] = 0.5,
-    b: Annotated[float, Field(ge=0, le=1000, description="what every site is given back")] = 0.1,
+    a: Annotated[float, Field(ge=0, le=1000, description="How much the distance from even labels counts.")] = 0.5,
+    b: Annotated[float, Field(ge=0, le=1000, description="What every site is given back.")] = 0.1,
 ) -> list[float]:
     """ReLU(pₖ − a·dₖ + b) / pₖ, with pₖ site k's share of all examples and dₖ the ℓ₂ distance of its label
     distribution to the uniform one: the only thing about its labels that leaves the site.

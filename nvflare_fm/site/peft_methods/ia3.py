@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class IA3(PeftMethod):
     """All factors start at one, so every site starts at the base model."""
 
-    target_modules: Modules = Field((), description="ends of module names; empty: PEFT's choice for the architecture")
-    feedforward_modules: Modules = Field((), description="those of target_modules whose input is scaled")
+    target_modules: Modules = Field((), description="Ends of the names of the modules to adapt; empty: PEFT's choice.")
+    feedforward_modules: Modules = Field((), description="Those of target_modules whose input is scaled.")
     modules_to_save: Modules = Field(
-        (), description="modules trained whole, of those a site lists as limits.trainable_modules"
+        (), description="Modules trained whole besides, of those in the sites' limits.trainable_modules."
     )
 
     @property

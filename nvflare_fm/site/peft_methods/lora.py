@@ -31,16 +31,18 @@ class Lora(PeftMethod):
 
     factored = True
 
-    rank: int = Field(8, ge=1, le=WIDEST)
-    lora_alpha: float = Field(
-        16.0, gt=0, le=1e6, description="the scale is lora_alpha / rank, or / √rank with use_rslora"
+    rank: int = Field(8, ge=1, le=WIDEST, description="Rank of the adapter that a site trains.")
+    lora_alpha: float = Field(16.0, gt=0, le=1e6, description="Scale times rank; with use_rslora, scale times √rank.")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the adapter's inputs that is dropped in training, 0 to 1."
     )
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    use_rslora: bool = False
-    use_dora: bool = False
-    target_modules: Literal["all-linear"] | Modules = Field("all-linear", description="ends of module names")
+    use_rslora: bool = Field(False, description="true: the scale is lora_alpha / √rank, not lora_alpha / rank.")
+    use_dora: bool = Field(False, description="true: DoRA; it needs one rank at every site.")
+    target_modules: Literal["all-linear"] | Modules = Field(
+        "all-linear", description="Layers to adapt: all-linear, or ends of PEFT's module names."
+    )
     modules_to_save: Modules = Field(
-        (), description="modules trained whole, of those a site lists as limits.trainable_modules"
+        (), description="Modules trained whole besides, of those in the sites' limits.trainable_modules."
     )
 
     @property

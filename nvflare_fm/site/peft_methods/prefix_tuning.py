@@ -19,7 +19,7 @@ class PrefixTuning(PeftMethod):
 
     checkpointing = False  # a second pass would find the keys of the first beside the prefix
 
-    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
+    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST, description="Positions before the text that are learned.")
 
     @property
     def virtual_tokens(self) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @registry.register("prompt_tuning")
 class PromptTuning(PeftMethod):
-    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST)
+    num_virtual_tokens: int = Field(20, ge=1, le=WIDEST, description="Positions before the text that are learned.")
 
     @property
     def virtual_tokens(self) -> int:

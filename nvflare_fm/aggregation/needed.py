@@ -1,0 +1,15 @@
+"""What the rules of a job need of a round, all together."""
+
+from ..config import Aggregation
+from . import guard, step, weigh
+from .asked import Needs
+
+
+def needed(how: Aggregation) -> Needs:
+    """What the weight factors, guards and server step need that a job names.
+
+    Raises:
+        ConfigError: an unknown name or setting, or a value out of range.
+    """
+    steps = [] if how.step is None else [how.step]
+    return weigh.registry.needs(how.weigh) | guard.registry.needs(how.guard) | step.registry.needs(steps)
