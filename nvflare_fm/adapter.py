@@ -71,6 +71,11 @@ class Description:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Description":
+        """The description of a tensor that is at hand."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
     @property
     def bytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
@@ -82,6 +87,7 @@ class Described:
 
     tensors: Mapping[str, Description]  # by PEFT name
     scales: Mapping[str, float]  # by layer
+    sent: Mapping[str, Description] = field(default_factory=dict)  # of those that travelled encoded, as they did
 
 
 @dataclass(frozen=True)
@@ -163,11 +169,16 @@ class Adapter:
         """Of each tensor by its PEFT name; where none came with the adapter, from the tensors themselves."""
         if self.described is not None:
             return self.described.tensors
-        return {name: Description(tuple(t.shape), t.dtype) for name, t in self.tensors().items()}
+        return {name: Description.of(tensor) for name, tensor in self.tensors().items()}
 
     def bytes(self) -> int:
         """Of all tensors."""
         return sum(tensor.bytes for tensor in self.descriptions().values())
+
+    def bytes_sent(self) -> int:
+        """Of all tensors as they travelled: fewer than `bytes` where transforms encoded them."""
+        sent = self.described.sent if self.described else {}
+        return sum(sent.get(name, whole).bytes for name, whole in self.descriptions().items())
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"

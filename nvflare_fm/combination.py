@@ -6,7 +6,7 @@ Knows neither transformers nor peft, and nothing of a site: the server decides h
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from . import legality
+from . import legality, transforms
 from .aggregation import merge, step
 from .aggregation.admit import Terms
 from .aggregation.asked import Needs, named
@@ -91,6 +91,8 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     rule, method = merge.choose(how.merge), read(plan.peft)
     check_training(method, plan.training)
     needs = needed(how)  # unknown names and settings are refused here, before a round is lost
+    transforms.read(plan.uplink, "uplink")
+    transforms.read(plan.downlink, "downlink")
     how = how.model_copy(update={"step": _step(plan, how, rule, method)})
     settled = TaskPlan.read(
         {

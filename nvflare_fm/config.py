@@ -292,6 +292,13 @@ class RoundPlan(Settings):
         description="Seed of the adapter's first values and of which sites are drawn. In the simulator it is that of "
         "the order of the rows as well.",
     )
+    uplink: Rules = Field(
+        (),
+        description="Transforms of what a site sends, in order, such as int8. Empty: tensors are sent as float32.",
+    )
+    downlink: Rules = Field(
+        (), description="Transforms of the global adapter that the server sends to the sites, in order."
+    )
     negotiable: Negotiable = Field(
         (),
         description="Of rank, batch_size and local_steps, those that a site may lower to its limits. Where any "

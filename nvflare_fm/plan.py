@@ -5,12 +5,17 @@ Korthikanti et al. (arXiv:2205.05198), for a base model that is frozen.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from .config import RoundPlan, TaskPlan
+import torch
+
+from . import transforms
+from .adapter import LORA_A, LORA_B, Description
+from .config import RoundPlan, Rule, TaskPlan
 from .job.tasks import promises
+from .transforms import Chain
 
 FLOAT32 = 4  # bytes of a number in an adapter, at the site and in a message
 _BITS = {"nf4": 4, "fp4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
@@ -29,16 +34,27 @@ class AdapterShape:
     """What of a model is trained."""
 
     layers: Mapping[str, tuple[int, int]]  # layer with factors → (fan_out, fan_in)
-    dense: int = 0  # numbers without factors: heads, magnitudes, prompts
+    dense: tuple[int, ...] = ()  # numbers of each tensor without factors: heads, magnitudes, prompts
     whole: tuple[str, ...] = ()  # modules of the base model that are trained whole
     embeddings: tuple[str, ...] = ()  # modules it trains, whole or with factors, that embed words or answer with words
 
     def numbers(self, rank: int) -> int:
-        return self.dense + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
+        return sum(self.dense) + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
 
-    def size(self, rank: int) -> int:
-        """Bytes of its tensors in a message."""
-        return FLOAT32 * self.numbers(rank)
+    def size(self, rank: int, chain: Chain | None = None, shares: str = "AB") -> int:
+        """Bytes of its tensors in a message.
+
+        Args:
+            chain: the transforms they go through; None: none.
+            shares: the factors that travel.
+        """
+        tensors: list[tuple[str, tuple[int, ...]]] = [("dense", (numbers,)) for numbers in self.dense]
+        if "A" in shares:
+            tensors += [(LORA_A, (rank, fan_in)) for _, fan_in in self.layers.values()]
+        if "B" in shares:
+            tensors += [(LORA_B, (fan_out, rank)) for fan_out, _ in self.layers.values()]
+        chain = chain or Chain()
+        return sum(chain.encoded(name, Description(shape, torch.float32)).bytes for name, shape in tensors)
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,7 @@ def trained_bytes(shape: AdapterShape, plan: TaskPlan, rank: int, widest: int) -
     """
     state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
     beside = {"none": 0, "tail": max(0, widest - rank), "all": widest}[plan.rest]
-    return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - shape.dense)
+    return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - sum(shape.dense))
 
 
 def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) -> int:
@@ -210,8 +226,8 @@ def cost(
         steps=steps,
         seconds=seconds_per_step * steps if seconds_per_step is not None and steps else None,
         bytes_down_first=starts_at,
-        bytes_down=(_size(adapter, widest, plan.shares) if adapter else None) if trains else starts_at,
-        bytes_up=(_size(adapter, rank, plan.shares) if adapter else None) if trains else 0,
+        bytes_down=(_sent(adapter, widest, plan, plan.downlink) if adapter else None) if trains else starts_at,
+        bytes_up=(_sent(adapter, rank, plan, plan.uplink) if adapter else None) if trains else 0,
         base_bytes=base.size(plan) if base else None,
         trained_bytes=_held_bytes(adapter, plan, rank, widest, trains) if adapter else None,
         activation_bytes=_most_bytes(base, adapter, plan, trains) if base and adapter else None,
@@ -238,7 +254,6 @@ def _most_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan, trains:
     return max(activation_bytes(base, adapter, plan) if trains else 0, measuring_bytes(base, plan) if measures else 0)
 
 
-def _size(adapter: AdapterShape, rank: int, shares: str) -> int:
-    """Bytes of what travels: where only A does, each layer's fan_out does not count."""
-    travels = {n: (fan_out if "B" in shares else 0, fan_in) for n, (fan_out, fan_in) in adapter.layers.items()}
-    return AdapterShape(travels, adapter.dense).size(rank)
+def _sent(adapter: AdapterShape, rank: int, plan: TaskPlan, entries: Sequence[Rule]) -> int:
+    """Bytes of what travels, of the factors that do, after its transforms."""
+    return adapter.size(rank, transforms.read(entries, "plan"), plan.shares)

@@ -2,8 +2,9 @@
 
 import gc
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from . import transforms
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from .aggregation.admit import check_values
 from .aggregation.cohort import drawn
@@ -13,6 +14,7 @@ from .aggregation.step import Memory
 from .combination import settle
 from .config import Aggregation, RoundPlan, TaskPlan
 from .site.worker import Worker
+from .transforms.packed import pack
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,29 @@ def federate(
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
     for number in range(rounds):
-        task = RoundTask(settled.of_round(number), adapter, manifest, number, rounds)
+        down = pack(adapter, transforms.read(plan.downlink, "downlink"), "the server")
+        received = down.adapter() if down.chain else adapter
+        task = RoundTask(settled.of_round(number), received, manifest, number, rounds)
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
         due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
-        updates = tuple(trained_from(began, workers[site].train(began), task) for site, began in tasks.items())
+        updates = tuple(trained_from(began, _answer(workers[site], began), task) for site, began in tasks.items())
         for update in updates:
             check_values(update)
-        combined = combine(adapter, manifest, updates, settled.aggregation, settled.global_rank, memory)
+        whole = adapter if down.chain else None
+        combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
         at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
         yield Round(number, combined, updates)
+
+
+def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
+    """A site's update as the server reads it."""
+    update = worker.train(task)
+    packed = worker.packed(update, task.plan)
+    return replace(update, adapter=packed.adapter()) if packed.chain else update
 
 
 def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:

@@ -267,7 +267,7 @@ BUGS = [
     Bug("untrusted.py", "and abs(value) <= LARGEST_METRIC", "", "test_claims"),
     Bug("flare/wire.py", "if names and model.params.keys() != set(names):", "if False:", "flare/test_admission"),
     Bug("flare/wire.py", "or not _NAME.fullmatch(name)", "", "flare/test_admission"),
-    Bug("flare/wire.py", "if dtype not in TYPES:", "if False:", "flare/test_admission"),
+    Bug("flare/wire.py", "if tensor.dtype not in TYPES:", "if False:", "flare/test_admission"),
     Bug(
         "flare/wire.py", "return None if reason is None else printable(reason)", "return reason", "flare/test_admission"
     ),
@@ -764,7 +764,12 @@ BUGS = [
     Bug("registry.py", "iter(sorted(self._fill()))", "iter(sorted(self._entries))", "test_registry"),
     Bug("aggregation/combine.py", "import torch\n", "import torch\nimport transformers\n", "test_layers"),
     # plan: what a job costs
-    Bug("plan.py", "return FLOAT32 * self.numbers(rank)", "return 2 * self.numbers(rank)", "test_plan"),
+    Bug(
+        "plan.py",
+        "Description(shape, torch.float32)).bytes for",
+        "Description(shape, torch.half)).bytes for",
+        "test_plan",
+    ),
     Bug("plan.py", '"tail": max(0, widest - rank)', '"tail": 0', "test_plan"),
     Bug("combination.py", "else max(ranks)", "else min(ranks)", "test_settled"),
     # templates: written once, and a job of one's own
@@ -827,6 +832,49 @@ BUGS = [
     Bug("flare/restarted.py", "token not in registered and", "", "flare/test_restarted"),
     Bug("flare/restarted.py", "found - self._told", "found", "flare/test_restarted"),
     Bug("flare/resume.py", '"resume": True', '"resume": False', "flare/test_resume"),
+    # transforms: what travels
+    Bug("transforms/int8.py", "values = values.T", "values = values.flip(0).T", "test_transforms"),
+    Bug("transforms/int8.py", ").round().clamp(", ").trunc().clamp(", "test_transforms"),
+    Bug("transforms/int8.py", ".clamp(max=_LARGEST)", "", "test_transforms"),
+    Bug(
+        "transforms/int8.py",
+        "blocks.abs().amax(dim=2) / MOST)",
+        "blocks.abs().amax(dim=2).bfloat16().float() / MOST)",
+        "test_transforms",
+    ),
+    Bug("transforms/bf16.py", "tensor.clamp(-_LARGEST, _LARGEST).to", "tensor.to", "test_transforms"),
+    Bug(
+        "transforms/compression.py",
+        "if after.bytes < before.bytes else before",
+        "if after else before",
+        "test_transforms",
+    ),
+    Bug("transforms/compression.py", "return shape[1], shape[0]", "return shape[0], shape[1]", "test_transforms"),
+    Bug("transforms/compression.py", "left[name] = tensor - self", "left[name] = self", "test_transforms"),
+    Bug("transforms/compression.py", "if not tensor.isfinite().all():", "if False:", "test_transforms"),
+    Bug(
+        "transforms/packed.py",
+        "if not math.isfinite(",
+        "if not math.isclose(1.0, 1.0) and not math.isfinite(",
+        "test_transforms",
+    ),
+    Bug("transforms/__init__.py", "if order.index(one.stage) >", "if order.index(one.stage) <", "test_transforms"),
+    Bug("transforms/__init__.py", "if transform.needs_linear and not one.linear:", "if False:", "test_transforms"),
+    Bug("transforms/__init__.py", "in reversed(list(zip(", "in list(list(zip(", "test_transforms"),
+    Bug("aggregation/downlink.py", "[1.0, 1.0, -1.0]", "[1.0, 0.0, 0.0]", "test_transforms flare/test_aggregator"),
+    Bug("aggregation/downlink.py", "merged.A + (ours.A - theirs.A)", "merged.A", "test_transforms"),
+    Bug("aggregation/downlink.py", "return merged + (whole", "return merged - (whole", "test_transforms"),
+    Bug("adapter.py", "sum(sent.get(name, whole).bytes", "sum(whole.bytes", "test_transforms flare/test_wire"),
+    Bug("flare/wire.py", "if _transforms(content, site) != uplink:", "if False:", "flare/test_wire"),
+    Bug("flare/wire.py", "if sent[name] != chain.encoded(name, before):", "if False:", "flare/test_wire"),
+    Bug("flare/wire.py", "if sent.keys() != whole.keys():", "if False:", "flare/test_wire"),
+    Bug(
+        "flare/aggregator.py",
+        "as_it_was = self.whole or task.adapter",
+        "as_it_was = task.adapter",
+        "flare/test_aggregator",
+    ),
+    Bug("plan.py", 'if "B" in shares:', "if True:", "test_plan"),
     # what a job may say, and build
     Bug("hocon.py", "if unseen := _UNSEEN.search(text)", "if unseen := None", "test_hocon"),
     Bug("hocon.py", "if key in values:", "if False:", "test_hocon"),

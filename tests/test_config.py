@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvflare_fm import transforms
 from nvflare_fm.aggregation import merge, step, weigh
 from nvflare_fm.aggregation.asked import settings_of
 from nvflare_fm.config import (
@@ -30,6 +31,8 @@ from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.site.site_config import SiteConfig
+from nvflare_fm.transforms import Transform
+from nvflare_fm.transforms.compression import Compression
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, RoundSettings, Aggregation, SiteOverrides, SiteConfig]
 GROUPS: dict[str, type[Settings]] = {
@@ -39,6 +42,7 @@ GROUPS: dict[str, type[Settings]] = {
     **{f"merge {name}": settings_of(merge.registry[name].merge) for name in merge.registry},
     **{f"weight {name}": settings_of(weigh.registry[name]) for name in weigh.registry},
     **{f"step {name}": settings_of(step.registry[name]) for name in step.registry},
+    **{f"transform {name}": transforms.registry[name] for name in transforms.registry},
 }
 MARK = "x0hidden0x"
 
@@ -106,7 +110,7 @@ def test_no_group_of_settings_is_left_out_of_that_law():
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for
     arguments = {kind for kind in ours if issubclass(kind, Arguments)}
-    assert ours - of_rules - held - arguments == {Settings, peft_methods.PeftMethod}
+    assert ours - of_rules - held - arguments == {Settings, peft_methods.PeftMethod, Transform, Compression}
 
 
 @pytest.mark.parametrize("name", components.OURS)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.combination import settle
@@ -30,11 +31,12 @@ from nvflare_fm.plan import (
 from nvflare_fm.site.rehearsal import seconds_per_step
 from nvflare_fm.site.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
+from nvflare_fm.transforms.packed import pack
 from tests.flare.messages import LAYERS, MANIFEST, adapter
 from tests.site import tiny
 
 BASE = BaseShape(quantized=64 * 64 * 8, rows=64 * 8, kept=5000, depth=2, hidden=64, inner=96, heads=0, answers=320)
-SHAPE = AdapterShape({"a": (6, 5), "b": (1, 7)}, dense=3)
+SHAPE = AdapterShape({"a": (6, 5), "b": (1, 7)}, dense=(3,))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,11 @@ def test_bytes_up_are_those_of_the_update_a_site_sends(
     plan = tiny.plan(task, peft=method, training={"local_steps": 1, "batch_size": 2})
     update = tiny.worker(tmp_path, model, task).train(RoundTask(plan))
     _, shape = shapes(model, plan)
-    assert shape.size(plan.peft.get("rank", 0)) == update.adapter.bytes()
+    rank = plan.peft.get("rank", 0)
+    assert shape.size(rank) == update.adapter.bytes()
+    for name in transforms.registry:
+        chain = transforms.read((name,), "uplink")
+        assert shape.size(rank, chain) == pack(update.adapter, chain, "alder").parcel.bytes
 
 
 @pytest.mark.parametrize("merge", ["exact", "svd", "zero_pad"])
@@ -186,8 +192,10 @@ def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
     size = adapter(1).bytes()
-    (cost,) = told(exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3})).costs
-    assert (cost.bytes_down_first, cost.bytes_down, cost.bytes_up) == (size, size, size)
+    job = exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3}, downlink=["int8"])
+    (cost,) = told(job).costs
+    down = pack(adapter(1), transforms.read(("int8",), "downlink"), "the server").parcel.bytes
+    assert (cost.bytes_down_first, cost.bytes_down, cost.bytes_up) == (down, down, size)
     EvaluateAdapterRecipe("measure", brought).export(str(tmp_path))
     only_measured = told(tmp_path / "measure")
     assert (only_measured.rounds, only_measured.costs[0].bytes_down, only_measured.costs[0].bytes_up) == (0, size, 0)
@@ -281,11 +289,16 @@ def test_a_site_is_told_the_rank_that_fits_into_its_memory(tmp_path: Path, model
 
 @pytest.mark.parametrize("shares", ["AB", "A"])
 def test_where_a_alone_is_shared_only_a_is_paid_for(shares: str, models: dict[str, Path], tmp_path: Path) -> None:
-    job = exported(tmp_path, merge="share_a" if shares == "A" else "factor_mean", peft={"method": "lora", "rank": 4})
+    job = exported(
+        tmp_path,
+        merge="share_a" if shares == "A" else "factor_mean",
+        peft={"method": "lora", "rank": 4},
+        uplink=["bf16"],
+    )
     plan = settle(tiny.plan(), Aggregation(merge="share_a" if shares == "A" else "factor_mean")).plan
     sent = tiny.worker(tmp_path, models["llama"], "causal_lm").train(RoundTask(plan))
     (cost,) = told(job, models["llama"]).costs
-    assert cost.bytes_up == cost.bytes_down == sent.adapter.bytes()
+    assert 2 * cost.bytes_up == cost.bytes_down == sent.adapter.bytes()
 
 
 def test_a_row_of_two_texts_costs_what_two_rows_cost() -> None:

@@ -12,9 +12,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import torch
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nvflare_fm import transforms
+from nvflare_fm.adapter import Description
 from nvflare_fm.aggregation import guard, merge, step, weigh
 from nvflare_fm.aggregation.asked import Needs, settings_of
 from nvflare_fm.config import (
@@ -183,6 +186,15 @@ def rules() -> str:
         'What is done with the mean of the sites\' changes of ΔW: `step = {rule = "momentum", beta = 0.9}`.\n',
         *_functions(step.registry),
         "",
+        "## Transforms\n",
+        'What is done to the tensors of an adapter before they travel: `uplink = ["int8"]` for what sites send,',
+        '`downlink = ["int8"]` for what the server sends. Tensors that would not get smaller travel as they are.\n',
+        *_transforms(),
+        "",
+        "- **stage**: a sender applies transforms in the order protect, compress, encrypt.",
+        "- **error**: of a number at most, in units of the largest number of its block (`int8`) or of itself (`bf16`);",
+        "  0: lossless.",
+        "- **linear**: what several sites encode can be added up, and decodes to the sum.\n",
         "## What does not go together\n",
         "A job that asks for it is refused while it loads.\n",
         "| this | not with | because | instead |",
@@ -197,6 +209,17 @@ def _functions(registry: Any) -> list[str]:
     for name in registry:
         needs = ", ".join(_needs(registry.needs([name])))
         lines.append(f"| `{name}` | {_of_rule(registry[name])} | {needs} | {_first_line(registry[name])} |")
+    return lines
+
+
+def _transforms() -> list[str]:
+    lines = ["| transform | stage | error | linear | bits a number | what it is |", "|---|---|---|---|---|---|"]
+    before = Description((64, 64), torch.float32)
+    for name in transforms.registry:
+        kind = transforms.registry[name]
+        bits = 8 * kind().encoded("head.weight", before).bytes / 64**2
+        linear = "yes" if kind.linear else "–"
+        lines.append(f"| `{name}` | {kind.stage} | {kind.error:.2g} | {linear} | {bits:g} | {_first_line(kind)} |")
     return lines
 
 

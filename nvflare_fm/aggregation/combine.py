@@ -18,6 +18,7 @@ from . import guard, merge, step, weigh
 from .admit import admit
 from .claims import held
 from .cohort import Cohort, Held, Trained
+from .downlink import restored, restored_tensor
 from .late import rebased
 from .needed import needed
 from .step import Memory
@@ -48,11 +49,16 @@ def combine(
     how: Aggregation,
     max_rank: int,
     memory: Memory | None = None,
+    whole: Adapter | None = None,
 ) -> Combined:
     """Merges `updates`, trained from `state`, into the next global adapter of at most `max_rank`.
 
     Sums run over sites sorted by name, in float32, so the result does not depend on the order of arrival; one layer
     of all sites is in memory at a time.
+
+    Args:
+        state: as the sites received it.
+        whole: the same as the server keeps it, where it was encoded for the way; None: the sites received that.
 
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
@@ -80,6 +86,8 @@ def combine(
         pairs = Trained(accepted, layer)
         start = state.lora[layer].to(torch.float32) if state else zero(*pairs[0].shape)
         merged = mover.pair(layer, start, rule.merge(start, pairs, counts))
+        if whole:
+            merged = restored(merged, whole.lora[layer].to(torch.float32), start, rule.canonical)
         if rule.canonical:
             short, lost[layer] = shorten(merged, max_rank, how.sigma, how.keep_energy)
             spectra[layer] = tuple(spectrum(short).tolist())
@@ -92,6 +100,8 @@ def combine(
     for name in dense if state else ():
         before = state.dense[name].float()
         dense[name] = mover.tensor(name, before, dense[name] + (1 - sum(counts)) * before)
+        if whole:
+            dense[name] = restored_tensor(dense[name], whole.dense[name], before)
     _check_finite(lora, dense)
     return Combined(
         adapter=Adapter(lora, dense),

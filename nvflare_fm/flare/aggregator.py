@@ -16,7 +16,7 @@ from nvflare.app_opt.pt.decomposers import TensorDecomposer
 from nvflare.fuel.utils import fobs
 from pydantic import Field
 
-from ..adapter import AdapterUpdate, RoundTask
+from ..adapter import Adapter, AdapterUpdate, RoundTask
 from ..aggregation.admit import check_terms, check_values
 from ..aggregation.combine import Combined, combine, per_step
 from ..aggregation.late import trained_from
@@ -62,9 +62,13 @@ class AdapterAggregator(ModelAggregator):
         if event_type == EventType.START_RUN:
             fobs.register(TensorDecomposer)
 
-    def begin(self, task: RoundTask, settled: SettledPlan) -> None:
-        """Open a round in which the sites train from `task`, a round of `settled`."""
-        self.task, self.settled = task, settled
+    def begin(self, task: RoundTask, settled: SettledPlan, whole: Adapter | None = None) -> None:
+        """Open a round in which the sites train from `task`, a round of `settled`, whose adapter is as they receive it.
+
+        Args:
+            whole: the adapter as the server keeps it, where it is encoded for the way; None: as the sites receive it.
+        """
+        self.task, self.settled, self.whole = task, settled, whole
         self.reset_stats()
 
     def reset_stats(self) -> None:
@@ -81,7 +85,7 @@ class AdapterAggregator(ModelAggregator):
         """
         began = began or self.task
         names = began.adapter.descriptions()
-        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names)
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, began.plan.uplink)
         check_terms(update, self.settled.terms(update.site), began.adapter, self.task.manifest)
         check_values(update)
         check(self.how.weigh, update)
@@ -103,7 +107,7 @@ class AdapterAggregator(ModelAggregator):
         task, how, rank = self.task, self.settled.aggregation, self.settled.global_rank
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
-            return combine(task.adapter, task.manifest, updates, how, rank, self.memory)
+            return combine(task.adapter, task.manifest, updates, how, rank, self.memory, self.whole)
 
         try:
             return merge(updates)
@@ -114,7 +118,8 @@ class AdapterAggregator(ModelAggregator):
             return without_the_largest(merge, updates, why)
         except FmError as error:
             self.logger.error(f"round {task.round}: {error.message}; the adapter stays as it was")
-            return Combined(task.adapter, task.manifest, {}, memory=self.memory, failed=error.message)
+            as_it_was = self.whole or task.adapter
+            return Combined(as_it_was, task.manifest, {}, memory=self.memory, failed=error.message)
 
     def _log(self, combined: Combined) -> None:
         if combined.failed:

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from nvflare.app_common.utils.tensor_disk_offload_context import (
 from nvflare.app_common.workflows.model_controller import ModelController
 from pydantic import Field
 
+from .. import transforms
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.step import Memory
@@ -38,6 +40,7 @@ from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..feasible import check_best
 from ..record.reason import Kind, Reason, Verdict
+from ..transforms.packed import pack
 from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
@@ -190,14 +193,24 @@ class FedPEFT(ModelController):
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
         saved = wire.read_saved(model.params, model.meta, "the server") if model.params else wire.Saved()
-        task = RoundTask(self.settled.of_round(number), saved.adapter, saved.manifest, number, self.num_rounds)
-        self.aggregator.begin(task, self.settled)
-        self._ask(task, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
+        whole = RoundTask(self.settled.of_round(number), saved.adapter, saved.manifest, number, self.num_rounds)
+        task, message = self._encoded(whole)
+        self.aggregator.begin(task, self.settled, whole.adapter if whole.plan.downlink else None)
+        self._ask(task, message, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
 
-    def _ask(self, task: RoundTask, name: str, sites: list[str], callback: Callable[[FLModel], bool]) -> None:
+    def _encoded(self, task: RoundTask) -> tuple[RoundTask, FLModel]:
+        """The task as the sites read it, and the message, encoded once for all of them."""
+        packed = pack(task.adapter, transforms.read(task.plan.downlink, "downlink"), "the server")
+        for event in packed.events:
+            self.info(f"round {task.round}, to each site: {event}")
+        received = replace(task, adapter=packed.adapter()) if packed.chain else task
+        return received, wire.write_task(task, packed)
+
+    def _ask(
+        self, task: RoundTask, message: FLModel, name: str, sites: list[str], callback: Callable[[FLModel], bool]
+    ) -> None:
         """Sends a task to all sites at once, and returns when the round is over."""
-        message = wire.write_task(task)
-        self.ledger = Ledger(task.round, self.num_rounds, sites, task.adapter.bytes())
+        self.ledger = Ledger(task.round, self.num_rounds, sites, task.adapter.bytes_sent())
         self._show()
         self._open = task
         self.send_model(task_name=name, data=message, targets=sites, callback=callback)
@@ -380,7 +393,7 @@ class FedPEFT(ModelController):
             return True
 
         sites = sorted(weights) if self.sites_per_round else self._free_sites(self.num_rounds)
-        self._ask(task, AppConstants.TASK_VALIDATION, sites, take)
+        self._ask(*self._encoded(task), AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.measured(measured, weights)
         self._close()
         self._consider(self.ledger.line.medians)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import transforms
 from ..errors import ConfigError
 from ..plan import (
     AdapterShape,
@@ -86,13 +87,20 @@ def _cost(
         plan,
         processes=job.sites[site].processes,
         widest=job.settled.merged_rank(ranks) if job.settled else job.plan.rank,
-        starts_at=job.adapter.bytes() if job.adapter else 0,
+        starts_at=_starts_at(job),
         adapter=adapter,
         base=base,
         seconds_per_step=rate,
         memory_bytes=None if has is None else has * 2**30,
         trains=bool(job.rounds),
     )
+
+
+def _starts_at(job: Job) -> int:
+    """Bytes of the adapter that the job brings, as it goes to each site; to be measured only, it travels as it is."""
+    chain = transforms.read(job.plan.downlink if job.rounds else (), "downlink")
+    found = job.adapter.descriptions() if job.adapter else {}
+    return sum(chain.encoded(name, tensor).bytes for name, tensor in found.items())
 
 
 def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, AdapterShape | None]:
@@ -102,7 +110,7 @@ def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, 
         return shapes(model, job.sites[site].overrides.applied(job.plan))
     if job.adapter:
         sizes = {layer: job.adapter.lora[layer].shape for layer in job.adapter.lora}
-        return None, AdapterShape(sizes, sum(tensor.numel() for tensor in job.adapter.dense.values()))
+        return None, AdapterShape(sizes, tuple(tensor.numel() for tensor in job.adapter.dense.values()))
     return None, None
 
 

@@ -28,7 +28,7 @@ class Ledger:
     round: int
     total_rounds: int
     asked: list[str]
-    bytes_down: int  # of the task's tensors, to each site
+    bytes_down: int  # of the task's tensors as they travel, to each site
     answered: list[str] = field(default_factory=list)  # sites whose update was accepted, in the order they came
     out: dict[str, Reason] = field(default_factory=dict)  # site → why it does not count in this round
     late: list[str] = field(default_factory=list)  # sites that answered an earlier round during this one
@@ -137,7 +137,7 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
 
 def _contribution(update: AdapterUpdate, weight: float) -> Contribution:
     return Contribution(
-        **asdict(update.report), weight=weight, staleness=update.staleness, bytes_up=update.adapter.bytes()
+        **asdict(update.report), weight=weight, staleness=update.staleness, bytes_up=update.adapter.bytes_sent()
     )
 
 

@@ -23,9 +23,12 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
+from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
 from ..site.site_config import load_site
+from ..transforms import Chain
+from ..transforms.packed import pack
 from . import wire
 
 if TYPE_CHECKING:
@@ -112,7 +115,8 @@ class Post:
         worker = self._hire()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            return wire.write_submission(adapter, manifest, self._asked)
+            chain = transforms.read(self._asked.uplink, "uplink") if self._asked else Chain()
+            return wire.write_submission(adapter, manifest, self._asked, pack(adapter, chain, worker.site))
         task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
@@ -123,20 +127,25 @@ class Post:
             return wire.write_metrics(metrics)
         update = worker.train(task)
         self._asked = wire.read_task(message).plan
-        return wire.write_update(update)
+        packed = worker.packed(update, task.plan)
+        for event in packed.events:
+            logger.info("round %d: %s", task.round, event)
+        return wire.write_update(update, packed)
 
     def _hire(self) -> "Worker":
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
             from ..site import secret
             from ..site.confine import confine
+            from ..site.kept_state import KeptState
             from ..site.own_adapter import OwnAdapter
             from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept)
+            state = KeptState(self.job_folder)
+            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
         return self._worker
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -16,10 +16,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, Description, Lazy, Manifest, Report, RoundTask, from_tensors
-from ..aggregation.admit import MOST_TENSORS, TYPES, check_form
-from ..config import TaskPlan
+from .. import transforms
+from ..adapter import Adapter, AdapterUpdate, Described, Description, Lazy, Manifest, Report, RoundTask
+from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
+from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
+from ..transforms import Chain, Parcel
+from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
 
 KEY, VERSION = "nvflare_fm", 1
@@ -27,13 +30,28 @@ ROUND_OVER = "nvflare_fm.round_over"  # the server's word to sites that are stil
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _LONGEST_NAME = 256
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+_DTYPES = {  # as safetensors calls them
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SCALES = TypeAdapter(dict[str, Annotated[float, Field(strict=True, gt=0, le=1e6)]])
 _MANIFEST, _REPORT, _METRICS = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(Metrics)
 _DECIDED = TypeAdapter(dict[str, Any])
 _LOWERED = TypeAdapter(Annotated[tuple[Text, ...], Field(max_length=16)])
+_BY = TypeAdapter(Rules)
 _ROUND = TypeAdapter(Annotated[int, Field(strict=True, ge=0, le=10**6)] | None)
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a message says of a tensor that travels encoded."""
+
+    shape: Annotated[tuple[Annotated[int, Field(strict=True, ge=0, le=MOST_BYTES)], ...], Field(max_length=8)]
+    dtype: Literal["F32", "BF16", "F16"]
+
+
+_WHOLE = TypeAdapter(dict[str, _Before])
 
 
 @dataclass(frozen=True)
@@ -46,13 +64,19 @@ class Saved:
     plan: TaskPlan | None = None
 
 
-def write_saved(saved: Saved) -> FLModel:
-    meta = _described(saved.adapter, saved.manifest)
+def write_saved(saved: Saved, packed: Packed | None = None) -> FLModel:
+    """An adapter and what is known of it, as a message.
+
+    Args:
+        packed: the adapter encoded for its way; None: it travels as it is.
+    """
+    packed = packed or _plainly(saved.adapter)
+    meta = _described(packed, saved.manifest)
     if saved.round is not None:
         meta["round"] = saved.round
     if saved.plan is not None:
         meta["plan"] = saved.plan.model_dump(mode="json")
-    return _model(saved.adapter, meta)
+    return _model(packed, meta)
 
 
 def read_saved(params: Mapping[str, Any] | None, meta: Mapping[str, Any], sender: str) -> Saved:
@@ -72,9 +96,13 @@ def read_saved(params: Mapping[str, Any] | None, meta: Mapping[str, Any], sender
     )
 
 
-def write_task(task: RoundTask) -> FLModel:
-    """What the server sends. Nothing in it says who the sites are or what they sent."""
-    model = write_saved(Saved(task.adapter, task.manifest, plan=task.plan))
+def write_task(task: RoundTask, packed: Packed | None = None) -> FLModel:
+    """What the server sends. Nothing in it says who the sites are or what they sent.
+
+    Args:
+        packed: the task's adapter, encoded once for all sites; None: it travels as it is.
+    """
+    model = write_saved(Saved(task.adapter, task.manifest, plan=task.plan), packed)
     model.current_round, model.total_rounds = task.round, task.total_rounds
     return model
 
@@ -136,26 +164,37 @@ def read_decided(model: FLModel) -> RoundTask:
     return replace(task, plan=plan, lowered=_typed(_LOWERED, decided, "lowered", "the site's gate"))
 
 
-def write_update(update: AdapterUpdate) -> FLModel:
+def write_update(update: AdapterUpdate, packed: Packed | None = None) -> FLModel:
     """What a site sends. The metrics of the adapter it received go where NVFlare's own widgets look for them.
 
     Without labels: the server named them itself, and no list of them leaves a site.
+
+    Args:
+        packed: the update's adapter, encoded by the plan's `uplink`; None: it travels as it is.
     """
-    meta = _described(update.adapter, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
-    return _model(update.adapter, meta, metrics=dict(update.report.before) or None)
+    packed = packed or _plainly(update.adapter)
+    meta = _described(packed, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
+    return _model(packed, meta, metrics=dict(update.report.before) or None)
 
 
-def read_update(model: FLModel, site: str, labels: tuple[str, ...] = (), names: Collection[str] = ()) -> AdapterUpdate:
+def read_update(
+    model: FLModel, site: str, labels: tuple[str, ...] = (), names: Collection[str] = (), uplink: Rules = ()
+) -> AdapterUpdate:
     """The inverse of `write_update`. `site` is who NVFlare authenticated, whatever the message says.
 
     Args:
         labels: that the site was asked to train with.
         names: that its tensors must have; empty: any.
+        uplink: the transforms that it was asked to apply, in this order.
 
     Raises:
         WireError: names the site and what is missing.
     """
     content = _content(model.meta, site)
+    if _transforms(content, site) != uplink:
+        raise WireError(
+            f"{site} did not encode its adapter by the plan's uplink; update nvflare_fm there", code="other_encoding"
+        )
     report = _typed(_REPORT, content, "report", site)
     report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site))
     manifest = _typed(_MANIFEST, content, "manifest", site)
@@ -172,10 +211,12 @@ def read_update(model: FLModel, site: str, labels: tuple[str, ...] = (), names: 
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
 
 
-def write_submission(adapter: Adapter, manifest: Manifest, plan: TaskPlan | None) -> FLModel:
+def write_submission(
+    adapter: Adapter, manifest: Manifest, plan: TaskPlan | None, packed: Packed | None = None
+) -> FLModel:
     """What a site sends for others to measure: an adapter and the plan it was trained by, both without labels."""
     plan = plan.model_copy(update={"labels": ()}) if plan else None
-    return write_saved(Saved(adapter, replace(manifest, labels=()), plan=plan))
+    return write_saved(Saved(adapter, replace(manifest, labels=()), plan=plan), packed)
 
 
 def labelled(task: RoundTask, labels: tuple[str, ...]) -> RoundTask:
@@ -241,13 +282,21 @@ def plain(value: Any) -> Any:
     raise WireError(f"a {type(value).__name__} cannot travel in a message; send numbers and texts")
 
 
-def _model(adapter: Adapter, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> FLModel:
-    params = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors().items()}
+def _plainly(adapter: Adapter) -> Packed:
+    return pack(adapter, Chain(), "this sender")
+
+
+def _model(packed: Packed, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> FLModel:
+    tensors = packed.parcel.tensors
+    params = {name: tensors[name].detach().cpu().contiguous() for name in tensors}
     return FLModel(params_type=ParamsType.FULL, params=params, metrics=metrics, meta={KEY: meta})
 
 
-def _described(adapter: Adapter, manifest: Manifest | None) -> dict[str, Any]:
-    described = {"version": VERSION, "scales": adapter.scales()}
+def _described(packed: Packed, manifest: Manifest | None) -> dict[str, Any]:
+    described: dict[str, Any] = {"version": VERSION, "scales": dict(packed.whole.scales)}
+    if packed.chain:
+        whole = {n: {"shape": list(t.shape), "dtype": _NAMES[t.dtype]} for n, t in packed.whole.tensors.items()}
+        described["encoded"] = {"by": plain(packed.chain.entries), "tensors": whole}
     return described | ({"manifest": plain(asdict(manifest))} if manifest else {})
 
 
@@ -267,20 +316,72 @@ def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
     """What came, as far as it can be told without reading a tensor.
 
     Raises:
-        WireError: it is no adapter.
+        WireError, ConfigError: it is no adapter, or encoded in a way that is not known here.
     """
     if not isinstance(params, Mapping):
         raise WireError(
             f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="no_tensors"
         )
-    for what, found in (("tensors", params), ("scales", content.get("scales"))):
-        if isinstance(found, Mapping) and len(found) > MOST_TENSORS:  # before each of them is looked at
-            raise WireError(f"{sender} sent {len(found)} {what}, {MOST_TENSORS} are read", code="too_many_tensors")
+    _check_few(sender, tensors=params, scales=content.get("scales"))
     scales = _typed(_SCALES, content, "scales", sender)
-    described = {name: _description(name, value, sender) for name, value in params.items()}
-    adapter = from_tensors(Lazy(params, lambda name: _fetched(params[name])), scales, sender, described)
+    sent = {name: _description(name, value, sender) for name, value in params.items()}
+    chain = transforms.read(_transforms(content, sender), f"what {sender} sent")
+    whole = _whole(content, sender) if chain else sent
+    _check_encoded(chain, sent, whole, sender)
+    for name, tensor in whole.items():
+        if tensor.dtype not in TYPES:
+            raise WireError(
+                f"{sender} sent values in {name!r} that are not float32, bfloat16 or float16; only these are merged",
+                code="tensor_type",
+            )
+    parcel = Parcel(sender, Lazy(params, lambda name: _fetched(params[name])), sent)
+    adapter = Packed(chain, parcel, Described(whole, scales)).adapter()
     check_form(adapter, sender)
     return adapter
+
+
+def _transforms(content: Mapping[str, Any], sender: str) -> Rules:
+    """The transforms that a message says its tensors went through."""
+    if "encoded" not in content:
+        return ()
+    found = content["encoded"]
+    return _typed(_BY, found if isinstance(found, Mapping) else {}, "by", sender)
+
+
+def _whole(content: Mapping[str, Any], sender: str) -> dict[str, Description]:
+    """What the tensors of a message were before they were encoded, as it says."""
+    _check_few(sender, descriptions=content["encoded"].get("tensors"))
+    found = _typed(_WHOLE, content["encoded"], "tensors", sender)
+    return {name: Description(each.shape, _DTYPES[each.dtype]) for name, each in found.items()}
+
+
+def _check_encoded(
+    chain: Chain, sent: Mapping[str, Description], whole: Mapping[str, Description], sender: str
+) -> None:
+    """Hold each tensor that came against what its transforms make of the tensor it is said to have been.
+
+    Raises:
+        WireError: another tensor came, or one of another size or type, so that it cannot be decoded.
+    """
+    if sent.keys() != whole.keys():
+        raise WireError(
+            f"{sender} sent {len(sent)} tensors and described {len(whole)} others; update nvflare_fm there",
+            code="encoded_names",
+        )
+    for name, before in whole.items():
+        if sent[name] != chain.encoded(name, before):
+            raise WireError(
+                f"{sender} sent {name!r} as {sent[name].shape} numbers of {sent[name].dtype}, which is not what "
+                f"{', '.join(chain.transforms)} makes of {before.shape}; update nvflare_fm there",
+                code="encoded_size",
+            )
+
+
+def _check_few(sender: str, **found: Any) -> None:
+    """Before each of them is looked at."""
+    for what, several in found.items():
+        if isinstance(several, Mapping) and len(several) > MOST_TENSORS:
+            raise WireError(f"{sender} sent {len(several)} {what}, {MOST_TENSORS} are read", code="too_many_tensors")
 
 
 def _description(name: Any, value: Any, sender: str) -> Description:
@@ -300,9 +401,10 @@ def _description(name: Any, value: Any, sender: str) -> Description:
             shape, dtype = tuple(header.get_shape()), _DTYPES.get(header.get_dtype())
     else:
         raise WireError(f"{sender} sent a {type(value).__name__} for {name!r}; a tensor is needed", code="tensor_type")
-    if dtype not in TYPES:
+    if dtype not in _NAMES:
         raise WireError(
-            f"{sender} sent values in {name!r} that are not float32, bfloat16 or float16; only these are merged",
+            f"{sender} sent {name!r} as a tensor of a type or layout that does not travel; only plain float32, "
+            "bfloat16, float16 and uint8 do",
             code="tensor_type",
         )
     return Description(shape, dtype)

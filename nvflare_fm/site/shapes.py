@@ -90,7 +90,7 @@ def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:
     """Of an adapter's tensors under PEFT's saved names."""
     layers = sorted(name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A))
     sizes = {n: (tensors[n + LORA_B].shape[0], tensors[n + LORA_A].shape[1]) for n in layers}
-    return AdapterShape(sizes, sum(t.numel() for n, t in tensors.items() if not n.endswith((LORA_A, LORA_B))))
+    return AdapterShape(sizes, tuple(t.numel() for n, t in tensors.items() if not n.endswith((LORA_A, LORA_B))))
 
 
 def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:

@@ -13,15 +13,18 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
+from ..transforms.packed import Packed, pack
 from . import base_model, data, distributed, evaluation, memory, training
 from .attach import base_class, trained_modules
 from .base_model import BaseModel
 from .data import SiteData
 from .fingerprint import read_config
+from .kept_state import KeptState
 from .own_adapter import OwnAdapter, shared_half
 from .peft_methods import Attachment, attachment_of
 from .policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
@@ -64,9 +67,11 @@ class Worker:
         log: training.Log | None = None,
         own: OwnAdapter | None = None,
         secret: bytes = b"",
+        kept: KeptState | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
+        self.kept = kept or KeptState()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         quiet()
@@ -158,6 +163,19 @@ class Worker:
         if self._last is None:
             raise WireError(f"{self.site} has trained no adapter in this job yet; ask again after a round")
         return self._last
+
+    def packed(self, update: AdapterUpdate, plan: RoundPlan) -> Packed:
+        """An update's adapter as it leaves this site, by the plan's `uplink`; what that loses goes into the next one.
+
+        Raises:
+            WireError: a tensor cannot be sent.
+            ModelError: what is kept for the next round cannot be read or written.
+        """
+        chain = transforms.read(plan.uplink, "uplink")
+        packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
+        if chain:
+            self.kept.keep(packed.kept)
+        return packed
 
     @contextmanager
     def _within_time(self) -> Iterator[Callable[[], bool]]:

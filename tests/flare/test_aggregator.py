@@ -12,15 +12,17 @@ import torch
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
 
+from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
 from nvflare_fm.combination import settle
-from nvflare_fm.config import Aggregation, SiteOverrides
+from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.transforms.packed import pack
 
 from .messages import MANIFEST, PLAN, SETTLED, adapter, same, update
 
@@ -57,6 +59,55 @@ def test_the_result_is_the_same_bits_for_every_order_of_arrival() -> None:
 def test_what_a_job_leaves_out_is_what_the_settings_say(kind: type) -> None:
     said, usual = signature(kind).parameters, Aggregation().model_dump()
     assert {name: said[name].default for name in usual if name in said} == {n: usual[n] for n in usual if n in said}
+
+
+INT8 = TaskPlan.read(PLAN.model_dump() | {"uplink": ["int8"], "downlink": ["int8"]}, "plan")
+
+
+def encoded_round(whole: Adapter) -> tuple[AdapterAggregator, RoundTask]:
+    """A round whose task travels in int8, as the sites read it."""
+    chain = transforms.read(INT8.downlink, "downlink")
+    task = RoundTask(INT8, pack(whole, chain, "the server").adapter(), MANIFEST, 1, 2)
+    aggregator = AdapterAggregator()
+    aggregator.begin(task, replace(settle(PLAN, Aggregation()), aggregation=aggregator.how), whole)
+    return aggregator, task
+
+
+def encoded_arrival(sent: AdapterUpdate) -> FLModel:
+    model = wire.write_update(sent, pack(sent.adapter, transforms.read(INT8.uplink, "uplink"), sent.site))
+    model.meta["client_name"] = sent.site
+    return model
+
+
+def test_what_a_site_changed_of_the_rounded_adapter_is_added_to_the_exact_one() -> None:
+    """A site that changed nothing changes nothing, and what the encoding rounded away is not lost."""
+    whole = adapter(9)
+    aggregator, task = encoded_round(whole)
+    received = Adapter({n: p.rescaled(4.0) for n, p in task.adapter.lora.items()}, dict(task.adapter.dense))
+    aggregator.accept_model(encoded_arrival(replace(update("alder", 0), adapter=received)))
+    aggregator.aggregate_model()
+    assert aggregator.combined
+    for layer, pair in aggregator.combined.adapter.lora.items():
+        torch.testing.assert_close(pair.delta(), whole.lora[layer].delta(), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(received.lora[layer].delta(), whole.lora[layer].delta(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(aggregator.combined.adapter.dense, dict(whole.dense))
+
+
+def test_where_nothing_can_be_merged_the_exact_adapter_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = adapter(9)
+    aggregator, _ = encoded_round(whole)
+    aggregator.accept_model(encoded_arrival(update("alder", 0)))
+    monkeypatch.setattr("nvflare_fm.flare.aggregator.combine", lambda *_: 1 / 0)
+    model = aggregator.aggregate_model()
+    assert same(wire.read_saved(model.params, model.meta, "test").adapter, whole)
+
+
+def test_an_update_that_is_not_encoded_as_the_plan_asks_does_not_count() -> None:
+    aggregator, _ = encoded_round(adapter(9))
+    with pytest.raises(WireError) as refused:
+        aggregator.accept_model(arrival(update("alder", 0)))
+    assert refused.value.code == "other_encoding"
+    assert not aggregator.updates
 
 
 def test_metrics_are_means_by_the_weights_of_the_merge() -> None:

@@ -66,15 +66,16 @@ def a_round(sent: Mapping[str, list[FLModel]], when: str, **settings: Any) -> Ad
     """A whole round at the server, to the line that it writes about it."""
     rule = merge.registry[settings.get("merge", "exact")]
     how = Aggregation.read({"max_staleness": 1 if when == "late" else 0, **settings}, "aggregator")
-    plan = settle(ASKED, how)
+    settled = settle(ASKED, how)
     whole, began = adapter(9), adapter(8)
     if rule.shares == "A":
         whole = Adapter({}, {**whole.dense, **{n + LORA_A: p.A for n, p in whole.lora.items()}})
     aggregator = AdapterAggregator(how.model_dump())
-    aggregator.begin(RoundTask(plan, *((Adapter(), None) if when == "first" else (whole, MANIFEST)), 5, 9), rank=3)
+    start = (Adapter(), None) if when == "first" else (whole, MANIFEST)
+    aggregator.begin(RoundTask(settled.plan, *start, 5, 9), settled)
     for place, message in enumerate(sent[rule.shares]):
         is_late = when == "late" and place == 0
-        aggregator.accept_model(message, RoundTask(plan, began, MANIFEST, 4, 9) if is_late else None)
+        aggregator.accept_model(message, RoundTask(settled.plan, began, MANIFEST, 4, 9) if is_late else None)
     aggregator.aggregate_model()
     assert aggregator.combined
     assert not aggregator.combined.failed

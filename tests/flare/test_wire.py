@@ -15,12 +15,14 @@ from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict, _LazyRef
 from nvflare.fuel.utils import fobs
 from safetensors.torch import save_file
 
+from nvflare_fm import transforms
 from nvflare_fm.adapter import LORA_A, Adapter, LoraPair, RoundTask
-from nvflare_fm.config import TaskPlan
-from nvflare_fm.errors import WireError
+from nvflare_fm.config import Rules, TaskPlan
+from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
+from nvflare_fm.transforms.packed import pack
 
-from .messages import MANIFEST, adapter, same, update
+from .messages import LAYERS, MANIFEST, adapter, same, update
 
 
 def posted(model: FLModel) -> FLModel:
@@ -189,6 +191,98 @@ def test_tensors_left_on_disk_are_described_unread_and_fetched_one_layer_at_a_ti
     halved = replace(pair, scale=pair.scale / 2)
     torch.testing.assert_close(2 * halved.delta(), its.delta())
     assert same(got.adapter, sent.adapter)
+
+
+INT8 = transforms.read(("int8",), "uplink")
+
+
+def encoded(site: str = "alder", seed: int = 1) -> tuple[FLModel, Adapter]:
+    """A site's message in int8, and the adapter that its receiver reads."""
+    sent = update(site, seed)
+    packed = pack(sent.adapter, INT8, site)
+    return wire.write_update(sent, packed), packed.adapter()
+
+
+def test_an_encoded_update_arrives_as_its_sender_decodes_it_and_its_bytes_are_those_sent() -> None:
+    message, expected = encoded()
+    got = wire.read_update(posted(message), "alder", uplink=("int8",))
+    assert same(got.adapter, expected)
+    travelled = sum(t.numel() * t.element_size() for t in message.params.values())
+    assert got.adapter.bytes_sent() == travelled < got.adapter.bytes() == update("alder", 1).adapter.bytes()
+
+
+def test_a_task_and_a_submission_arrive_encoded_and_tell_how() -> None:
+    task = RoundTask(TaskPlan(downlink=("int8",)), adapter(0), MANIFEST, 4, 9)
+    packed = pack(task.adapter, INT8, "the server")
+    assert same(wire.read_task(posted(wire.write_task(task, packed))).adapter, packed.adapter())
+    message = wire.write_submission(adapter(0), MANIFEST, TaskPlan(uplink=("int8",)), packed)
+    assert same(wire.read_task(posted(message)).adapter, packed.adapter())
+
+
+@pytest.mark.usefixtures("malformed_allowed")
+def test_an_encoded_tensor_left_on_disk_is_described_unread_and_decoded_when_it_is_read(
+    tmp_path: Path, fetched: list[str]
+) -> None:
+    message, expected = encoded()
+    got = wire.read_update(on_disk(message, tmp_path), "alder", uplink=("int8",))
+    assert got.adapter.descriptions() == expected.descriptions()
+    assert got.adapter.bytes_sent() == expected.bytes_sent()
+    assert fetched == []
+    assert same(got.adapter, expected)
+
+
+@pytest.mark.parametrize(("sends", "asked"), [((), ("int8",)), (("int8",), ()), (("int8",), ("bf16",))])
+def test_a_site_that_encodes_otherwise_than_asked_is_refused(sends: Rules, asked: Rules) -> None:
+    sent = update("alder", 1)
+    message = wire.write_update(sent, pack(sent.adapter, transforms.read(sends, "uplink"), "alder"))
+    with pytest.raises(WireError) as refused:
+        wire.read_update(message, "alder", uplink=asked)
+    assert refused.value.code == "other_encoding"
+
+
+LAYER_A = sorted(LAYERS)[0] + LORA_A
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda m: m.params.update({LAYER_A: m.params[LAYER_A][:-1]}), "encoded_size"),
+        (lambda m: m.params.update({LAYER_A: m.params[LAYER_A].char()}), "tensor_type"),
+        (lambda m: m.params.update({LAYER_A: torch.ones(3, 5)}), "encoded_size"),
+        (lambda m: of_tensor(m).update(shape=[3, 6]), "encoded_size"),
+        (lambda m: of_tensor(m).update(shape=[2**35] * 8), "encoded_size"),
+        (lambda m: of_tensor(m).update(shape=[2] * 9), "wrong_type"),
+        (lambda m: of_tensor(m).update(shape=[-3, -5]), "wrong_type"),
+        (lambda m: of_tensor(m).update(dtype="F64"), "wrong_type"),
+        (lambda m: m.meta[wire.KEY]["encoded"]["tensors"].pop(LAYER_A), "encoded_names"),
+        (
+            lambda m: m.meta[wire.KEY]["encoded"].update(tensors=dict.fromkeys(map(str, range(70_000)))),
+            "too_many_tensors",
+        ),
+        (lambda m: m.meta[wire.KEY]["encoded"].update(by="int8 "), "wrong_type"),
+        (lambda m: m.meta[wire.KEY]["encoded"].pop("by"), "no_by"),
+    ],
+)
+def test_a_description_that_does_not_fit_what_came_is_refused(damage: Any, code: str) -> None:
+    message, _ = encoded()
+    damage(message)
+    with pytest.raises(WireError) as refused:
+        wire.read_update(message, "alder", uplink=("int8",))
+    assert refused.value.code == code
+
+
+def of_tensor(message: FLModel) -> dict[str, Any]:
+    found: dict[str, Any] = message.meta[wire.KEY]["encoded"]["tensors"][LAYER_A]
+    return found
+
+
+def test_a_transform_that_a_site_does_not_know_is_refused_by_code() -> None:
+    task = RoundTask(TaskPlan(), adapter(0), MANIFEST)
+    message = wire.write_task(task, pack(task.adapter, INT8, "the server"))
+    message.meta[wire.KEY]["encoded"]["by"] = ["int4"]
+    with pytest.raises(ConfigError) as refused:
+        wire.read_task(message)
+    assert refused.value.code == "unknown_name"
 
 
 class Colour(Enum):

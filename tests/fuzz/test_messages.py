@@ -21,13 +21,17 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from torch import Tensor
 
+from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, Report, RoundTask
+from nvflare_fm.combination import settle
+from nvflare_fm.config import Rules
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.record.round import read_line, written
+from nvflare_fm.transforms.packed import pack
 from tests.flare.messages import MANIFEST, PLAN, adapter, update
 
 HONEST = ("alder", "birch", "cedar")
@@ -56,30 +60,37 @@ def honest(site: str, seed: int, state: Adapter) -> AdapterUpdate:
     return replace(one, report=replace(one.report, steps=STEPS, label_skew=0.1, tokens=9, seconds=1.0))
 
 
-def message(sent: AdapterUpdate) -> FLModel:
-    model = wire.write_update(sent)
+def message(sent: AdapterUpdate, uplink: Rules = ()) -> FLModel:
+    model = wire.write_update(sent, pack(sent.adapter, transforms.read(uplink, "uplink"), sent.site))
     model.meta["client_name"] = sent.site
     return model
 
 
 STATES = (Adapter(), adapter(9))
 FOUND = {place: [honest(site, i, state) for i, site in enumerate(HONEST)] for place, state in enumerate(STATES)}
-SENT = {place: [message(one) for one in found] for place, found in FOUND.items()}
-WORTH = {place: message(honest("dogwood", 5, state)) for place, state in enumerate(STATES)}  # what is then changed
+UPLINKS: tuple[Rules, ...] = ((), ("int8",))
+SENT = {(place, up): [message(one, up) for one in found] for place, found in FOUND.items() for up in UPLINKS}
+WORTH = {  # what is then changed
+    (place, up): message(honest("dogwood", 5, state), up) for place, state in enumerate(STATES) for up in UPLINKS
+}
 JOBS: tuple[dict[str, Any], ...] = (
     {},
     {"weigh": ["examples"]},
     {"weigh": ["loss"], "normalize_steps": True},
     {"merge": "factor_mean"},
     {"merge": "stack", "weigh": ["norm", "agreement"]},
+    {},
 )
+ENCODED = len(JOBS) - 1  # the job in which the sites are asked for int8
 
 # --- what a message is turned into
 
 EVIL = "\x1b[2J\n\u202egnp.exe\x00"
 VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 1, 10**9, 10**400, math.nan, math.inf, -math.inf, 1e300, 5e-324, 1e-9, "", "1", EVIL,
-    "x" * 100_000, b"\xff", (), [], {}, set(), [[[[[[]]]]]], {"a": {"b": {"c": 1}}}, {EVIL: EVIL}, {1: 2},
+    "x" * 100_000, b"\xff", (), [], {}, set(),
+    ["int8"], ["bf16"], ["int8", "int8"], [{"rule": "int8", "x": 1}], [2**35] * 8, [2], [0, 5], [-1], "F32", "F64",
+    {"shape": [2], "dtype": "F32"}, [[[[[[]]]]]], {"a": {"b": {"c": 1}}}, {EVIL: EVIL}, {1: 2},
     dict.fromkeys(map(str, range(999)), 1.0), list(range(5000)), object(), torch.ones(2), torch.tensor(math.nan),
     numpy.float64(3.0), numpy.ones(3), "lora", "causal_lm", {"loss": "low"}, {"loss": math.nan}, {"loss": 1e308},
     {"loss": 1.0, EVIL: 2.0}, [EVIL], ["a"] * 1000,
@@ -133,13 +144,19 @@ TENSORS: tuple[Callable[[Tensor], Any], ...] = (
     lambda t: t * 0,
     lambda t: torch.full_like(t, 1e18),
     lambda t: torch.full_like(t, -1e8),
+    lambda t: t.contiguous().view(torch.uint8),
+    lambda t: (t.flatten().contiguous().view(torch.uint8) ^ 255).view(t.dtype).reshape(t.shape),
+    lambda t: t.char(),
 )
 REPORT = (*Report.__dataclass_fields__, "more")
 PLACES: tuple[tuple[str, ...], ...] = (
     *(("report", name) for name in REPORT),
     *(("manifest", name) for name in ("base", "task", "peft", "base_class", "labels", "adapter_config")),
     *(("scales", "all"), ("scales", "one"), ("scales", "more")),
-    *((name,) for name in ("version", "scales", "manifest", "report", "round", "plan", "refused", "more")),
+    *(("encoded", name) for name in ("by", "tensors", "more")),
+    *(("encoded", "tensors", name) for name in ("one", "all", "more")),
+    *(("encoded", "tensors", "head", name) for name in ("shape", "dtype")),
+    *((name,) for name in ("encoded", "version", "scales", "manifest", "report", "round", "plan", "refused", "more")),
 )
 Change = Callable[[FLModel], None]
 
@@ -255,7 +272,10 @@ SERVERS = {
 LOGGERS = {
     logging.getLogger(name) for name in (wire.__name__, SERVERS[0].logger.name, SERVERS[0].aggregator.logger.name)
 }
-SETTLED = {place: replace(server.settled, global_rank=24) for place, server in SERVERS.items()}
+SETTLED = {
+    place: settle(PLAN.model_copy(update={"uplink": UPLINKS[place == ENCODED]}), server.aggregator.how)
+    for place, server in SERVERS.items()
+}
 
 
 ACCEPTED: dict[tuple[int, int], dict[str, AdapterUpdate]] = {}  # what the honest sites sent is read once
@@ -270,7 +290,7 @@ def opened(job: int, late: int) -> FedPEFT:
     task = RoundTask(SETTLED[job].plan, state, MANIFEST if state else None, late, 9)
     server.aggregator.begin(task, SETTLED[job])
     if (job, late) not in ACCEPTED:
-        for sent in SENT[late]:
+        for sent in SENT[late, UPLINKS[job == ENCODED]]:
             server.aggregator.accept_model(sent)
         ACCEPTED[job, late] = server.aggregator.updates
     server.aggregator.updates = dict(ACCEPTED[job, late])
@@ -300,7 +320,7 @@ def test_no_update_ends_the_job_or_bends_it_beyond_the_clip_or_writes_into_its_l
     for logger in LOGGERS:
         logger.addHandler(said)
     try:
-        taken = server._take(changed(WORTH[late], by))
+        taken = server._take(changed(WORTH[late, UPLINKS[job == ENCODED]], by))
         assert taken == ("dogwood" in server.aggregator.updates)
         if taken:
             merged(server, late)
@@ -332,7 +352,7 @@ def merged(server: FedPEFT, late: int) -> None:
 def test_no_return_code_and_nothing_that_is_no_message_raises(code, by, late):
     """What NVFlare gives us before a message is read: where it fails, it ends the round of all sites."""
     server = opened(0, late)
-    result = FLModelUtils.to_shareable(WORTH[late])
+    result = FLModelUtils.to_shareable(WORTH[late, ()])
     result.set_return_code(code)
     server._accept_train_result("dogwood", result, server.fl_ctx)
     server.process_result_of_unknown_task(_Client, "train", "7", result, server.fl_ctx)
@@ -368,7 +388,8 @@ def read_or_refused(read: Callable[[], Any]) -> tuple[Any, str]:
 
 # --- the site: what a hostile server sends
 
-TASK = wire.write_task(RoundTask(PLAN, STATES[1], MANIFEST, 3, 9))
+TASK = RoundTask(PLAN, STATES[1], MANIFEST, 3, 9)
+TASKS = [wire.write_task(TASK, pack(TASK.adapter, transforms.read(down, "downlink"), "it")) for down in UPLINKS]
 PLAN_PLACES = tuple(("plan", name) for name in (*PLAN.model_dump(), "more"))
 of_task = st.one_of(
     changes,
@@ -378,12 +399,14 @@ of_task = st.one_of(
 )
 
 
-@given(by=st.lists(of_task, min_size=1, max_size=3))
-def test_whatever_the_server_sends_a_site_reads_it_or_says_what_is_wrong(by):
-    sent = changed(TASK, by)
+@given(by=st.lists(of_task, min_size=1, max_size=3), task=st.sampled_from(TASKS))
+def test_whatever_the_server_sends_a_site_reads_it_or_says_what_is_wrong(by, task):
+    sent = changed(task, by)
     sent.current_round = 3 if sent.current_round is None else sent.current_round
     task, _ = read_or_refused(lambda: wire.read_task(sent))
     assert task is None or (task.round >= 0 and task.total_rounds >= 1)
+    if task is not None:
+        read_or_refused(task.adapter.tensors)
     read_or_refused(lambda: wire.read_plan(sent))
     reason = wire.refused(sent)
     assert reason is None or reason.isprintable()

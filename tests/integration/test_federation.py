@@ -15,10 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from nvflare_fm import export
+from nvflare_fm import export, transforms
 from nvflare_fm.cli import app
 from nvflare_fm.flare import allow_list, components
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
+from nvflare_fm.transforms.packed import pack
 from tests.site import tiny
 
 from .federation import PLAN, Federation, offers
@@ -47,6 +48,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
         keep_rounds=True,
         disk_offload=True,
         cross_site_evaluation=True,
+        uplink=["int8"],
+        downlink=["int8"],
         **PLAN,
     )
     (folder / "spied").mkdir()
@@ -105,12 +108,15 @@ def test_nvflare_finds_the_adapter_to_download(federation: Federation) -> None:
 
 def test_every_weight_loss_and_byte_is_on_record_at_the_server(federation: Federation) -> None:
     first, second, last = federation.rounds()
+    kept = [export.read_adapter(federation.server / "adapters" / f"round-00{number}")[0] for number in range(2)]
     for line in (first, second):
         assert math.isclose(sum(site["weight"] for site in line["sites"].values()), 1.0)
         assert line["energy_lost"]
         assert 1 <= line["step_size"] <= 1.5
         assert all(site["bytes_up"] > 0 and site["seconds"] > 0 for site in line["sites"].values())
-    assert first["bytes_down"] == 0 < second["bytes_down"]
+        assert all(3.5 * site["bytes_up"] < kept[line["round"]].bytes() for site in line["sites"].values())
+    sent = pack(kept[0], transforms.read(("int8",), "downlink"), "the server").parcel.bytes
+    assert (first["bytes_down"], second["bytes_down"]) == (0, sent)
     assert last["metrics"]["loss"] < first["metrics"]["loss"]
 
 
