@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tmp_path_factory.mktemp("bert"), "bert")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_every_method_and_baseline_runs_on_ones_own_folders(
     harness: dict[str, Any], sites: Path, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -245,7 +245,13 @@ CHANGED = {
     "continue_from_adapter": [*SMALL, "num_rounds=1"],
     "evaluate_adapter": [],
     "lora_instruction_tuning": SMALL,
-    "lora_mixed_hardware": [*SMALL, "sites.alder.rank=2", "sites.alder.quantization=fp32", "sites.birch.batch_size=2"],
+    "lora_mixed_hardware": [
+        *SMALL,
+        "sites.alder.rank=2",
+        "sites.alder.quantization=fp32",
+        "sites.birch.batch_size=2",
+        "processes=2",
+    ],
     "lora_text_classification": [*SMALL, "labels=calm,ill,well"],
     "lora_token_classification": [*SMALL, "labels=[calm, ill, well]"],
 }
