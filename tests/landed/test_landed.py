@@ -1,4 +1,4 @@
-"""An adapter and a job that an earlier commit wrote are read as they were meant; `write.py` tells how they were made."""
+"""An adapter and a job that an earlier commit wrote are read as they were meant; `write.py` says how."""
 
 from pathlib import Path
 
