@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-gpu test-oldest faults fuzz lint format clean
+.PHONY: demo test test-all test-gpu faults fuzz lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")

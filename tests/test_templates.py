@@ -250,7 +250,7 @@ CHANGED = {
         "sites.alder.rank=2",
         "sites.alder.quantization=fp32",
         "sites.birch.batch_size=2",
-        "processes=2",
+        "sites.birch.processes=2",
     ],
     "lora_text_classification": [*SMALL, "labels=calm,ill,well"],
     "lora_token_classification": [*SMALL, "labels=[calm, ill, well]"],
