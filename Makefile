@@ -5,26 +5,36 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all faults fuzz templates lint format clean
+# Three at a time on two processors: a test that starts NVFlare waits for it half of its time. One file stays with one.
+PYTEST := $(BIN)/python -m pytest -q
+AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test test-all test-gpu faults fuzz docs templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
 
-test: lint  ## everything that must hold
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: lint  ## all that must hold; minutes
+	$(PYTEST) $(AT_ONCE)
 
-test-all: lint  ## and the slow proofs: minutes more
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow or not slow"
+test-all: lint  ## and the slow proofs: planted bugs, every method of the comparison, tutorials, faults; hours
+	$(PYTEST) $(AT_ONCE) -m "slow or not slow"
+
+test-gpu: .venv/installed  ## what only a GPU can show; tiny models without one
+	$(PYTEST) -m "slow or not slow" tests/gpu
 
 faults: .venv/installed  ## processes of a running system killed at random moments, FAULTS_SEEDS of each; 15 minutes
-	$(BIN)/python -m pytest -q -m slow tests/deployment/test_kill_matrix.py
+	$(PYTEST) -m slow tests/deployment/test_kill_matrix.py
 
 fuzz: .venv/installed  ## the fuzz targets, each with FUZZ_EXAMPLES cases (100,000 unless set); hours
-	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -q -n 2 --timeout 0 tests/fuzz
+	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -n 2 --timeout 0 tests/fuzz
 
 templates: .venv/installed  ## job_templates/NAME from each NAME.toml, and docs/reference, from the fields of the settings
 	$(BIN)/python -m nvflare_fm.flare.render_template
 	$(BIN)/python docs/reference/write.py
+
+docs: .venv/docs  ## the documentation as a site, in runs/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -f .mkdocs.yml
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -41,4 +51,8 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[site,demo,dev]"
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@

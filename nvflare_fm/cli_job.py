@@ -42,7 +42,7 @@ def new(
         _explain(context, template)
         return
     if output is None:
-        raise ConfigError("say where the job goes: -o FOLDER")
+        raise ConfigError("say where the job goes: -o FOLDER", code="no_output")
     if not output.name.isprintable():
         raise ConfigError(f"a job is named after its folder, and {output.name!r} is no text", code="not_text")
     from .flare.new_job import write_job
@@ -56,7 +56,7 @@ def _setting(text: str) -> tuple[str, str]:
     if not text.isprintable():
         raise ConfigError(f"{text!r} holds what is no text; settings are text in UTF-8", code="not_text")
     if not (key and equals):
-        raise ConfigError(f"{text!r} sets nothing; write key=value")
+        raise ConfigError(f"{text!r} sets nothing; write key=value", code="no_assignment")
     return key.strip(), value.strip()
 
 

@@ -48,8 +48,10 @@ def _by_site(option: str, given: Sequence[str]) -> dict[str, Path]:
     for text in given:
         site, _, file = text.partition("=")
         if not (site and file):
-            raise ConfigError(f"{option} {text!r} names no file for a site; write {option} north=north.jsonl")
+            raise ConfigError(
+                f"{option} {text!r} names no file for a site; write {option} north=north.jsonl", code="no_file"
+            )
         if site in found:
-            raise ConfigError(f"{option} names two files for site {site!r}; one is enough")
+            raise ConfigError(f"{option} names two files for site {site!r}; one is enough", code="two_files")
         found[site] = Path(file)
     return found

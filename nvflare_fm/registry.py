@@ -49,7 +49,7 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         def add(entry: T) -> T:
             if name in self._entries:
-                raise ConfigError(f"two {self.kind}s are called {name!r}; rename one")
+                raise ConfigError(f"two {self.kind}s are called {name!r}; rename one", code="name_taken")
             self._entries[name] = entry
             return entry
 

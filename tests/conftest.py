@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, settings
 
 from tests import typechecking
 
-CORE = ["nvflare_fm.adapter", "nvflare_fm.lora", "nvflare_fm.aggregation"]
+CORE = [f"nvflare_fm.{name}" for name in ("adapter", "lora", "inner", "krylov", "aggregation")]
 jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
+
+FIRST = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_own_half", "test_templates")
 
 settings.register_profile(
     "suite",
@@ -50,6 +52,11 @@ def malformed_allowed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole systems first, longest first: the others wait on the processors while these wait for NVFlare."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

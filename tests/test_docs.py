@@ -109,6 +109,19 @@ def test_the_weight_of_the_how_to_is_one_that_a_job_can_ask_for_with_its_setting
     assert shares == pytest.approx({"a": 0.25, "b": 0.75})
 
 
+RUNS = 'recipe.run(SimEnv(sites, workspace_root="runs"))'
+
+
+def test_the_python_of_the_readme_makes_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run it is by `make test-all`."""
+    (first,) = blocks(README, "python")
+    assert first.count(RUNS) == 1
+    monkeypatch.chdir(tmp_path)
+    exec(first.replace(RUNS, 'SimEnv(sites, workspace_root="runs"); recipe.export("jobs")'), {})
+    assert list((tmp_path / "jobs" / "first").rglob("config_fed_server.json"))
+
+
+@pytest.mark.slow
 def test_the_python_of_the_readme_and_the_tutorial_runs(tmp_path: Path) -> None:
     """As a reader would: the README's block first, the tutorial's after it, in an empty folder."""
     (first,) = blocks(README, "python")

@@ -278,7 +278,12 @@ def test_a_wheel_has_them_too(tmp_path: Path) -> None:
 SMALL = ["num_rounds=2", "local_steps=2", "training.batch_size=4", "gradient_accumulation_steps=1", "max_length=48"]
 CHANGED = {
     "continue_from_adapter": ["num_rounds=1"],
-    "lora_mixed_hardware": ["sites.alder.rank=2", "sites.alder.quantization=fp32", "sites.birch.batch_size=2"],
+    "lora_mixed_hardware": [
+        "sites.alder.rank=2",
+        "sites.alder.quantization=fp32",
+        "sites.birch.batch_size=2",
+        "sites.birch.processes=2",
+    ],
     "lora_text_classification": ["labels=calm,ill,well"],
     "lora_token_classification": ["labels=[calm, ill, well]"],
 }
@@ -338,6 +343,7 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     if template == "lora_mixed_hardware":
         used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}
         assert used == {"alder": (2, "fp32"), "birch": (16, "nf4")}
+        assert rounds[0]["sites"]["birch"]["steps"] == 2  # its two processes take them together
 
 
 def assert_measured(run: Path) -> None:

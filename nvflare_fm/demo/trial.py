@@ -37,7 +37,8 @@ class Site:
         try:
             found = list(rows(how_to_read(file, DataSource(train=str(file)), split)))
         except DataError as error:
-            raise DataError(f"{where}: {error.message}", error.local) from None
+            said = error.message.removesuffix(f" [{error.code}]")
+            raise DataError(f"{where}: {said}", error.local, code=error.code) from None
         if not found:
             raise DataError(f"{where} is empty; add rows", str(file), code="no_rows")
         return [_checked(row, f"{where}, line {line}") for line, row in found]
@@ -75,13 +76,18 @@ def read_sites(folder: Path) -> tuple[Site, ...]:
         DataError: there are fewer than two, or a name NVFlare cannot use.
     """
     if not folder.is_dir():
-        raise DataError("--data must name a folder with one folder per site", str(folder))
+        raise DataError("--data must name a folder with one folder per site", str(folder), code="no_sites")
     folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     for name in (f.name for f in folders):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "server":
-            raise DataError(f"site {name!r} needs a name of letters, digits, - and _ that is not 'server'; rename it")
+            raise DataError(
+                f"site {name!r} needs a name of letters, digits, - and _ that is not 'server'; rename it",
+                code="site_name",
+            )
     if len(folders) < 2:
-        raise DataError(f"a federation needs at least two sites, {len(folders)} found", str(folder))
+        raise DataError(
+            f"a federation needs at least two sites, {len(folders)} found", str(folder), code="too_few_sites"
+        )
     made_here = {f.name for f in folders} == set(STYLES)
     ranks = [STYLES[f.name].rank if made_here else _RANKS[i % len(_RANKS)] for i, f in enumerate(folders)]
     return tuple(Site(f.name, f.resolve(), rank) for f, rank in zip(folders, ranks, strict=True))
@@ -114,7 +120,9 @@ class Trial:
         """
         found = {row["label"] for site in self.sites for split in ("train", "test") for row in site.rows(split)}
         if len(found) < 2:
-            raise DataError(f"all rows have the label {found.pop()!r}; a classifier needs at least two")
+            raise DataError(
+                f"all rows have the label {found.pop()!r}; a classifier needs at least two", code="one_label"
+            )
         return tuple(sorted(found))
 
     @property

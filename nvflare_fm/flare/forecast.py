@@ -61,11 +61,11 @@ def forecast(
     job = read_job(folder)
     for option, given in (("--seconds-per-step", rates), ("--memory", memory or {})):
         if unknown := sorted(set(given) - {""} - set(job.sites)):
-            raise ConfigError(f"{option} names {unknown[0]!r}, the job has {sorted(job.sites)}")
+            raise ConfigError(f"{option} names {unknown[0]!r}, the job has {sorted(job.sites)}", code="unknown_site")
     if memory and model is None:
-        raise ConfigError("--memory needs the base model's layers: say where it is with --model")
+        raise ConfigError("--memory needs the base model's layers: say where it is with --model", code="no_model")
     if measure and model is None:
-        raise ConfigError("--measure trains the base model: say where it is with --model")
+        raise ConfigError("--measure trains the base model: say where it is with --model", code="no_model")
     costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
     return Forecast(job.name, len(job.rounds), costs, _notes(job, costs, model, measure))
 

@@ -129,7 +129,9 @@ def _server_config(folder: Path, apps: Sequence[str]) -> tuple[Path, dict[str, A
     for app in apps:
         if found := _file(folder / app / "config", job_files.SERVER):
             return found
-    raise ConfigError("the job has no app with a config_fed_server.conf or .json among those of its deploy_map")
+    raise ConfigError(
+        "the job has no app with a config_fed_server.conf or .json among those of its deploy_map", code="no_server_app"
+    )
 
 
 def _sites(folder: Path, apps: Mapping[str, list[str]]) -> dict[str, PeftExecutor]:
@@ -143,7 +145,7 @@ def _sites(folder: Path, apps: Mapping[str, list[str]]) -> dict[str, PeftExecuto
             if ours:
                 found |= dict.fromkeys((site for site in targets if site != "server"), _built(ours[0]))
     if not found:
-        raise ConfigError("no site of the job runs a PeftExecutor; is it a job of nvflare_fm?")
+        raise ConfigError("no site of the job runs a PeftExecutor; is it a job of nvflare_fm?", code="no_executor")
     return found
 
 
@@ -178,14 +180,15 @@ def _built(part: Mapping[str, Any]) -> Any:
     try:
         return kind(**{**args, **inner})
     except TypeError as error:
-        raise ConfigError(f"{kind.__name__}: {error}") from None
+        raise ConfigError(f"{kind.__name__}: {error}", code="wrong_component") from None
 
 
 def _only(kind: type[T], parts: Sequence[Any]) -> T:
     found = [part for part in parts if isinstance(part, kind)]
     if len(found) != 1:
         raise ConfigError(
-            f"the job's server needs one {kind.__name__} and has {len(found)}; is it a job of nvflare_fm?"
+            f"the job's server needs one {kind.__name__} and has {len(found)}; is it a job of nvflare_fm?",
+            code="not_one_component",
         )
     return found[0]
 

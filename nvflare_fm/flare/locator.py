@@ -55,7 +55,8 @@ class Measurement(Settings):
         if plan is None:
             raise ConfigError(
                 "the adapter's provenance.json does not hold the plan it was trained by, so no site can be told how to "
-                "measure it; take an adapter that a job of nvflare_fm has made"
+                "measure it; take an adapter that a job of nvflare_fm has made",
+                code="no_plan",
             )
         given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
         evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)
@@ -93,7 +94,9 @@ class AdapterLocator(ModelLocator):
             return [name for name in (BEST, LAST) if name in self._persistor(fl_ctx).get_model_inventory(fl_ctx)]
         if brought := self._persistor(fl_ctx).initial_adapter:
             return [brought]
-        raise ConfigError("the job brings no adapter to evaluate; set the persistor's initial_adapter")
+        raise ConfigError(
+            "the job brings no adapter to evaluate; set the persistor's initial_adapter", code="no_adapter"
+        )
 
     def locate_model(self, model_name: str, fl_ctx: FLContext) -> DXO:
         learnable = self._persistor(fl_ctx).get_model(model_name, fl_ctx)
@@ -106,5 +109,8 @@ class AdapterLocator(ModelLocator):
     def _persistor(self, fl_ctx: FLContext) -> AdapterPersistor:
         component = fl_ctx.get_engine().get_component(self.persistor_id)
         if not isinstance(component, AdapterPersistor):
-            raise ConfigError(f"{self.persistor_id!r} is not an AdapterPersistor; name the job's persistor here")
+            raise ConfigError(
+                f"{self.persistor_id!r} is not an AdapterPersistor; name the job's persistor here",
+                code="wrong_component",
+            )
         return component

@@ -36,7 +36,7 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
     adapter = Path(own.pop(ADAPTER)) if ADAPTER in own else None
     if bool(adapter) != bool(template.adapter_folder):
         need = "starts from an adapter: add adapter=FOLDER" if template.adapter_folder else "starts from no adapter"
-        raise ConfigError(f"{template.name} {need}")
+        raise ConfigError(f"{template.name} {need}", code="no_adapter")
     if named := list(dict.fromkeys(key.split(".")[1] for key in own if key.startswith(f"{SITES}."))):
         template = template.for_sites(named)
     template = template.with_values({**(_as_trained(adapter, template) if adapter else {}), **own})
@@ -62,7 +62,10 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
     if provenance.plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
         return {}
     if manifest.peft != "lora":
-        raise ConfigError(f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe")
+        raise ConfigError(
+            f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe",
+            code="adapter_does_not_fit",
+        )
     plan = provenance.plan
     widest = max((values.lora[layer].rank for layer in values.lora), default=0)
     widest = max(widest, plan.rank) if widest else 0  # an adapter can be shorter than what trained it

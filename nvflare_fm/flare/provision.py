@@ -95,7 +95,8 @@ class FmBuilder(Builder):
         file = local / allow_list.DEFAULT
         if not file.exists():
             raise ConfigError(
-                "in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder"
+                "in project.yml, list nvflare_fm's builder after StaticFileBuilder and before CertBuilder",
+                code="builder_order",
             )
         resources = allow_list.load(file) | dict(more or {})
         is_site = participant.type == ParticipantType.CLIENT
@@ -225,5 +226,5 @@ def remove(kit: Path) -> list[Path]:
 
 def _local(kit: Path) -> Path:
     if not (kit / "local").is_dir() or not (kit / "startup").is_dir():
-        raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit))
+        raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit), code="no_kit")
     return kit / "local"

@@ -111,7 +111,7 @@ def compute_dtype(asked: str, quantization: str, width: int) -> torch.dtype:
     if asked == "auto":
         asked = quantization if quantization in DTYPES else _natural(width)
     if asked == "fp16" and device().type == "cpu":
-        raise ConfigError("fp16 needs a GPU; ask for bf16 or fp32 on this site")
+        raise ConfigError("fp16 needs a GPU; ask for bf16 or fp32 on this site", code="needs_gpu")
     return DTYPES[asked]
 
 
@@ -169,19 +169,30 @@ def locate(source: ModelSource) -> Path:
         ModelError: the folder lacks a configuration or safetensors weights, or is an adapter or already quantized.
     """
     if bool(source.path) == bool(source.hub_id):
-        raise ConfigError("a model at a site needs one of path and hub_id")
+        raise ConfigError("a model at a site needs one of path and hub_id", code="model_source")
     folder = Path(source.path) if source.path else _fetch(source)
     if not (folder / "config.json").is_file():
-        raise ModelError("the base model's folder has no config.json; check the alias's path", str(folder))
+        raise ModelError(
+            "the base model's folder has no config.json; check the alias's path", str(folder), code="no_config"
+        )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
             "the base model has no *.safetensors weights, and pickled weights are never loaded; convert them first",
             str(folder),
+            code="no_safetensors",
         )
     if (folder / "adapter_config.json").exists():
-        raise ModelError("the base model's folder holds an adapter; offer the model it was trained on", str(folder))
+        raise ModelError(
+            "the base model's folder holds an adapter; offer the model it was trained on",
+            str(folder),
+            code="model_is_adapter",
+        )
     if "quantization_config" in model_config(folder):
-        raise ModelError("the base model is quantized already; offer its 16-bit or 32-bit weights", str(folder))
+        raise ModelError(
+            "the base model is quantized already; offer its 16-bit or 32-bit weights",
+            str(folder),
+            code="model_is_quantized",
+        )
     return folder
 
 
@@ -189,11 +200,13 @@ def _fetch(source: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
 
     if not source.revision:
-        raise ConfigError("a hub_id needs the revision (a commit) the site trusts")
+        raise ConfigError("a hub_id needs the revision (a commit) the site trusts", code="no_revision")
     try:
         return Path(snapshot_download(source.hub_id, revision=source.revision, allow_patterns=_FILES))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the site
-        raise ModelError("the base model cannot be fetched from the hub; fetch it beforehand", str(error)) from None
+        raise ModelError(
+            "the base model cannot be fetched from the hub; fetch it beforehand", str(error), code="hub_failed"
+        ) from None
 
 
 def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
@@ -212,6 +225,7 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
         raise ModelError(
             "the base model cannot be loaded; is it a whole model that transformers knows without remote code?",
             f"{folder}: {error}",
+            code="model_unloadable",
         ) from error
     model.requires_grad_(False).eval()
     keep_packing(model)
@@ -352,7 +366,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             code="no_tokenizer",
         ) from None
     if not tokenizer.is_fast:
-        raise ModelError("the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder))
+        raise ModelError(
+            "the base model has no fast tokenizer (tokenizer.json); convert it first", str(folder), code="no_tokenizer"
+        )
     config = read_config(folder)
     tokenizer.pad_token = _padding(tokenizer, config)
     check_ids(used_ids(tokenizer), vocabulary(config))

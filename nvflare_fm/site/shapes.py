@@ -112,6 +112,7 @@ def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
             f"no {plan.task} model can be made from the folder's config.json; is it a model that transformers knows "
             "without remote code?",
             f"{folder}: {error}",
+            code="model_unloadable",
         ) from None
 
 

@@ -11,6 +11,7 @@ import torch
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 from nvflare_fm.site.fingerprint import fingerprint
 from tests.deployment.system import SITES, System, free_port, project, provision
+from tests.integration.federation import ASK_OFTEN
 from tests.site import tiny
 
 SECRET = "Xanthelasma of ward Quarantine-9"  # in a row that cannot be used, and in a column nobody asks for
@@ -66,7 +67,7 @@ def said(folder: Path, name: str, models: Mapping[str, Any], shift: int) -> dict
             "pinned_only": True,
         },
         "privacy": {"min_examples": 20, "min_metric_rows": 1},  # three rows are held out
-        "welcome": {"orgs": ["company"]} | ({"templates": [PLAN["template"]]} if name == "clinic-c" else {}),
+        "welcome": {"orgs": ["company"]},
     }
 
 
@@ -80,7 +81,6 @@ def system(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Sys
     folder, nothing = tmp_path_factory.mktemp("deployment"), "0" * 64
     models = {
         "base": {"path": str(base), "fingerprint": fingerprint(base)},
-        "unpinned": {"path": str(base)},
         "swapped": {"path": str(base), "fingerprint": nothing},
         "pickled": {"path": str(pickled(folder / "pickled", base)), "fingerprint": nothing},
     }
@@ -100,12 +100,11 @@ def job_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def job(job_folders: Path) -> Callable[..., Path]:
-    """Exports a job folder; `sites` says what each clinic is asked differently, `logs` that they stream their logs."""
+    """Exports a job folder; `sites` says what each clinic is asked differently."""
 
-    def export(name: str, rounds: int = 1, logs: bool = False, **more: Any) -> Path:
+    def export(name: str, rounds: int = 1, **more: Any) -> Path:
         recipe = FedPEFTRecipe(name, num_rounds=rounds, **(PLAN | more))
-        if logs:
-            recipe.enable_log_streaming("log.txt", "error_log.txt")
+        recipe._job.to_server(ASK_OFTEN)
         recipe.export(str(job_folders))
         return job_folders / name
 

@@ -24,7 +24,7 @@ from tests.deployment.conftest import LABELS, SECRET, UNKNOWN, edited, rows, vis
 from tests.deployment.system import BIN, CANARY, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
 
-pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file: run with --dist loadfile
+pytestmark = pytest.mark.timeout(560)  # one deployment serves all of this file
 
 # What each clinic is asked in a job, and what it must answer.
 REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
@@ -32,11 +32,6 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "clinic-a": ({"data": "note"}, 'this site offers no data set of that name; did you mean "notes"?'),
         "clinic-b": ({"model": "/srv/models/base"}, "model is a path; a job names aliases"),
         "clinic-c": ({"rank": 99}, "peft.rank is more than the 8 this site allows (max_rank); ask for less"),
-    },
-    "terms": {
-        "clinic-a": ({"model": "unpinned"}, "what it names is not pinned at this site; ask its admin"),
-        "clinic-b": ({"quantization": "int8"}, "quantization is not among ['nf4', 'fp32'] at this site"),
-        "clinic-c": ({}, "the job's template is not welcome at this site"),
     },
     "files": {
         "clinic-a": ({"model": "swapped"}, "the site pins others; point the alias at the pinned ones"),
@@ -46,14 +41,9 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         ),
         "clinic-c": ({"data": "link"}, "a data file is a link that leads out of its data folder"),
     },
-    "weights": {
-        "clinic-a": ({"model": "pickled"}, "pickled weights are never loaded; convert them first"),
-        "clinic-b": ({"rank": 2}, ""),
-        "clinic-c": ({}, ""),
-    },
     "labels": {
         "clinic-a": ({}, ""),
-        "clinic-b": ({}, ""),
+        "clinic-b": ({"model": "pickled"}, "pickled weights are never loaded; convert them first"),
         "clinic-c": (
             {"data": "coded"},
             "more rows that cannot be used for this task and these labels than the site's max_bad_rows",
@@ -165,10 +155,6 @@ def by_hand(job: Callable[..., Path], name: str) -> Path:
     return folder
 
 
-def ask_for_remote_code(config: Any) -> None:
-    config["workflows"][0]["args"]["plan"]["trust_remote_code"] = True
-
-
 @pytest.fixture(scope="session")
 def console(system: System) -> Iterator[pexpect.spawn]:
     """The admin console, logged in as the lead data scientist."""
@@ -210,22 +196,19 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], marks
     """Every job of this file, submitted side by side by all three routes, ended and downloaded."""
     done, folder = Jobs(), tmp_path_factory.mktemp("results")
     each: dict[str, Any] = {site: {} for site in SITES}
-    shutil.copytree(job("three_clinics", rounds=2, min_sites=3), system.kits / LEAD / "transfer" / "three_clinics")
+    three = job("three_clinics", rounds=2, min_sites=3, sites=each | {"clinic-b": {"rank": 2}})
+    shutil.copytree(three, system.kits / LEAD / "transfer" / "three_clinics")
     said = tell(console, "submit_job three_clinics", r"Submitted job: [0-9a-f-]{36}")
     done.ids["three_clinics"] = said.split()[2]
-    weights = job("weights", rounds=2, sites=asked("weights"))
-    done.ids["weights"] = nvflare(system, "submit", "-j", str(weights))["job_id"]
+    labels = job("labels", sites=asked("labels"), rounds=2, **CLASSIFICATION)
+    done.ids["labels"] = nvflare(system, "submit", "-j", str(labels))["job_id"]
     folders = {
         "names": by_hand(job, "names"),
         "files": job("files", sites=asked("files")),
-        "terms": job("terms", sites=asked("terms"), template="lora_text_classification"),
-        "labels": job("labels", sites=asked("labels"), rounds=2, **CLASSIFICATION),
         "code": bring_code(job("code")),
-        "logs": job("logs", logs=True),
         "smuggled": smuggle(job("smuggled", sites=each), marks),
         "reads": read_here(job("reads", sites=each), system.kits / "clinic-b" / "local" / "fm_site.yaml"),
         "foreign": of_nvflare_alone(job("foreign"), marks),
-        "remote": edited(job("remote"), "config_fed_server.json", ask_for_remote_code),
     }
     session = system.session()
     done.ids |= {name: session.submit_job(str(folder)) for name, folder in folders.items()}
@@ -240,14 +223,14 @@ def jobs(system: System, console: pexpect.spawn, job: Callable[..., Path], marks
             time.sleep(1)
         done.ended[name] = status
         done.deployed[name] = str(session.get_job_meta(job_id).get("job_deploy_detail"))
-    for name in {*done.ids} - {"three_clinics", "weights"}:
+    for name in {*done.ids} - {"three_clinics", "labels"}:
         done.results[name] = Path(session.download_job_result(done.ids[name], str(folder)))
     session.close()
     done.watched = watched.communicate(timeout=60)[0]
     tell(console, f"download_job {done.ids['three_clinics']}", "downloaded|Download")
     done.results["three_clinics"] = system.kits / LEAD / "transfer" / done.ids["three_clinics"]
-    nvflare(system, "download", done.ids["weights"], "-o", str(folder))
-    done.results["weights"] = folder / done.ids["weights"]
+    nvflare(system, "download", done.ids["labels"], "-o", str(folder))
+    done.results["labels"] = folder / done.ids["labels"]
     return done
 
 
@@ -258,20 +241,19 @@ def loss(model: Any, base: Path) -> float:
     return float(model(input_ids=words["input_ids"], attention_mask=words["attention_mask"], labels=labels).loss)
 
 
-@pytest.mark.parametrize("name", ["three_clinics", "weights"])
-def test_what_is_downloaded_is_a_peft_adapter_that_beats_the_base(jobs: Jobs, base: Path, name: str):
-    assert jobs.ended[name] == "FINISHED:COMPLETED"
+def test_what_the_console_downloads_is_a_peft_adapter_that_beats_the_base(jobs: Jobs, base: Path):
+    assert jobs.ended["three_clinics"] == "FINISHED:COMPLETED"
     model = AutoModelForCausalLM.from_pretrained(base)
     before = loss(model, base)
-    after = loss(PeftModel.from_pretrained(model, jobs.results[name] / "workspace" / "adapters" / "best"), base)
+    after = loss(
+        PeftModel.from_pretrained(model, jobs.results["three_clinics"] / "workspace" / "adapters" / "best"), base
+    )
     assert after < before - 0.5
 
 
 @torch.inference_mode()
-def test_what_the_flare_api_downloads_is_a_classifier_that_beats_the_base(jobs: Jobs, base: Path):
+def test_what_the_command_line_downloads_is_a_classifier_that_beats_the_base(jobs: Jobs, base: Path):
     assert jobs.ended["labels"] == "FINISHED:COMPLETED"
-    [*_, last] = jobs.rounds("labels")
-    assert sorted(last["sites"]) == ["clinic-a", "clinic-b"]
     notes = [row for row in visits(0) if row["label"] in LABELS]
     words = AutoTokenizer.from_pretrained(base)([n["text"] for n in notes], return_tensors="pt", padding=True)
     truth = torch.tensor([LABELS.index(note["label"]) for note in notes])
@@ -290,7 +272,7 @@ def test_the_console_lists_the_job_and_knows_who_is_connected(jobs: Jobs, consol
 
 
 def test_a_job_can_be_watched_and_read_with_nvflares_own_commands(jobs: Jobs, system: System):
-    assert nvflare(system, "meta", jobs.ids["weights"])["status"] == "FINISHED:COMPLETED"
+    assert nvflare(system, "meta", jobs.ids["labels"])["status"] == "FINISHED:COMPLETED"
 
 
 def test_who_took_part_in_each_round_and_what_a_site_lowered_is_in_the_result(jobs: Jobs):
@@ -299,10 +281,17 @@ def test_who_took_part_in_each_round_and_what_a_site_lowered_is_in_the_result(jo
     assert {tuple(s["lowered"]) for line in rounds for s in line["sites"].values()} == {("batch_size to 4",)}
 
 
-def test_a_site_that_refuses_does_not_sink_the_job(jobs: Jobs):
-    for line in [line for line in jobs.rounds("weights") if line["round"] < 2]:
-        assert sorted(line["sites"]) == ["clinic-b", "clinic-c"]
-        assert (line["sites"]["clinic-b"]["rank"], line["sites"]["clinic-c"]["rank"]) == (2, 4)
+def test_a_site_may_have_a_smaller_rank(jobs: Jobs):
+    for line in [line for line in jobs.rounds("three_clinics") if line["round"] < 2]:
+        assert {site: told["rank"] for site, told in line["sites"].items()} == {
+            "clinic-a": 4,
+            "clinic-b": 2,
+            "clinic-c": 4,
+        }
+
+
+def test_sites_that_refuse_do_not_sink_the_job(jobs: Jobs):
+    assert [sorted(line["sites"]) for line in jobs.rounds("labels")] == [["clinic-a"]] * 3
 
 
 @pytest.mark.parametrize(
@@ -321,7 +310,7 @@ def test_a_refusal_reaches_the_scientist_and_the_sites_audit_log_in_words(
 
 
 def test_a_job_that_every_site_refuses_says_so(jobs: Jobs):
-    for name in ("names", "terms", "files"):
+    for name in ("names", "files"):
         assert jobs.ended[name] == "FINISHED:EXECUTION_EXCEPTION"
         assert "0 of 3 sites gave a usable update" in jobs.errors(name)
 
@@ -344,7 +333,7 @@ def test_the_lead_is_told_why_no_site_counted_by_the_jobs_id(jobs: Jobs, system:
 
 
 def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system: System):
-    lines = [line for line in system.audit("clinic-b", jobs.ids["weights"]).splitlines() if "nvflare_fm" in line]
+    lines = [line for line in system.audit("clinic-b", jobs.ids["three_clinics"]).splitlines() if "nvflare_fm" in line]
     assert any("lowered: batch_size to 4 [" in line for line in lines)  # where it trains; measuring is not lowered
     for line in lines:
         assert re.search(r"nvflare_fm (accepted|lowered: batch_size to 4) \[causal_lm with model 'base' on", line)
@@ -427,17 +416,6 @@ def test_each_job_that_reached_a_site_is_in_its_audit_log_with_who_submitted_it(
         assert f"[U:'{LEAD}'][A:nvflare_fm.job]{outcome}" in line
         assert line.endswith(f"[job '{name}', of 'company']")
         assert name != "reads" or SAID[site] in line.replace("\\'", "'")
-
-
-def test_remote_code_cannot_be_asked_for(jobs: Jobs):
-    assert jobs.ended["remote"] == "FINISHED:EXECUTION_EXCEPTION"
-    assert "plan: unknown setting;" in jobs.errors("remote")
-    assert "trust_remote_code" in jobs.errors("remote")
-
-
-def test_a_job_that_asks_for_the_sites_logs_does_not_run(jobs: Jobs):
-    assert jobs.ended["logs"].startswith(("FINISHED:EXECUTION_EXCEPTION", "FINISHED:ABNORMAL"))
-    assert "JobLogReceiver' at config path 'components.#5' is not in allow_list" in jobs.errors("logs")
 
 
 @pytest.mark.parametrize("site", list(SITES))

@@ -86,6 +86,16 @@ def test_the_list_is_what_a_job_is_read_with_and_what_recipes_make(tmp_path: Pat
     assert job.read_job(tmp_path / "job").name == "job"
 
 
+def test_a_job_that_asks_for_the_sites_logs_is_not_built_at_a_server_of_the_example(tmp_path: Path) -> None:
+    kits = quickly(tmp_path / "kits", project(8002, {"clinic": {}}))
+    recipe = FedPEFTRecipe("job")
+    recipe.enable_log_streaming("log.txt", "error_log.txt")
+    recipe.export(str(tmp_path))
+    (server,) = (tmp_path / "job").rglob("config_fed_server.json")
+    (receiver,) = [path for path in _paths(json.loads(server.read_text())) if path.endswith("JobLogReceiver")]
+    assert not allowed(kits / SERVER, [receiver])
+
+
 def _paths(value: object) -> list[str]:
     if isinstance(value, dict):
         inner = [path for each in value.values() for path in _paths(each)]

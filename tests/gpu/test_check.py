@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CHECK = Path(__file__).parent / "check.py"
 MEASURES = {
     "versions": {"versions", "machine", "bitsandbytes"},
@@ -42,7 +44,6 @@ def test_a_part_prints_its_measurements_and_how_it_ended(tmp_path: Path) -> None
     assert lines[0]["all_blocks_s"] > 0
 
 
-@pytest.mark.slow
 def test_every_part_measures_what_it_is_to_measure(tmp_path: Path) -> None:
     rc, lines = measured(tmp_path, "--budget", "1500")
     assert [line for line in lines if line["what"] in ("failed", "left out")] == []
@@ -54,7 +55,6 @@ def test_every_part_measures_what_it_is_to_measure(tmp_path: Path) -> None:
     assert all(line["losses"]["ours"] == pytest.approx(line["losses"]["plain"], rel=0.05) for line in steps)
 
 
-@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_and_the_others_go_on(tmp_path: Path) -> None:
     rc, lines = measured(tmp_path, "--only", "federation,versions", "--budget", "11")
     assert rc == 1

@@ -23,6 +23,7 @@ PLAN: dict[str, Any] = {
     "peft": {"method": "lora", "rank": 4, "lora_alpha": 8},
     "training": {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2},
 }
+ASK_OFTEN = {"server": {"task_request_interval": 0.3}}  # NVFlare's clients otherwise rest for 2 s after each answer
 
 
 def offers(folder: Path, model: Path, names: list[str]) -> dict[str, SiteConfig]:
@@ -36,6 +37,7 @@ class Federation:
 
     def __init__(self, recipe: FedPEFTRecipe, sites: dict[str, SiteConfig], workspace: Path) -> None:
         self.recipe, self.env, self.root = recipe, SimEnv(sites, workspace), workspace / recipe.name
+        recipe._job.to_server(ASK_OFTEN)
         self.server = self.root / "server" / "simulate_job"
         self.error: Exception | None = None
 
@@ -52,8 +54,16 @@ class Federation:
         thread.start()
         try:
             yield self
+        except BaseException:  # what was waited for did not happen: nobody waits for the rounds that are left
+            self.end()
+            raise
         finally:
             thread.join()
+
+    def end(self) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            if any(str(self.root) in word for word in process.info["cmdline"] or []):
+                process.kill()
 
     def rounds(self) -> list[dict[str, Any]]:
         file = self.server / "rounds.jsonl"
