@@ -30,7 +30,7 @@ fuzz: .venv/installed  ## the fuzz targets, each with FUZZ_EXAMPLES cases (100,0
 	HYPOTHESIS_PROFILE=fuzz $(PYTEST) -n 2 --timeout 0 tests/fuzz
 
 templates: .venv/installed  ## job_templates/NAME from each NAME.toml, and docs/reference, from the fields of the settings
-	$(BIN)/python -m nvflare_fm.flare.render_template
+	$(BIN)/python -m nvflare_fm.flare.jobs.render_template
 	$(BIN)/python docs/reference/write.py
 
 docs: .venv/docs  ## the documentation as a site, in runs/docs; a warning is an error

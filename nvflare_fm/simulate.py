@@ -11,8 +11,8 @@ from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
 from .aggregation.late import trained_from
 from .aggregation.step import Memory
-from .combination import settle
 from .config import Aggregation, RoundPlan, TaskPlan
+from .job.settle import settle
 from .site.worker import Worker
 from .transforms.packed import pack
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
+from nvflare_fm.algebra.lora import shorten, tail
 from nvflare_fm.config import Rest
-from nvflare_fm.lora import shorten, tail
 
 DOUBLE, SINGLE = torch.float64, torch.float32
 TOLERANCE = {DOUBLE: 1e-10, SINGLE: 1e-5}  # relative, against the dense computation in float64

@@ -13,11 +13,11 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate, Described, LoraPair, Mani
 from nvflare_fm.aggregation.admit import Terms, admit, check_terms, check_values
 from nvflare_fm.aggregation.cohort import drawn
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import WireError
 from nvflare_fm.job.peft import complete
 from nvflare_fm.job.peft import read as read_method
+from nvflare_fm.job.settle import settle
 from tests.strategies import MANIFEST, SINGLE, make_pair, update
 
 LAYER = "base_model.model.layers.0.q_proj"

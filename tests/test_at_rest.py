@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from nvflare_fm import at_rest, export
+from nvflare_fm import at_rest
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.errors import ModelError
+from nvflare_fm.export.folder import folder as export
 from tests import kills
 from tests.flare.messages import MANIFEST, adapter, same
 

@@ -10,15 +10,15 @@ import pytest
 from transformers import MistralConfig
 from typer.testing import CliRunner, Result
 
-from nvflare_fm import templates
 from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export import Provenance, write_adapter
-from nvflare_fm.flare import job_check
-from nvflare_fm.flare.job import read_job
+from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.flare.jobs.job import read_job
+from nvflare_fm.flare.kit import job_check
 from nvflare_fm.flare.ledger import Ledger
-from nvflare_fm.site.fingerprint import fingerprint
-from nvflare_fm.site.site_file import render
+from nvflare_fm.job import templates
+from nvflare_fm.site.model.fingerprint import fingerprint
+from nvflare_fm.site.offer.site_file import render
 from tests.flare.messages import MANIFEST, adapter
 from tests.site import tiny
 

@@ -13,8 +13,8 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate
 from nvflare_fm.aggregation.asked import Read
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.guard import judge
+from nvflare_fm.algebra.lora import head
 from nvflare_fm.config import Rest
-from nvflare_fm.lora import head
 from tests.strategies import SINGLE, close, cohorts, make_pair, ranks
 
 RESTS: list[Rest] = ["none", "tail", "all"]

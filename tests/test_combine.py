@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.algebra.lora import head, tail
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError, WireError
-from nvflare_fm.lora import head, tail
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, dense_mean, identical, make_pair, ranks, update
 
 RULES = [name for name in merge.registry if merge.registry[name].shares == "AB"]

@@ -25,12 +25,12 @@ from nvflare_fm.config import (
     summary,
 )
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export import ProvenanceFile
+from nvflare_fm.export.folder.folder import ProvenanceFile
 from nvflare_fm.flare import components
 from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.job import peft as peft_methods
-from nvflare_fm.site.site_config import SiteConfig
+from nvflare_fm.site.offer.site_config import SiteConfig
 from nvflare_fm.transforms import Transform
 from nvflare_fm.transforms.compression import Compression
 

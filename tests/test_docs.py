@@ -13,10 +13,10 @@ import torch
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
 from nvflare_fm.aggregation import merge, weigh
 from nvflare_fm.aggregation.cohort import Cohort
-from nvflare_fm.combination import settle
+from nvflare_fm.algebra.lora import fresh_rows, zero
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.lora import fresh_rows, zero
+from nvflare_fm.job.settle import settle
 from tests import pages
 from tests.pages import blocks
 

@@ -8,12 +8,12 @@ import torch
 from typer.testing import CliRunner
 
 from nvflare_fm.cli import app
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.feasible import check_best, check_sites
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
+from nvflare_fm.job.feasible import check_best, check_sites
+from nvflare_fm.job.settle import settle
 from nvflare_fm.job.tasks import TASKS
 from nvflare_fm.registry import nearest
 from nvflare_fm.site.tasks import registry as tasks

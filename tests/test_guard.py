@@ -13,9 +13,9 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import Combined, combine
 from nvflare_fm.aggregation.guard import Verdict, judge, registry
 from nvflare_fm.aggregation.late import rebased
+from nvflare_fm.algebra.lora import head, stack
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError, WireError
-from nvflare_fm.lora import head, stack
 from nvflare_fm.record.reason import Reason
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, update
 

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from nvflare.fuel.utils.config import ConfigFormat
 from nvflare.fuel.utils.config_factory import ConfigFactory
 
-from nvflare_fm import hocon, templates
 from nvflare_fm.errors import ConfigError
+from nvflare_fm.job import hocon, templates
 from tests.texts import texts, written
 
 SECRET = "hf_CANARY"

@@ -12,8 +12,8 @@ from nvflare.fuel.utils.config_service import ConfigService
 from nvflare.fuel.utils.json_scanner import JsonScanner
 from nvflare.fuel.utils.wfconf import resolve_var_refs
 
-from nvflare_fm import job_files
 from nvflare_fm.errors import ConfigError
+from nvflare_fm.job import job_files
 from tests.texts import values
 
 SECRET = "hf_CANARY"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter, Lazy, LoraPair, Waiting, WaitingPair
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.algebra.inner import energy, of_sums
+from nvflare_fm.algebra.lora import DIRECT, head, owners, shorten, stack
 from nvflare_fm.config import Aggregation
-from nvflare_fm.inner import energy, of_sums
-from nvflare_fm.lora import DIRECT, head, owners, shorten, stack
 from tests.strategies import (
     DOUBLE,
     MANIFEST,

@@ -12,8 +12,8 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.aggregation.late import rebased, trained_from
 from nvflare_fm.aggregation.weigh import weigh
+from nvflare_fm.algebra.lora import head
 from nvflare_fm.config import Aggregation, TaskPlan
-from nvflare_fm.lora import head
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, make_pair, ranks, update
 
 WIDE = 64  # a rank at which nothing is cut off

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
 BRIDGES = {"simulate"}  # files that bring the core and what a site does together
-COMMANDS = {file.stem for file in PACKAGE.glob("cli*.py")}
+COMMANDS = {"cli"}
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", "compare", *COMMANDS, *BRIDGES},
     "site": {"flare", "demo", "compare", *COMMANDS, *BRIDGES},
@@ -129,7 +129,7 @@ def test_a_job_is_settled_and_its_server_built_without_loading_what_a_site_does(
 
 def test_importing_what_the_server_runs_loads_no_hugging_face():
     server = ("wire", "aggregator", "controller", "persistor", "locator", "stats")
-    loaded = loaded_after("nvflare_fm.combination", *(f"nvflare_fm.flare.{name}" for name in server))
+    loaded = loaded_after("nvflare_fm.job.settle", *(f"nvflare_fm.flare.{name}" for name in server))
     assert "nvflare" in loaded
     assert not loaded & HUGGING_FACE
 

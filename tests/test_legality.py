@@ -5,12 +5,13 @@ import inspect
 
 import pytest
 
-from nvflare_fm import combination, legality
 from nvflare_fm.aggregation import guard, merge, step, weigh
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.legality import CLASHES
+from nvflare_fm.job import legality
+from nvflare_fm.job import settle as combination
+from nvflare_fm.job.legality import CLASHES
+from nvflare_fm.job.settle import settle
 
 CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}

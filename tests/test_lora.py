@@ -6,8 +6,20 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import LoraPair
-from nvflare_fm.inner import of_sums
-from nvflare_fm.lora import effective_rank, fresh_rows, head, owners, refill, shorten, spectrum, stack, svd, tail, zero
+from nvflare_fm.algebra.inner import of_sums
+from nvflare_fm.algebra.lora import (
+    effective_rank,
+    fresh_rows,
+    head,
+    owners,
+    refill,
+    shorten,
+    spectrum,
+    stack,
+    svd,
+    tail,
+    zero,
+)
 from tests.strategies import (
     DOUBLE,
     SINGLE,

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from nvflare_fm.adapter import LoraPair
 from nvflare_fm.aggregation import merge
+from nvflare_fm.algebra.lora import head, shorten, stack, tail
 from nvflare_fm.config import Aggregation
-from nvflare_fm.lora import head, shorten, stack, tail
 from tests import pages
 from tests.strategies import (
     TOLERANCE,

@@ -13,10 +13,10 @@ from typer.core import TyperCommand, TyperGroup
 from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
-from nvflare_fm.cli_terminal import console, plain
+from nvflare_fm.cli.terminal import console, plain
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export import Provenance, write_adapter
-from nvflare_fm.site import checkup
+from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.site.check import checkup
 from tests.flare.messages import MANIFEST, adapter
 
 PACKAGE = Path(__file__).parents[1] / "nvflare_fm"
@@ -201,11 +201,11 @@ def test_nothing_is_printed_by_a_console_that_parses_markup() -> None:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         imported = [f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
         forbidden = {"rich.print", "rich.console.Console", "rich.markup", "rich.prompt.Prompt"}
-        assert file.name == "cli_terminal.py" or not forbidden & {*imported}, file
+        assert file.name == "cli/terminal.py" or not forbidden & {*imported}, file
 
 
 def test_what_a_package_would_be_needed_for_is_said(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "nvflare_fm.flare.forecast", None)
+    monkeypatch.setitem(__import__("sys").modules, "nvflare_fm.flare.jobs.forecast", None)
     done = typed("plan", place / "job")
     assert done.exit_code == 1
     assert 'pip install "nvflare_fm[site]"' in str(done.exception)

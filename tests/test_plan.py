@@ -13,12 +13,11 @@ from transformers import LlamaConfig
 from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.flare.forecast import EVERY, Forecast, forecast
+from nvflare_fm.flare.jobs.forecast import EVERY, Forecast, forecast
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
-from nvflare_fm.plan import (
+from nvflare_fm.job.cost import (
     FLOAT32,
     LOGITS_AT_ONCE,
     AdapterShape,
@@ -28,8 +27,9 @@ from nvflare_fm.plan import (
     rank_that_fits,
     trained_bytes,
 )
-from nvflare_fm.site.rehearsal import seconds_per_step
-from nvflare_fm.site.shapes import shapes
+from nvflare_fm.job.settle import settle
+from nvflare_fm.site.check.rehearsal import seconds_per_step
+from nvflare_fm.site.model.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.transforms.packed import pack
 from tests.flare.messages import LAYERS, MANIFEST, adapter
@@ -88,8 +88,8 @@ def test_bytes_down_are_those_of_the_merged_adapter(merge: str, models: dict[str
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_the_weights_take_what_was_told(quantization: str, kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    from nvflare_fm.site import base_model
-    from nvflare_fm.site.site_config import ModelSource
+    from nvflare_fm.site.model import base_model
+    from nvflare_fm.site.offer.site_config import ModelSource
 
     task = "causal_lm" if kind == "llama" else "sequence_classification"
     plan = tiny.plan(task, quantization=quantization, compute_dtype="fp32")
@@ -187,7 +187,7 @@ def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path: Path) -> None:
-    from nvflare_fm.export import Provenance, write_adapter
+    from nvflare_fm.export.folder.folder import Provenance, write_adapter
 
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
@@ -203,7 +203,7 @@ def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path
 
 
 def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None:
-    from nvflare_fm.export import Provenance, write_adapter
+    from nvflare_fm.export.folder.folder import Provenance, write_adapter
 
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4))
     peft = {"method": "lora", "rank": 3}
@@ -213,7 +213,7 @@ def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None
 
 
 def test_an_adapter_of_another_task_is_found_out_before_the_job_is_sent(tmp_path: Path) -> None:
-    from nvflare_fm.export import write_adapter
+    from nvflare_fm.export.folder.folder import write_adapter
 
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST)
     job = exported(tmp_path, initial_adapter=brought, task="sequence_classification", labels=["a", "b"])

@@ -29,7 +29,7 @@ def test_a_sample_is_the_same_whatever_else_is_edited(monkeypatch: pytest.Monkey
 @pytest.mark.timeout(600)
 def test_a_sample_of_the_planted_bugs_is_caught():
     """Of the algebra, whose tests take seconds; all the others by `make test-all`."""
-    assert caught("--match", "file='lora.py'", "--sample", "2") == 2
+    assert caught("--match", "file='algebra/lora.py'", "--sample", "2") == 2
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from nvflare_fm.cli import app
 from nvflare_fm.errors import DataError
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.record.reason import Reason, Verdict
+from nvflare_fm.record.result import explained, last_errors, read_result
 from nvflare_fm.record.round import FILE_NAME, SPECTRA, Round, Spectra, read_line, read_rounds, read_spectra, told
 from nvflare_fm.record.site_report import Contribution
-from nvflare_fm.result import explained, last_errors, read_result
 from tests.strategies import update
 
 

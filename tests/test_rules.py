@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
+from nvflare_fm.algebra.lora import head, zero
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import WireError
-from nvflare_fm.lora import head, zero
+from nvflare_fm.job.settle import settle
 from tests.strategies import MANIFEST, SINGLE, close, layers, make_pair, update
 
 FROZEN = [name for name in merge.registry if merge.registry[name].factors != ("AB",)]

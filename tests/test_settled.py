@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import SettledPlan, settle
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.job.peft import registry as methods
+from nvflare_fm.job.settle import SettledPlan, settle
 from tests.strategies import SINGLE, close, make_pair, update
 
 FOLLOWS = TaskPlan.model_fields.keys() - RoundPlan.model_fields.keys()

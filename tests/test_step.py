@@ -11,10 +11,10 @@ from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation import step
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.job.settle import settle
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, rotated, update
 
 

@@ -21,24 +21,24 @@ from pydantic import Field
 from pyhocon import ConfigFactory as Hocon
 from typer.testing import CliRunner
 
-from nvflare_fm import templates
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder.folder import Provenance, read_adapter, write_adapter
 from nvflare_fm.flare import aggregator as aggregator_module
 from nvflare_fm.flare import controller as controller_module
 from nvflare_fm.flare import executor as executor_module
 from nvflare_fm.flare import recipe as recipe_module
-from nvflare_fm.flare import render_template
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
+from nvflare_fm.flare.jobs import render_template
+from nvflare_fm.flare.jobs.simulate_job import prepare
 from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
-from nvflare_fm.flare.simulate_job import prepare
+from nvflare_fm.job import templates
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny

@@ -16,11 +16,11 @@ from torch import Tensor
 from nvflare_fm import transforms
 from nvflare_fm.adapter import LORA_A, LORA_B, Adapter, AdapterUpdate, Described, Description, LoraPair, Report
 from nvflare_fm.aggregation.combine import combine
-from nvflare_fm.combination import settle
+from nvflare_fm.algebra.lora import head, shorten
 from nvflare_fm.config import Aggregation, RoundPlan, Rules
 from nvflare_fm.errors import ConfigError, ModelError, WireError
-from nvflare_fm.lora import head, shorten
-from nvflare_fm.site.kept_state import FILE, FOLDER, KeptState
+from nvflare_fm.job.settle import settle
+from nvflare_fm.site.training.fit.kept_state import FILE, FOLDER, KeptState
 from nvflare_fm.transforms import Chain, Kept, Parcel, Stage, Transform
 from nvflare_fm.transforms.int8 import Int8
 from nvflare_fm.transforms.packed import Packed, pack

@@ -31,8 +31,8 @@ from nvflare_fm.config import (
 from nvflare_fm.flare import components
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.job import peft as peft_methods
-from nvflare_fm.legality import CLASHES
-from nvflare_fm.site.site_config import SiteConfig
+from nvflare_fm.job.legality import CLASHES
+from nvflare_fm.site.offer.site_config import SiteConfig
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/reference/write.py from the code. Do not edit. -->\n"

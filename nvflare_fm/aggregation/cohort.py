@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair
+from ..algebra.inner import energy, of_sums
+from ..algebra.lora import Stack, head, owners, stack, zero
 from ..config import Rest
-from ..inner import energy, of_sums
-from ..lora import Stack, head, owners, stack, zero
 from .asked import Read
 
 NOTHING = 1e-12  # of the energy of what is compared: a smaller change is what rounding leaves of none

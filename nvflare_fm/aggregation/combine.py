@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
+from ..algebra.lora import refill, shorten, spectrum, zero
 from ..config import Aggregation
 from ..errors import WireError
-from ..lora import refill, shorten, spectrum, zero
 from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit

@@ -7,7 +7,7 @@ keeps. So the error of one round's encoding is gone in the next, and does not ad
 from torch import Tensor
 
 from ..adapter import LoraPair
-from ..lora import stack
+from ..algebra.lora import stack
 
 
 def restored(merged: LoraPair, whole: LoraPair, received: LoraPair, canonical: bool) -> LoraPair:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from ..adapter import Adapter, AdapterUpdate, Lazy, LoraPair, RoundTask, Waiting, WaitingPair
+from ..algebra.lora import head
 from ..config import Rest
-from ..lora import head
 
 
 def trained_from(began: RoundTask, update: AdapterUpdate, now: RoundTask) -> AdapterUpdate:

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 from ..adapter import Adapter, Manifest, RoundTask
 from ..aggregation.combine import combine
-from ..combination import settle
+from ..algebra.lora import svd
 from ..config import RoundPlan, SiteOverrides, TaskPlan
-from ..lora import svd
+from ..job.settle import settle
 from ..simulate import Round, alone, federate
-from ..site import base_model
-from ..site.site_config import DataSource, ModelSource, SiteConfig
+from ..site.model import base_model
+from ..site.offer.site_config import DataSource, ModelSource, SiteConfig
 from ..site.worker import Worker
 from . import data_sets, peers
 from .methods import BASELINES, Method

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from ..errors import ConfigError, DataError
-from ..site.site_config import Privacy
+from ..site.offer.site_config import Privacy
 
 OPEN = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1, counts=("examples", "tokens"))  # of public data
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that

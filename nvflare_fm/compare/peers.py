@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
 from ..aggregation.combine import Combined
+from ..algebra.lora import head, tail
 from ..job.peft import read
-from ..lora import head, tail
-from ..site.attach import LOCAL
+from ..site.model.attach import LOCAL
 from ..site.peft_methods.lora import LoraAttachment
 from ..site.worker import Job, Worker
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..cli_terminal import console
+from ..cli.terminal import console
 from .bench import POINTS, Bench, baseline, federated, overall, silent
 from .methods import BASELINES, METHODS
 from .study import Study

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..cli_terminal import console as terminal
-from ..cli_terminal import errors_told, plain
+from ..cli.terminal import console as terminal
+from ..cli.terminal import errors_told, plain
 from ..record.round import Round
 from . import baselines, federation, report
 from .generator import FOLDER, generate

@@ -42,8 +42,8 @@ def pooled(trial: Trial) -> Scores:
 
 def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scores:
     from ..adapter import RoundTask
-    from ..combination import settle
     from ..config import Aggregation, SiteOverrides
+    from ..job.settle import settle
     from ..simulate import alone as train_alone
     from ..site.worker import Worker
 

@@ -5,7 +5,7 @@ from statistics import mean
 
 from rich.table import Table
 
-from ..cli_terminal import add_row
+from ..cli.terminal import add_row
 from ..record.round import Round
 from .baselines import Scores
 from .trial import METRIC, Trial

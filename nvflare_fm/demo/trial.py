@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import EvaluationSettings, RoundPlan, TrainingSettings
 from ..errors import DataError
-from ..site.site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig
+from ..site.offer.site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig
 from .generator import STYLES
 
 TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"
@@ -30,7 +30,7 @@ class Site:
         Raises:
             DataError: names the site, the file and the line.
         """
-        from ..site.rows import how_to_read, rows  # with it come transformers, which take seconds to load
+        from ..site.data.rows import how_to_read, rows  # with it come transformers, which take seconds to load
 
         file = file_of(self.folder, split)
         where = f"site {self.name!r}, {file.name}"

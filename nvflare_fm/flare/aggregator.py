@@ -24,10 +24,10 @@ from ..aggregation.metrics import mean
 from ..aggregation.salvage import without_the_largest
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
-from ..combination import SettledPlan
+from ..algebra.lora import effective_rank
 from ..config import Aggregation
 from ..errors import FmError
-from ..lora import effective_rank
+from ..job.settle import SettledPlan
 from ..untrusted import printable
 from . import wire
 from .arguments import Arguments

@@ -35,10 +35,10 @@ from .. import transforms
 from ..adapter import RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.step import Memory
-from ..combination import settle
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
-from ..feasible import check_best
+from ..job.feasible import check_best
+from ..job.settle import settle
 from ..record.reason import Kind, Reason, Verdict
 from ..transforms.packed import pack
 from ..untrusted import printable

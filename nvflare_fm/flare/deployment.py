@@ -21,8 +21,8 @@ from nvflare.fuel.utils.config import Config, ConfigFormat, ConfigLoader
 from nvflare.fuel.utils.config_factory import ConfigFactory
 from nvflare.private.fed.utils.app_deployer import AppDeployer
 
-from .. import job_files
 from ..errors import ConfigError, FmError
+from ..job import job_files
 
 ACTION = "nvflare_fm.job"  # of the lines in the audit log
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError)

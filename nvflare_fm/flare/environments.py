@@ -13,8 +13,8 @@ from nvflare.recipe import sim_env
 
 from ..errors import FmError
 from ..record.round import told
-from ..site.site_config import ANYONE, FILE_NAME, SiteConfig
-from . import allow_list
+from ..site.offer.site_config import ANYONE, FILE_NAME, SiteConfig
+from .kit import allow_list
 from .simulation import Simulation
 
 

@@ -27,8 +27,8 @@ from pydantic import Field
 
 from ..config import A_YEAR, SiteOverrides
 from ..errors import FmError
-from ..site import secret
-from ..site.site_config import FILE_NAME
+from ..site.offer import secret
+from ..site.offer.site_config import FILE_NAME
 from . import wire
 from .arguments import Arguments
 from .gate import Gate

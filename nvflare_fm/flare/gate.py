@@ -14,8 +14,8 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from ..config import SiteOverrides
 from ..errors import FmError
-from ..site.policy import Decision, Submitter, accept, decide
-from ..site.site_config import SiteConfig, load_site
+from ..site.offer.policy import Decision, Submitter, accept, decide
+from ..site.offer.site_config import SiteConfig, load_site
 from . import wire
 
 

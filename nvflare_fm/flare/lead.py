@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .resume import connected
+from .jobs.resume import connected
 
 GROUP = "nvflare_fm"  # of our numbers among those that NVFlare's components tell
 

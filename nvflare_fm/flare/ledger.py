@@ -15,7 +15,7 @@ import torch
 from ..adapter import AdapterUpdate
 from ..aggregation.combine import Combined
 from ..aggregation.metrics import Measured, mean, medians
-from ..lora import effective_rank
+from ..algebra.lora import effective_rank
 from ..record.reason import Reason, Verdict
 from ..record.round import FILE_NAME, SPECTRA, Round, Spectra, append
 from ..record.site_report import Contribution

@@ -20,7 +20,7 @@ from pydantic import Field
 from ..aggregation.step import Memory
 from ..config import OptionalId, Rule
 from ..errors import ConfigError
-from ..export import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
+from ..export.folder import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
 from ..files import write_text
 from . import wire
 from .arguments import Arguments

@@ -21,10 +21,11 @@ from nvflare.lighter.entity import Participant, Project
 from nvflare.lighter.spec import Builder
 
 from ..errors import ConfigError
-from ..site import secret, site_file
-from ..site.policy import BOUNDS
-from ..site.site_config import FILE_NAME, SiteConfig, load_site
-from . import allow_list, components, job_check
+from ..site.offer import secret, site_file
+from ..site.offer.policy import BOUNDS
+from ..site.offer.site_config import FILE_NAME, SiteConfig, load_site
+from . import components
+from .kit import allow_list, job_check
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
 

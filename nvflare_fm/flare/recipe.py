@@ -13,11 +13,11 @@ from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.job_config.base_fed_job import BaseFedJob
 from nvflare.recipe.spec import Recipe
 
-from .. import export
-from ..combination import CHECKED
 from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError
-from ..feasible import check_plan, check_sites
+from ..export import folder as export
+from ..job.feasible import check_plan, check_sites
+from ..job.settle import CHECKED
 from ..registry import nearest
 from .aggregator import AdapterAggregator
 from .controller import FedPEFT

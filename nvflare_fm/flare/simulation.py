@@ -15,8 +15,8 @@ from nvflare.apis.fl_constant import SiteType
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from ..errors import FmError
+from ..record.result import last_errors
 from ..record.round import FILE_NAME, SPECTRA, Round, read_line
-from ..result import last_errors
 
 SIMULATOR = "nvflare.private.fed.app.simulator.simulator"
 _ENDS_WITHIN_S = 30.0  # from the order to stop to SIGKILL

@@ -26,7 +26,7 @@ from torch import distributed
 from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
-from ..site.site_config import load_site
+from ..site.offer.site_config import load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
@@ -135,10 +135,10 @@ class Post:
     def _hire(self) -> "Worker":
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
-            from ..site import secret
-            from ..site.confine import confine
-            from ..site.kept_state import KeptState
-            from ..site.own_adapter import OwnAdapter
+            from ..site.model.own_adapter import OwnAdapter
+            from ..site.offer import secret
+            from ..site.offer.confine import confine
+            from ..site.training.kept_state import KeptState
             from ..site.worker import Worker
 
             config = load_site(self.site_file)
@@ -153,7 +153,7 @@ class Crew:
     """The processes of one site. What they tell each other never leaves the machine."""
 
     def __init__(self) -> None:
-        from ..site.distributed import join
+        from ..site.training.distributed import join
 
         threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
         join()

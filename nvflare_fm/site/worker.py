@@ -19,19 +19,22 @@ from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
 from ..transforms.packed import Packed, pack
-from . import base_model, data, distributed, evaluation, memory, training
-from .attach import base_class, trained_modules
-from .base_model import BaseModel
-from .data import SiteData
-from .fingerprint import read_config
-from .kept_state import KeptState
-from .own_adapter import OwnAdapter, shared_half
+from .data import loading as data
+from .data.loading import SiteData
+from .model import base_model
+from .model.attach import base_class, trained_modules
+from .model.base_model import BaseModel
+from .model.fingerprint import read_config
+from .model.own_adapter import OwnAdapter, shared_half
+from .model.shapes import shapes
+from .offer.policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
+from .offer.site_config import ModelSource, SiteConfig
 from .peft_methods import Attachment, attachment_of
-from .policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
-from .shapes import shapes
-from .site_config import ModelSource, SiteConfig
 from .tasks import Task, label_skew
 from .tasks import registry as tasks
+from .training import distributed, evaluation, memory
+from .training import fit as training
+from .training.kept_state import KeptState
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from rich.table import Table
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.cohort import shapes
-from nvflare_fm.export import read_adapter
-from nvflare_fm.lora import shorten, tail, zero
+from nvflare_fm.algebra.lora import shorten, tail, zero
+from nvflare_fm.export.folder.folder import read_adapter
 
 BEFORE, AFTER = 1e-6, 1e-5  # relative to ‖Σ wₖΔWₖ‖
 EXACT = merge.registry["exact"].merge

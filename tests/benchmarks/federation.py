@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.compare import data_sets
 from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import alone, federate
-from nvflare_fm.site.site_config import DataSource, ModelSource, SiteConfig
+from nvflare_fm.site.offer.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
 app = typer.Typer(add_completion=False)

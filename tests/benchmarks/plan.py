@@ -43,11 +43,11 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     from nvflare_fm.adapter import RoundTask
     from nvflare_fm.compare import data_sets
     from nvflare_fm.config import TaskPlan
-    from nvflare_fm.plan import activation_bytes, trained_bytes
-    from nvflare_fm.site.memory import peak_mib
-    from nvflare_fm.site.shapes import shapes
-    from nvflare_fm.site.site_config import SiteConfig
+    from nvflare_fm.job.cost import activation_bytes, trained_bytes
+    from nvflare_fm.site.model.shapes import shapes
+    from nvflare_fm.site.offer.site_config import SiteConfig
     from nvflare_fm.site.tasks import registry as tasks
+    from nvflare_fm.site.training.fit.memory import peak_mib
     from nvflare_fm.site.worker import Worker
 
     sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -51,8 +51,8 @@ from nvflare_fm.adapter import (
 )
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.algebra.lora import shorten, zero
 from nvflare_fm.config import Aggregation
-from nvflare_fm.lora import shorten, zero
 
 app = typer.Typer(add_completion=False)
 console = Console(width=150)

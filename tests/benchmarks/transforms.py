@@ -16,10 +16,10 @@ import torch
 
 from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, EvaluationSettings, SiteOverrides
 from nvflare_fm.demo.__main__ import prepare
 from nvflare_fm.demo.trial import METRIC, Trial
+from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.worker import Worker
 from nvflare_fm.transforms.packed import pack

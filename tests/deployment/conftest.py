@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvflare_fm.flare.recipe import FedPEFTRecipe
-from nvflare_fm.site.fingerprint import fingerprint
+from nvflare_fm.site.model.fingerprint import fingerprint
 from tests.deployment.system import SITES, System, free_port, project, provision
 from tests.integration.federation import ASK_OFTEN
 from tests.site import tiny

@@ -90,7 +90,7 @@ def slip_in(**component: Any) -> Callable[[Any], None]:
 def smuggle(job: Path, marks: Path) -> Path:
     """Each site is to build something that would leave a file there: by name, and inside what it may build."""
     shell = {"execution_mode": "external_process", "command": ["touch", str(marks / "shell")]}
-    saved = {"path": "nvflare_fm.export.save_file", "args": {"tensors": {}, "filename": str(marks / "saved")}}
+    saved = {"path": "nvflare_fm.export.folder.save_file", "args": {"tensors": {}, "filename": str(marks / "saved")}}
     started = {"path": "subprocess.Popen", "args": {"args": ["touch", str(marks / "started")]}}
 
     def replace(config: Any) -> None:
@@ -122,7 +122,7 @@ def read_here(job: Path, outside: Path) -> Path:
 def of_nvflare_alone(job: Path, marks: Path) -> Path:
     """A job that uses none of our components, and one at the server that it may not."""
     trainer = {"path": "nvflare.app_common.np.np_trainer.NPTrainer", "args": {}}
-    saved = {"path": "nvflare_fm.export.save_file", "args": {"tensors": {}, "filename": str(marks / "server")}}
+    saved = {"path": "nvflare_fm.export.folder.save_file", "args": {"tensors": {}, "filename": str(marks / "server")}}
     workflow = {
         "id": "flow",
         "path": "nvflare.app_common.workflows.cross_site_model_eval.CrossSiteModelEval",
@@ -349,7 +349,7 @@ def test_a_job_that_brings_code_is_not_deployed(jobs: Jobs, system: System):
 
 BUILT = {
     "clinic-a": "'nvflare_fm.flare.executor.ClientAPIExecutor' at config path 'executors.#1.executor'",
-    "clinic-b": "'nvflare_fm.export.save_file' at config path 'components.#2'",
+    "clinic-b": "'nvflare_fm.export.folder.save_file' at config path 'components.#2'",
     "clinic-c": "'subprocess.Popen' at config path 'executors.#1.executor.args.data'",
 }
 
@@ -363,7 +363,7 @@ def test_what_is_not_on_the_allow_list_is_not_built_whatever_holds_it(jobs: Jobs
 
 
 def test_nothing_a_job_named_has_run_at_a_site_or_the_server(jobs: Jobs, marks: Path):
-    said = "Component 'nvflare_fm.export.save_file' at config path 'components.#1' is not in allow_list"
+    said = "Component 'nvflare_fm.export.folder.save_file' at config path 'components.#1' is not in allow_list"
     assert said in jobs.errors("foreign")
     assert not list(marks.iterdir())
 

@@ -3,8 +3,8 @@
 import torch
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Manifest, Report
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
+from nvflare_fm.job.settle import settle
 
 LAYERS = {
     "base_model.model.model.layers.0.self_attn.q_proj": (6, 5),

@@ -15,13 +15,13 @@ from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from nvflare_fm import export
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
 from nvflare_fm.aggregation import combine as combining
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.aggregation.salvage import without_the_largest
 from nvflare_fm.errors import ConfigError, ModelError, WireError
+from nvflare_fm.export.folder import folder as export
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT

@@ -14,7 +14,6 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.flare import wire
@@ -22,6 +21,7 @@ from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.job.settle import settle
 from nvflare_fm.transforms.packed import pack
 
 from .messages import MANIFEST, PLAN, SETTLED, adapter, same, update

@@ -15,7 +15,8 @@ from nvflare.app_common.widgets.component_path_authorizer import ComponentPathAu
 from nvflare.fuel.utils.class_loader import load_class
 
 import nvflare_fm
-from nvflare_fm.flare import components, job
+from nvflare_fm.flare import components
+from nvflare_fm.flare.jobs import job
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 from tests.deployment.system import SERVER, project
 from tests.flare.test_provision import quickly
@@ -59,7 +60,7 @@ def test_a_site_and_the_server_build_the_listed_alone(kits: Path) -> None:
     names = sorted(reachable())
     assert len(names) > 1200
     assert "nvflare_fm.flare.executor.ClientAPIExecutor" in names
-    assert "nvflare_fm.export.save_file" in names
+    assert "nvflare_fm.export.folder.save_file" in names
     assert allowed(kits / "clinic", names) == set(components.SITE)
     assert allowed(kits / SERVER, names) == set(components.SERVER)
 

@@ -17,10 +17,12 @@ from nvflare_fm.config import SiteOverrides
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import executor, gate, trainer, wire
 from nvflare_fm.flare.gate import Gate
-from nvflare_fm.site import attach, confine, policy, secret, site_config, worker
+from nvflare_fm.site import worker
+from nvflare_fm.site.model import attach
+from nvflare_fm.site.offer import confine, policy, secret, site_config
+from nvflare_fm.site.offer.site_config import FILE_NAME
+from nvflare_fm.site.offer.site_file import render
 from nvflare_fm.site.peft_methods import lora
-from nvflare_fm.site.site_config import FILE_NAME
-from nvflare_fm.site.site_file import render
 from tests.site import tiny
 
 TRAIN, VALIDATE = AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION

@@ -22,8 +22,8 @@ from nvflare.private.fed.server.job_meta_validator import JobMetaValidator
 from nvflare.private.fed.utils.app_authz import AppAuthzService
 from nvflare.private.fed.utils.app_deployer import AppDeployer
 
-from nvflare_fm.flare import job_check
 from nvflare_fm.flare.deployment import ServerValidator, SiteDeployer
+from nvflare_fm.flare.kit import job_check
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 
 SECRET = "hf_CANARY"

@@ -8,8 +8,8 @@ from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe
-from nvflare_fm.site.policy import fit
-from nvflare_fm.site.site_config import Limits, SiteConfig
+from nvflare_fm.site.offer.policy import fit
+from nvflare_fm.site.offer.site_config import Limits, SiteConfig
 
 TRAINED = TaskPlan.read(
     {

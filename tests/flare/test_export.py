@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from nvflare_fm import export
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ModelError
+from nvflare_fm.export.folder import folder as export
 
 from .messages import MANIFEST, adapter, same
 

@@ -8,17 +8,18 @@ import pytest
 from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.fuel.utils.component_builder import ComponentBuilder
 
-from nvflare_fm import export
 from nvflare_fm.at_rest import SUMS
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.flare import components, job
-from nvflare_fm.flare.allow_list import allow
+from nvflare_fm.export.folder import folder as export
+from nvflare_fm.flare import components
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
+from nvflare_fm.flare.jobs import job
+from nvflare_fm.flare.kit.allow_list import allow
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import FedPEFTRecipe
-from nvflare_fm.site.site_config import SiteConfig, load_site
+from nvflare_fm.site.offer.site_config import SiteConfig, load_site
 
 from .messages import MANIFEST, adapter
 

@@ -14,9 +14,9 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.private.fed.server.run_manager import RunManager
 from nvflare.private.fed.server.server_engine import ServerEngine
 
-from nvflare_fm import export
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.errors import ModelError
+from nvflare_fm.export.folder import folder as export
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT

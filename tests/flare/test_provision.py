@@ -20,13 +20,14 @@ from nvflare.lighter.provision import prepare_project
 from nvflare.lighter.provisioner import Provisioner
 
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.flare import allow_list, components, job_check
-from nvflare_fm.flare.certificate import expiry
+from nvflare_fm.flare import components
+from nvflare_fm.flare.kit import allow_list, job_check
+from nvflare_fm.flare.kit.certificate import expiry
 from nvflare_fm.flare.provision import allow, remove, without_byoc
 from nvflare_fm.flare.recovery import JobRecovery
 from nvflare_fm.flare.restarted import RestartedSites
-from nvflare_fm.site.site_config import SiteConfig, load_site
-from nvflare_fm.site.site_file import render
+from nvflare_fm.site.offer.site_config import SiteConfig, load_site
+from nvflare_fm.site.offer.site_file import render
 from tests.deployment.system import (
     BIN,
     ENVIRONMENT,
@@ -298,7 +299,7 @@ WHOLE = [
     ["nvflare_fm.flare."],
     ["nvflare_fm.flare.executor"],
     ["nvflare_fm.flare.executor.ClientAPIExecutor"],
-    ["nvflare_fm.export.save_file", "nvflare_fm."],
+    ["nvflare_fm.export.folder.save_file", "nvflare_fm."],
 ]
 
 

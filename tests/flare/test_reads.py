@@ -15,11 +15,11 @@ from nvflare.app_opt.pt.lazy_tensor_dict import _LazyRef
 
 from nvflare_fm.adapter import LORA_A, Adapter, AdapterUpdate, RoundTask
 from nvflare_fm.aggregation import guard, merge, step, weigh
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.ledger import Ledger
+from nvflare_fm.job.settle import settle
 
 from . import messages
 from .messages import adapter, update

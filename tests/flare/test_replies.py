@@ -16,8 +16,8 @@ from nvflare_fm.config import SiteOverrides, TaskPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.gate import Gate, written_out
 from nvflare_fm.flare.trainer import Post
-from nvflare_fm.site.site_config import FILE_NAME
-from nvflare_fm.site.site_file import render
+from nvflare_fm.site.offer.site_config import FILE_NAME
+from nvflare_fm.site.offer.site_file import render
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

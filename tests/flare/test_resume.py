@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from nvflare_fm import export, templates
 from nvflare_fm.cli import app
 from nvflare_fm.errors import FmError
-from nvflare_fm.flare.job import read_job
-from nvflare_fm.flare.new_job import write_job
+from nvflare_fm.export.folder import folder as export
+from nvflare_fm.flare.jobs.job import read_job
+from nvflare_fm.flare.jobs.new_job import write_job
+from nvflare_fm.flare.jobs.resume import write_resumed
 from nvflare_fm.flare.recipe import FedPEFTRecipe
-from nvflare_fm.flare.resume import write_resumed
+from nvflare_fm.job import templates
 from tests.flare.messages import MANIFEST, adapter, same
 
 ROUNDS, LAST = 8, 2

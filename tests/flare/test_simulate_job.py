@@ -8,8 +8,8 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.flare.simulate_job import prepare
-from nvflare_fm.site.site_config import load_site
+from nvflare_fm.flare.jobs.simulate_job import prepare
+from nvflare_fm.site.offer.site_config import load_site
 
 
 def typed(*words: Any) -> Result:

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvflare_fm import hocon, job_files, templates
 from nvflare_fm.errors import ConfigError, FmError
-from nvflare_fm.flare.job import read_job
+from nvflare_fm.flare.jobs.job import read_job
+from nvflare_fm.job import hocon, job_files, templates
 from tests.texts import PIECES, texts
 
 SOON_S, LITTLE = 5.0, 64 * 2**20  # of CPU time, and bytes

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, Report, RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Rules
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
+from nvflare_fm.job.settle import settle
 from nvflare_fm.record.round import read_line, written
 from nvflare_fm.transforms.packed import pack
 from tests.flare.messages import MANIFEST, PLAN, adapter, update

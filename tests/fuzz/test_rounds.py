@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
+from nvflare_fm.record.result import Result, explained
 from nvflare_fm.record.round import SPECTRA, Round, read_line, read_spectra, told, written
-from nvflare_fm.result import Result, explained
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
 from nvflare_fm.job.tasks import TASKS as TASK_PROMISES
-from nvflare_fm.site import data as site_data
-from nvflare_fm.site.site_config import DataSource
+from nvflare_fm.site.data.loading import loading as site_data
+from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import registry
 from tests.fuzz.mutations import Changes, changes, junk, mutated
 from tests.site import chats, tiny

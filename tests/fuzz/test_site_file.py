@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, load_site
-from nvflare_fm.site.site_file import render
+from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig, load_site
+from nvflare_fm.site.offer.site_file import render
 
 CODES = {"double_key", "site_file_malformed", "site_file_wrong"}
 GOOD = render(

@@ -82,7 +82,7 @@ def allocated() -> int:
 
 def emptied() -> None:
     """Nothing is on the device that a part does not put there."""
-    from nvflare_fm.site import base_model
+    from nvflare_fm.site.model import base_model
 
     base_model._loaded.clear()
     gc.collect()

@@ -6,9 +6,9 @@ import torch
 
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import FmError
-from nvflare_fm.plan import measuring_bytes
-from nvflare_fm.site.confine import confine
-from nvflare_fm.site.shapes import shapes
+from nvflare_fm.job.cost import measuring_bytes
+from nvflare_fm.site.model.shapes import shapes
+from nvflare_fm.site.offer.confine import confine
 from nvflare_fm.site.worker import Worker
 from tests.gpu import offers
 from tests.gpu.measuring import GIB, TINY, allocated, attempt, emptied, now, on_gpu, say, told

@@ -10,11 +10,11 @@ import torch
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.plan import activation_bytes, trained_bytes
-from nvflare_fm.site import base_model
-from nvflare_fm.site.base_model import BaseModel
-from nvflare_fm.site.shapes import shapes
-from nvflare_fm.site.site_config import ModelSource, SiteConfig
+from nvflare_fm.job.cost import activation_bytes, trained_bytes
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.model.base_model import BaseModel
+from nvflare_fm.site.model.shapes import shapes
+from nvflare_fm.site.offer.site_config import ModelSource, SiteConfig
 from nvflare_fm.site.tasks import registry
 from nvflare_fm.site.worker import Worker
 from tests.gpu.measuring import GIB, TINY, now, on_gpu, say, work

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.site.base_model import device
+from nvflare_fm.site.model.base_model import device
 from tests.gpu.measuring import on_gpu
 from tests.gpu.offers import RANK, RATE
 

@@ -6,7 +6,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
-from nvflare_fm import plan as arithmetic
+from nvflare_fm.job import cost as arithmetic
 from tests.gpu import offers
 from tests.gpu.measuring import GIB, TINY, allocated, attempt, emptied, now, on_gpu, say
 from tests.gpu.plain import Plain

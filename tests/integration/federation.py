@@ -14,7 +14,7 @@ import psutil
 
 from nvflare_fm.flare.environments import SimEnv
 from nvflare_fm.flare.recipe import FedPEFTRecipe
-from nvflare_fm.site.site_config import SiteConfig
+from nvflare_fm.site.offer.site_config import SiteConfig
 from tests.site import tiny
 
 PLAN: dict[str, Any] = {

@@ -15,9 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from nvflare_fm import export, transforms
+from nvflare_fm import transforms
 from nvflare_fm.cli import app
-from nvflare_fm.flare import allow_list, components
+from nvflare_fm.export.folder import folder as export
+from nvflare_fm.flare import components
+from nvflare_fm.flare.kit import allow_list
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
 from nvflare_fm.transforms.packed import pack
 from tests.site import tiny

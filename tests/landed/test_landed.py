@@ -8,8 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nvflare_fm.export import read_adapter
-from nvflare_fm.flare.job import read_job
+from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.flare.jobs.job import read_job
 from tests.landed.write import HEAD, HERE, HIDDEN, LAYERS, PLAN, RANK
 
 BROUGHT = HERE / "job" / "app_server" / "config" / "initial_adapter"

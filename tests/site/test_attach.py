@@ -12,16 +12,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
+from nvflare_fm.algebra.lora import shorten
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
-from nvflare_fm.export import Provenance, write_adapter
-from nvflare_fm.lora import shorten
-from nvflare_fm.peft_config import adapter_config
-from nvflare_fm.site import base_model, peft_methods
-from nvflare_fm.site.attach import wrap
-from nvflare_fm.site.base_model import BaseModel
+from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.export.folder.peft_config import adapter_config
+from nvflare_fm.site import peft_methods
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.model.attach import wrap
+from nvflare_fm.site.model.base_model import BaseModel
+from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.peft_methods import Attachment
-from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from tests.site import tiny
 

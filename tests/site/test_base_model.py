@@ -13,10 +13,11 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, L
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.site import base_model, peft_methods
-from nvflare_fm.site.base_model import BaseModel
-from nvflare_fm.site.fingerprint import fingerprint
-from nvflare_fm.site.site_config import ModelSource
+from nvflare_fm.site import peft_methods
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.model.base_model import BaseModel
+from nvflare_fm.site.model.fingerprint import fingerprint
+from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.site.worker import Worker
 from tests.codes import refused

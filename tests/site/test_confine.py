@@ -7,8 +7,8 @@ import pytest
 
 TRIAL = """
 import torch
-from nvflare_fm.site.confine import confine
-from nvflare_fm.site.memory import ran_out
+from nvflare_fm.site.offer.confine import confine
+from nvflare_fm.site.training.memory import ran_out
 
 confine({memory_gib}, processes={processes})
 try:

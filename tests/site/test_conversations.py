@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
-from nvflare_fm.site import data
-from nvflare_fm.site.site_config import DataSource
+from nvflare_fm.site.data.loading import loading as data
+from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import IGNORED, BadRow, Cut, Encoded, registry
 from nvflare_fm.site.tasks.conversations import conversation
 from tests.site import chats, tiny, words

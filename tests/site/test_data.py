@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError, PolicyError
-from nvflare_fm.site import data
-from nvflare_fm.site.data import SiteData
-from nvflare_fm.site.rows import ROW_LIMIT
-from nvflare_fm.site.site_config import DataSource
+from nvflare_fm.site.data.loading import loading as data
+from nvflare_fm.site.data.loading.loading import SiteData
+from nvflare_fm.site.data.loading.rows import ROW_LIMIT
+from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import BadRow, registry
 from tests.codes import refused
 from tests.site import tiny
@@ -308,7 +308,7 @@ def test_a_gzip_that_ends_too_early_or_is_damaged_is_an_error(tmp_path: Path) ->
 
 
 def test_more_rows_than_a_site_can_hold_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nvflare_fm.site.rows.ROWS_LIMIT", 20)
+    monkeypatch.setattr("nvflare_fm.site.data.rows.ROWS_LIMIT", 20)
     assert len(load(tiny.jsonl(tmp_path / "a.jsonl", ROWS)).train) == 18
     assert code_of(tiny.jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[0]])) == "data_unreadable"
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.weigh import weigh
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site import secret
-from nvflare_fm.site.site_config import FILE_NAME, SiteConfig
-from nvflare_fm.site.training import order, rows_of_round, steps_between_logs
+from nvflare_fm.job.settle import settle
+from nvflare_fm.site.offer import secret
+from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig
+from nvflare_fm.site.training.fit.fit import order, rows_of_round, steps_between_logs
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_fm.site import machine
+from nvflare_fm.site.check import machine
 
 Usage = namedtuple("Usage", "total used free")
 

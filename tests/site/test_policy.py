@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, PolicyError
 from nvflare_fm.job import peft as peft_methods
-from nvflare_fm.site.policy import BOUNDS, Submitter, accept, decide, fit
-from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, held_in, load_site
+from nvflare_fm.job.settle import settle
+from nvflare_fm.site.offer.policy import BOUNDS, Submitter, accept, decide, fit
+from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

@@ -28,16 +28,16 @@ from transformers import (
 )
 
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.combination import settle
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.plan import remarks
+from nvflare_fm.job.cost import remarks
+from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate
-from nvflare_fm.site import base_model
-from nvflare_fm.site.checkup import checkup
-from nvflare_fm.site.probe import positions, unreached
-from nvflare_fm.site.shapes import shapes
-from nvflare_fm.site.site_config import ModelSource
+from nvflare_fm.site.check.checkup import checkup
+from nvflare_fm.site.check.probe import positions, unreached
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.model.shapes import shapes
+from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny, words, zoo

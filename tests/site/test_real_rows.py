@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nvflare_fm.errors import DataError
-from nvflare_fm.site import data
-from nvflare_fm.site.data import SiteData
-from nvflare_fm.site.site_config import DataSource
+from nvflare_fm.site.data.loading import loading as data
+from nvflare_fm.site.data.loading.loading import SiteData
+from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import Cut, registry
 from tests.site import chats, tiny
 

@@ -14,14 +14,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from nvflare_fm.adapter import Adapter, RoundTask
-from nvflare_fm.combination import settle
+from nvflare_fm.algebra.lora import stack
 from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError, WireError
-from nvflare_fm.export import read_adapter
-from nvflare_fm.lora import stack
+from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import alone, federate
-from nvflare_fm.site.class_shift import class_shift
-from nvflare_fm.site.own_adapter import OwnAdapter
+from nvflare_fm.site.model.own_adapter import OwnAdapter
+from nvflare_fm.site.training.fit.class_shift import class_shift
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 
@@ -143,7 +143,7 @@ def test_prefixes_are_not_trained_with_checkpointing(llama: Path, tmp_path: Path
 
 def test_the_server_settles_a_plan_without_the_hugging_face_stack() -> None:
     program = (
-        "import sys; from nvflare_fm.combination import settle; from nvflare_fm.config import RoundPlan, Aggregation\n"
+        "import sys; from nvflare_fm.job.settle import settle; from nvflare_fm.config import RoundPlan, Aggregation\n"
         "for method in ('lora', 'ia3', 'prompt_tuning', 'prefix_tuning'):\n"
         "    settle(RoundPlan(peft={'method': method}), Aggregation())\n"
         "assert not {'transformers', 'peft', 'bitsandbytes', 'datasets'} & set(sys.modules)"

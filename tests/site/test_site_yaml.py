@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.site.site_config import FILE_NAME, SiteConfig, load_site
+from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig, load_site
 
 MALFORMED, WRONG = "site_file_malformed", "site_file_wrong"
 

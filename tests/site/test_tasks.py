@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, LlamaModel, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export import write_adapter
+from nvflare_fm.export.folder.folder import write_adapter
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.tasks import IGNORED, BadRow, collate, registry
 from nvflare_fm.site.worker import Worker
@@ -235,7 +235,7 @@ def test_metrics_do_not_depend_on_the_batch_size(
     one, many = (worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": size}))) for size in (1, 7))
     assert one == pytest.approx(many, rel=1e-5)
     sizes: list[int] = []
-    monkeypatch.setattr("nvflare_fm.plan.MEASURED_AT_ONCE", 60)
+    monkeypatch.setattr("nvflare_fm.job.cost.MEASURED_AT_ONCE", 60)
     monkeypatch.setattr(LlamaModel, "forward", counting(LlamaModel.forward, sizes))
     assert worker.validate(RoundTask(tiny.plan(task, evaluation={"batch_size": 7}))) == pytest.approx(many, rel=1e-5)
     assert 0 < max(sizes) <= 60

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import ConfigError, PolicyError
-from nvflare_fm.site import base_model, worker
-from nvflare_fm.site.shapes import shapes
+from nvflare_fm.site import worker
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.model.shapes import shapes
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

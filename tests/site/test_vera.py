@@ -9,11 +9,11 @@ from peft import PeftModel
 
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.config import Aggregation
-from nvflare_fm.export import write_adapter
+from nvflare_fm.export.folder.folder import write_adapter
 from nvflare_fm.simulate import federate
-from nvflare_fm.site import base_model
+from nvflare_fm.site.model import base_model
+from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.peft_methods import attachment_of
-from nvflare_fm.site.site_config import ModelSource
 from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.site.site_config import SiteConfig
+from nvflare_fm.site.offer.site_config import SiteConfig
 from nvflare_fm.site.worker import Worker
 
 LABELS = ("calm", "ill", "well")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ...adapter import LoraPair
-from ...lora import stack
+from ...algebra.lora import stack
 from . import rule
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ... import lora
 from ...adapter import LoraPair
+from ...algebra import lora
 from . import rule
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ...adapter import LoraPair
-from ...lora import stack
+from ...algebra.lora import stack
 from . import rule
 
 

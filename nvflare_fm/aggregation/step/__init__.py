@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...adapter import Adapter, LoraPair
+from ...algebra.inner import energy
+from ...algebra.lora import shorten, stack, zero
 from ...config import Rule
-from ...inner import energy
-from ...lora import shorten, stack, zero
 from ..asked import RuleRegistry, asked
 from ..cohort import Cohort
 from ..merge import MergeRule

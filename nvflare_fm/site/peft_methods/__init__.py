@@ -16,7 +16,7 @@ from ...registry import Registry
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-    from ..base_model import BaseModel
+    from ..model.base_model import BaseModel
 
 
 class Attachment:
@@ -35,7 +35,7 @@ class Attachment:
 
     def initialise(self, model: "PeftModel", seed: int) -> None:
         """Make the start that all sites share, where PEFT's own is random."""
-        from ..attach import fill_prompt
+        from ..model.attach import fill_prompt
 
         if self.method.virtual_tokens:
             fill_prompt(model, seed)
@@ -54,7 +54,7 @@ class Attachment:
             ConfigError: the method cannot be put on this model, or cannot hold `start`.
             WireError: `start` belongs to another model.
         """
-        from ..attach import check_fits, put, wrap
+        from ..model.attach import check_fits, put, wrap
 
         model = wrap(base, self.config(base), plan.seed)
         self.initialise(model, plan.seed)
@@ -72,7 +72,7 @@ class Attachment:
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
         """Copy what travels: the trained adapter, on the CPU in float32. `whole`: frozen directions included."""
-        from ..attach import tensors
+        from ..model.attach import tensors
 
         return Adapter(dense=tensors(model))
 

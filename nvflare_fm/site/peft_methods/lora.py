@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 from ...adapter import Adapter, LoraPair, from_tensors
 from ...aggregation.merge.zero_pad import pad
+from ...algebra.lora import fresh_rows, head, refill, stack, tail, zero
 from ...config import Factors, TaskPlan
 from ...errors import ConfigError, WireError
 from ...job.peft.lora import Lora
-from ...lora import fresh_rows, head, refill, stack, tail, zero
-from ..own_adapter import joined
+from ..model.own_adapter import joined
 from . import Attachment, registry
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..base_model import BaseModel
+    from ..model.base_model import BaseModel
 
 
 @registry.register("lora")
@@ -30,7 +30,7 @@ class LoraAttachment(Attachment):
     def attach(
         self, base: "BaseModel", start: Adapter, plan: TaskPlan, number: int = 0, own: Adapter | None = None
     ) -> "PeftModel":
-        from ..attach import freeze, put, wrap
+        from ..model.attach import freeze, put, wrap
 
         if self.method.use_dora and base.quantization == "int8" and base.model.device.type == "cpu":
             raise ConfigError(  # PEFT reads the weights, and takes them from their scales
@@ -76,7 +76,7 @@ class LoraAttachment(Attachment):
     def _add_rest(self, model: "PeftModel", pairs: Mapping[str, LoraPair], rank: int) -> None:
         from peft import LoraConfig, PeftModel
 
-        from ..attach import LOCAL, PREFIX, REST, put
+        from ..model.attach import LOCAL, PREFIX, REST, put
 
         # The very layers of the pairs: what PEFT resolved for "local" may name heads, which are trained whole there.
         targets = "|".join(re.escape(layer.removeprefix(PREFIX)) for layer in pairs)
@@ -90,7 +90,7 @@ class LoraAttachment(Attachment):
                 parameter.requires_grad_(False)
 
     def leave_rest(self, model: "PeftModel", factors: Factors) -> None:
-        from ..attach import LOCAL, REST, freeze
+        from ..model.attach import LOCAL, REST, freeze
 
         if REST in model.peft_config:
             model.delete_adapter(REST)
@@ -98,7 +98,7 @@ class LoraAttachment(Attachment):
             freeze(model, factors)
 
     def extract(self, model: "PeftModel", whole: bool = False) -> Adapter:
-        from ..attach import REST, tensors
+        from ..model.attach import REST, tensors
 
         values = tensors(model)
         layers = {n.rpartition(".lora_A.")[0] for n in values if ".lora_A." in n}

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from ...config import RoundPlan
 from ...job.tasks import TASKS, Promises
 from ...registry import Registry
-from .. import logits
+from ..training import logits
 
 if TYPE_CHECKING:
-    from ..base_model import BaseModel
-    from ..class_shift import ClassShift
+    from ..model.base_model import BaseModel
+    from ..training.class_shift import ClassShift
 
 IGNORED = -100  # the label of a position that is not learned, by PyTorch's convention
 Columns = Mapping[str, Tensor]

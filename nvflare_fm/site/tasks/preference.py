@@ -19,13 +19,13 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from .. import logits
+from ..training import logits
 from . import BadRow, Columns, Encoded, Groups, task
 from .causal_lm import CausalLM
 
 if TYPE_CHECKING:
-    from ..base_model import BaseModel
-    from ..class_shift import ClassShift
+    from ..model.base_model import BaseModel
+    from ..training.class_shift import ClassShift
 
 
 @task("preference")

@@ -1,0 +1,5 @@
+"""`python -m nvflare_fm.cli` is `nvflare-fm`."""
+
+from . import app
+
+app()

@@ -1,0 +1,91 @@
+"""`nvflare-fm export`: an adapter to hand on or to serve, with a card that says where it comes from."""
+
+import json
+import shutil
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import ConfigError
+from ..untrusted import one_line
+
+if TYPE_CHECKING:
+    from ..adapter import Adapter
+
+_SHOWN = ("nvflare", "torch", "transformers", "peft")
+
+
+def export(
+    adapter: Annotated[Path, typer.Argument(help="an adapter's folder, such as RESULT/adapters/best")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not exist yet")],
+    base: Annotated[
+        str, typer.Option(help="folder of the base model, or its name on the Hugging Face hub; --merge needs a folder")
+    ] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="a whole model in 16 bits, ready to serve")] = False,
+) -> None:
+    """Writes an adapter as PEFT loads it, or merged into its base model, with a model card.
+
+    Where ADAPTER lies in its job's result, the card has rounds, number of sites, merge rule and metrics from there.
+    """
+    from ..at_rest import replacing
+    from ..export import card
+    from ..export.folder import CONFIG, PROVENANCE, WEIGHTS, read_adapter
+    from ..export.peft_config import adapter_config
+    from ..record.round import FILE_NAME, read_rounds
+
+    if output.exists():
+        raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
+    here = bool(base) and Path(base).is_dir()
+    if merge and not here:
+        raise ConfigError("--merge needs the base model's folder: --base FOLDER", code="no_base")
+    values, manifest, provenance = read_adapter(adapter)
+    config, rounds = adapter_config(values, manifest, provenance.plan), adapter.absolute().parent.parent / FILE_NAME
+    told = card.Card(
+        name=output.name,
+        manifest=manifest,
+        provenance=provenance,
+        made=card.made(read_rounds(rounds) if rounds.is_file() else [], provenance),
+        base=base,
+        base_checked=here,
+        merged=merge,
+        one_rank=not (config.get("rank_pattern") or config.get("alpha_pattern")),
+        versions=_versions(),
+        exported=datetime.now(UTC).date(),
+    )
+    with replacing(output) as folder:
+        if merge:
+            from ..site.model.merged import merge as write_merged
+
+            write_merged(adapter, Path(base), values, manifest, folder)
+        else:
+            if here:
+                from ..site.model.merged import check_base
+
+                check_base(Path(base), manifest)
+            shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
+            named = {**config, **_layers(values), "base_model_name_or_path": base or None}
+            (folder / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        shutil.copyfile(adapter / PROVENANCE, folder / PROVENANCE)
+    (output / card.FILE_NAME).write_text(card.render(told), encoding="utf-8")
+    typer.echo(one_line(f"wrote {output}; its {card.FILE_NAME} says how to load it and where it comes from"))
+    if base and not here:
+        typer.echo(one_line(f"there is no folder {base}: its weights were not compared with the adapter's base model"))
+
+
+def _layers(adapter: "Adapter") -> dict[str, list[str]]:
+    """Each layer by its full name: PEFT then stops on a class that names them otherwise, where it would only warn."""
+    names = [layer.removeprefix("base_model.model.") for layer in sorted(adapter.lora)]
+    return {"target_modules": names} if names else {}
+
+
+def _versions() -> dict[str, str]:
+    found = {"nvflare_fm": __version__}
+    for name in _SHOWN:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

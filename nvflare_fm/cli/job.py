@@ -1,0 +1,179 @@
+"""`nvflare-fm templates`, `new` and `plan`: what a data scientist does before a job is submitted; `resume` after."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ..errors import ConfigError
+from ..job import templates as job_templates
+from ..untrusted import one_line
+from .terminal import add_row, console, plain
+
+if TYPE_CHECKING:
+    from ..flare.jobs.forecast import Forecast
+
+Asked = Annotated[bool, typer.Option("--help", help="all knobs of TEMPLATE, where one is named")]
+
+
+def templates() -> None:
+    """Lists the job templates."""
+    for name in job_templates.names():
+        typer.echo(f"{name:28}{job_templates.load(name).description}")
+
+
+def new(
+    context: typer.Context,
+    template: Annotated[str, typer.Argument(help="see nvflare-fm templates")] = "",
+    settings: Annotated[list[str], typer.Argument(metavar="key=value …", help="knobs that differ")] = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the job's folder; must not exist yet")] = None,
+    asked: Asked = False,
+) -> None:
+    """Makes a job of a template, ready to submit: `nvflare-fm new lora_text_classification -o my_job labels=a,b`.
+
+    A key is as much of a knob's name as tells it from the others. With adapter=FOLDER the job starts from that adapter;
+    sites.NAME.KEY=value sets what one site does differently, and the sites so named are the sites of the job.
+    """
+    if asked or not template:
+        _explain(context, template)
+        return
+    if output is None:
+        raise ConfigError("say where the job goes: -o FOLDER", code="no_output")
+    if not output.name.isprintable():
+        raise ConfigError(f"a job is named after its folder, and {output.name!r} is no text", code="not_text")
+    from ..flare.jobs.new_job import write_job
+
+    write_job(output, job_templates.load(template), dict(map(_setting, settings)))
+    typer.echo(one_line(f"wrote {output}; next: nvflare-fm plan {output}, nvflare job submit -j {output}"))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not text.isprintable():
+        raise ConfigError(f"{text!r} holds what is no text; settings are text in UTF-8", code="not_text")
+    if not (key and equals):
+        raise ConfigError(f"{text!r} sets nothing; write key=value", code="no_assignment")
+    return key.strip(), value.strip()
+
+
+def _explain(context: typer.Context, template: str) -> None:
+    typer.echo(context.get_help())
+    if not template:
+        return
+    knobs = job_templates.load(template).knobs()
+    table = Table("knob", "as it stands", "meaning", title=template, show_edge=False)
+    for knob in knobs:
+        value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
+        add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
+    console().print(table)
+
+
+def plan(
+    job: Annotated[Path, typer.Argument(help="a job's folder")],
+    model: Annotated[
+        Path | None, typer.Option(help="a folder with the base model's config.json; its weights are not read")
+    ] = None,
+    seconds_per_step: Annotated[
+        list[str], typer.Option(help="as nvflare-fm site check measured it: 0.8, or SITE=0.8 for each site")
+    ] = [],  # noqa: B006
+    memory: Annotated[
+        list[str], typer.Option(help="GiB a site has for training, as limits.memory_gib: 24, or SITE=24 for each site")
+    ] = [],  # noqa: B006
+    measure: Annotated[
+        bool, typer.Option("--measure", help="train a few steps here, on made-up rows; needs --model with weights")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+) -> None:
+    """Tells what a job costs each site, before anything runs: memory, seconds, bytes a round up and down."""
+    from ..flare.jobs.forecast import forecast
+
+    rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
+    told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
+    if as_json:
+        typer.echo(json.dumps(told.plain(), indent=2))
+    else:
+        _show(told)
+
+
+def resume(
+    ended: Annotated[
+        str, typer.Argument(metavar="JOB", help="its id (with --kit), or what nvflare job download wrote")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="the new job's folder; unset: <name>_resumed, here")
+    ] = None,
+    kit: Annotated[
+        Path | None, typer.Option("--kit", help="your startup kit: JOB is downloaded and the new job submitted with it")
+    ] = None,
+) -> None:
+    """Makes a job that goes on after the last round of one that ended early, and with --kit submits it."""
+    from ..flare.jobs import resume as flare
+
+    with tempfile.TemporaryDirectory() as downloads:
+        result = Path(ended)
+        if not result.is_dir():
+            if kit is None:
+                raise ConfigError(f"{ended!r} is no folder; to download a job by its id, add --kit", code="no_kit")
+            result = flare.download(ended, kit, Path(downloads))
+        name = next((file.parent.name for file in result.glob("job/*/meta.*")), "job")
+        folder = output or Path(f"{name}_resumed")
+        job = flare.write_resumed(result, folder)
+    typer.echo(one_line(f"wrote {folder}: goes on with round {job.rounds.start} of rounds 0 to {job.rounds.stop - 1}"))
+    if job.plan.shares != "AB":
+        typer.echo("note: the factor that each site keeps to itself stays in the old job; it starts anew")
+    if kit is None:
+        typer.echo(one_line(f"next: nvflare job submit -j {folder}"))
+        return
+    submitted = flare.submit(folder, kit)
+    typer.echo(one_line(f"submitted as {submitted}; next: nvflare job monitor {submitted}"))
+
+
+def _by_site(option: str, text: str) -> tuple[str, float]:
+    site, _, value = text.rpartition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ConfigError(f"{option} {text!r} is no number above 0; write 0.8 or SITE=0.8", code="no_number")
+    return site, number
+
+
+def _show(told: "Forecast") -> None:
+    table = Table(title=plain(told.title), show_edge=False)
+    fits = any(cost.rank_that_fits is not None for cost in told.costs)
+    names = ["site", "rank", *(["rank that fits"] if fits else []), "base", "memory", "steps a round", "s a round"]
+    for name in (*names, "down a round", "up a round"):
+        table.add_column(name, justify="left" if name in ("site", "base") else "right", no_wrap=name == "site")
+    for cost in told.costs:
+        cells = (
+            cost.site,
+            cost.rank or "–",
+            *([_known(cost.rank_that_fits, str(cost.rank_that_fits))] if fits else []),
+            cost.quantization,
+            _size(cost.memory_bytes),
+            _known(cost.steps, f"{cost.steps} × {cost.rows_per_step} rows"),
+            _known(cost.seconds, f"{cost.seconds or 0:.1f}"),
+            _size(cost.bytes_down),
+            _size(cost.bytes_up),
+        )
+        add_row(table, cells)
+    screen = console()
+    screen.print(table)
+    for note in told.notes:
+        screen.print(plain(f"- {note}"))
+
+
+def _known(value: object, text: str) -> str:
+    return "?" if value is None else text
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "?"
+    unit, name = next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if size >= u), (1, "B"))
+    return f"{size / unit:.3g} {name}" if unit > 1 else f"{size} B"

@@ -1,0 +1,57 @@
+"""`nvflare-fm simulate`: any job on one machine, before it goes to real sites."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from ..untrusted import one_line
+
+
+def simulate(
+    job: Annotated[Path, typer.Argument(help="a job's folder")],
+    data: Annotated[list[str], typer.Option(metavar="SITE=FILE", help="the site's rows; once for each site")],
+    model: Annotated[Path, typer.Option(help="folder of the base model, for every site")],
+    validation: Annotated[
+        list[str], typer.Option(metavar="SITE=FILE", help="rows to measure on; else a tenth of the site's is held out")
+    ] = [],  # noqa: B006
+    output: Annotated[Path, typer.Option("--output", "-o", help="gets a folder named after the job's")] = Path("runs"),
+) -> None:
+    """Runs a job on this machine: a server and the sites, each a process of its own, as NVFlare's simulator makes them.
+
+    `nvflare-fm simulate my_job --data north=a.jsonl --data south=b.jsonl --model models/base`. Aliases in the job stand
+    for the model and the files named here. Where the job names its sites, each needs a file.
+    """
+    from ..flare.jobs.simulate_job import prepare
+    from ..record.result import measured, read_result
+    from ..record.round import told
+
+    rows, held_out = _by_site("--data", data), _by_site("--validation", validation)
+    asked, run = prepare(job, model, rows, held_out, output / job.resolve().name)
+    started = time.monotonic()
+    typer.echo(one_line(f"{asked.name}: {len(rows)} sites ({', '.join(rows)}); they start within a minute"))
+    for line in run.run():
+        typer.echo("\n".join(told(line)))
+    found = read_result(run.results)
+    typer.echo("".join(f"{line}\n" for line in measured(found)), nl=False)
+    adapters = [("adapter", place) for place in found.adapters.values()]
+    for name, place in (*adapters, ("results", run.results), ("log", run.log)):
+        typer.echo(one_line(f"{name:<8} {place}"))
+    typer.echo(f"took     {time.monotonic() - started:.0f} s")
+
+
+def _by_site(option: str, given: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in given:
+        site, _, file = text.partition("=")
+        if not (site and file):
+            raise ConfigError(
+                f"{option} {text!r} names no file for a site; write {option} north=north.jsonl", code="no_file"
+            )
+        if site in found:
+            raise ConfigError(f"{option} names two files for site {site!r}; one is enough", code="two_files")
+        found[site] = Path(file)
+    return found

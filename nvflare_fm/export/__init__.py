@@ -1,0 +1,1 @@
+"""An adapter as a folder that PEFT loads, with its provenance."""

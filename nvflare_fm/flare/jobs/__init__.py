@@ -1,0 +1,1 @@
+"""Jobs before they run: made from templates, read back, estimated, simulated, resumed."""

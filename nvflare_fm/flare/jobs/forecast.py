@@ -1,0 +1,144 @@
+"""The cost of a job at each of its sites, from its folder and what is known of the base model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ... import transforms
+from ...errors import ConfigError
+from ...job.cost import AdapterShape, BaseShape, Cost, activation_bytes, cost, measuring_bytes, remarks
+from .job import ALL, Job, read_job
+
+EVERY = "every site"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job costs each site, and what should be known about these figures."""
+
+    name: str
+    rounds: int
+    costs: list[Cost]
+    notes: list[str]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}: " + (f"{self.rounds} rounds" if self.rounds else "evaluation only")
+
+    def plain(self) -> dict[str, Any]:
+        sites = [{**asdict(each), "memory_bytes": each.memory_bytes} for each in self.costs]
+        return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes}
+
+
+def forecast(
+    folder: Path,
+    model: Path | None,
+    rates: Mapping[str, float],
+    measure: bool,
+    memory: Mapping[str, float] | None = None,
+) -> Forecast:
+    """Tell what a job costs each of its sites.
+
+    Args:
+        folder: of the job.
+        model: folder of the base model; None: bytes are known only if the job brings an adapter, memory is not.
+        rates: site → seconds a step; "": every other site.
+        measure: take the missing rates by training a few steps here.
+        memory: site → GiB it has for training, for the rank that fits; "": every other site.
+
+    Raises:
+        FmError: the job cannot work, or the model does not suit it.
+    """
+    job = read_job(folder)
+    for option, given in (("--seconds-per-step", rates), ("--memory", memory or {})):
+        if unknown := sorted(set(given) - {""} - set(job.sites)):
+            raise ConfigError(f"{option} names {unknown[0]!r}, the job has {sorted(job.sites)}", code="unknown_site")
+    if memory and model is None:
+        raise ConfigError("--memory needs the base model's layers: say where it is with --model", code="no_model")
+    if measure and model is None:
+        raise ConfigError("--measure trains the base model: say where it is with --model", code="no_model")
+    costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
+    return Forecast(job.name, len(job.rounds), costs, _notes(job, costs, model, measure))
+
+
+def _cost(
+    job: Job, site: str, model: Path | None, rates: Mapping[str, float], measure: bool, memory: Mapping[str, float]
+) -> Cost:
+    plan = job.sites[site].overrides.applied(job.plan)
+    base, adapter = _shapes(job, site, model)
+    rate = rates.get(site, rates.get(""))
+    if rate is None and measure and model:
+        from ...site.check.rehearsal import seconds_per_step
+
+        rate = seconds_per_step(model, plan)
+    has = memory.get(site, memory.get(""))
+    ranks = [each.overrides.applied(job.plan).rank for each in job.sites.values()]
+    return cost(
+        EVERY if site == ALL else site,
+        plan,
+        processes=job.sites[site].processes,
+        widest=job.settled.merged_rank(ranks) if job.settled else job.plan.rank,
+        starts_at=_starts_at(job),
+        adapter=adapter,
+        base=base,
+        seconds_per_step=rate,
+        memory_bytes=None if has is None else has * 2**30,
+        trains=bool(job.rounds),
+    )
+
+
+def _starts_at(job: Job) -> int:
+    """Bytes of the adapter that the job brings, as it goes to each site; to be measured only, it travels as it is."""
+    chain = transforms.read(job.plan.downlink if job.rounds else (), "downlink")
+    found = job.adapter.descriptions() if job.adapter else {}
+    return sum(chain.encoded(name, tensor).bytes for name, tensor in found.items())
+
+
+def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, AdapterShape | None]:
+    if model:
+        from ...site.model.shapes import shapes
+
+        return shapes(model, job.sites[site].overrides.applied(job.plan))
+    if job.adapter:
+        sizes = {layer: job.adapter.lora[layer].shape for layer in job.adapter.lora}
+        return None, AdapterShape(sizes, tuple(tensor.numel() for tensor in job.adapter.dense.values()))
+    return None, None
+
+
+def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> list[str]:
+    notes = []
+    if model is None:
+        lacking = "memory is" if job.adapter else "memory and bytes are"
+        notes.append(f"{lacking} not known without the base model's layers: add --model FOLDER (config.json is enough)")
+    else:
+        notes.append(
+            "memory is an estimate for texts of max_length, of one process, besides what Python and its libraries take "
+            "(about 0.9 GB on a CPU; the driver's share on a GPU); on a CPU a step takes up to half as much again"
+        )
+        if job.plan.compute_dtype == "auto":
+            notes.append(
+                "compute_dtype auto is counted as bf16 under quantization; most CPUs compute in fp32, for more"
+            )
+        for site in sorted(job.sites):
+            base, adapter = _shapes(job, site, model)
+            plan = job.sites[site].overrides.applied(job.plan)
+            said = remarks(base, plan) if base else []
+            if base and adapter and measuring_bytes(base, plan) > activation_bytes(base, adapter, plan):
+                said.append("to measure a batch takes more memory than a training step; lower evaluation.batch_size")
+            notes += [note for note in said if note not in notes]
+    if not job.rounds:
+        return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]
+    first = costs[0].bytes_down_first
+    notes.append(f"in the first round {f'{first} bytes' if first else 'no adapter'} goes down to each site")
+    if any(each.steps is None for each in costs):
+        notes.append("local_steps is 0: the steps of a round follow from local_epochs and each site's rows")
+    elif any(each.seconds is None for each in costs):
+        notes.append(
+            "seconds are not known: add --seconds-per-step with what `nvflare-fm site check` tells at the sites, or "
+            "--measure to try the model on this machine"
+        )
+    else:
+        where = "on this machine, as measured" if measured else "at the rate given"
+        notes.append(f"seconds are those of training {where}; loading, evaluation and messages come on top")
+    return notes

@@ -1,0 +1,210 @@
+"""Which choices of a job do not go together, held as data: it refuses a job while it loads, and the docs print it.
+
+Rules state promises and needs; no rule is known here by its name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..aggregation.asked import Needs, named
+from ..aggregation.merge import MergeRule
+from ..config import Aggregation, RoundPlan, TrainingSettings
+from ..errors import ConfigError
+from .peft import PeftMethod
+from .tasks import Promises, promises
+
+_MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it promises all there is
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a job decides whether its parts go together."""
+
+    plan: RoundPlan  # with the PEFT method's defaults written out
+    how: Aggregation
+    rule: MergeRule
+    method: PeftMethod
+    needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
+
+    @property
+    def plain_lora(self) -> bool:
+        """Whether products B @ A are trained that can be added up."""
+        return self.method.factored and self.method.side_adapter
+
+    @property
+    def task(self) -> Promises:
+        return promises(self.plan.task)
+
+
+@dataclass(frozen=True)
+class Clash:
+    """`this` does not go with `that`: where `holds`, the job is refused with `why` and `remedy`."""
+
+    code: str
+    this: str
+    that: str
+    holds: Callable[[Job], bool]
+    why: str
+    remedy: str
+
+
+def _shifts_classes(training: TrainingSettings) -> bool:
+    return training.restricted_softmax != 1 or bool(training.logit_calibration or training.logit_adjustment)
+
+
+CLASHES = (
+    Clash(
+        "rank_is_fixed",
+        "a merge rule for one rank, or DoRA",
+        "`rank` in `negotiable`",
+        lambda job: (
+            "rank" in job.plan.negotiable
+            and job.method.factored
+            and not (job.rule.mixed_ranks and job.method.side_adapter)
+        ),
+        "every site must train at one rank",
+        "take rank out of negotiable",
+    ),
+    Clash(
+        "dora_max_rank",
+        "DoRA",
+        "`max_rank` other than the plan's rank",
+        lambda job: (
+            job.method.factored and not job.method.side_adapter and job.how.max_rank not in (0, job.plan.peft["rank"])
+        ),
+        "a site would hold more directions than it trains frozen beside them, and two DoRA adapters do not add",
+        "leave max_rank or use_dora out",
+    ),
+    Clash(
+        "needs_plain_lora",
+        "a merge rule that trains or shares one factor, or has sites train fresh pairs",
+        "a PEFT method without factors, or DoRA",
+        lambda job: (
+            not job.plain_lora and (job.rule.factors != ("AB",) or job.rule.shares != "AB" or job.rule.rest == "all")
+        ),
+        "the rule is about the factors of plain LoRA",
+        _MERGE,
+    ),
+    Clash(
+        "step_needs_canonical",
+        "a server step that changes the mean",
+        "a merge rule that keeps raw factors",
+        lambda job: job.needs.canonical and not job.rule.canonical,
+        "the step acts on ΔW, and the rule keeps B and A as they are",
+        f"leave step out, or {_MERGE}",
+    ),
+    Clash(
+        "steps_need_delta",
+        "`normalize_steps`",
+        "a merge rule that is not the global adapter plus changes",
+        lambda job: job.how.normalize_steps and not job.rule.delta,
+        "it scales what the sites changed, and the rule averages what they hold",
+        _MERGE,
+    ),
+    Clash(
+        "late_needs_delta",
+        "`max_staleness`",
+        "a merge rule that is not the global adapter plus changes, or DoRA",
+        lambda job: (
+            bool(job.how.max_staleness)
+            and not (job.rule.delta and (job.method.side_adapter or not job.method.factored))
+        ),
+        "a late answer counts by what it changed, and the rule averages what the sites hold",
+        _MERGE,
+    ),
+    Clash(
+        "nothing_late",
+        "a rule that needs to know how late an update is",
+        "`max_staleness = 0`",
+        lambda job: job.needs.lateness and not job.how.max_staleness,
+        "no update is older than its round",
+        "set max_staleness",
+    ),
+    Clash(
+        "energy_needs_canonical",
+        "`keep_energy` below 1",
+        "a merge rule that keeps raw factors",
+        lambda job: job.how.keep_energy < 1 and not job.rule.canonical,
+        "it counts singular values, and the rule takes none",
+        _MERGE,
+    ),
+    Clash(
+        "no_products",
+        "a rule that needs the products ΔW",
+        "a PEFT method without factors, or a merge rule that shares one factor",
+        lambda job: job.needs.products and not (job.method.factored and job.rule.shares == "AB"),
+        "it compares the products the sites send, and there are none",
+        "leave weigh and step out",
+    ),
+    Clash(
+        "no_label_per_row",
+        "a rule that needs label statistics",
+        "a task whose texts do not have exactly one class each",
+        lambda job: bool(job.needs.labels) and not (job.task.exclusive and not job.task.per_token),
+        "it needs how each site's rows are spread over the labels, and rows have no one label",
+        "leave weigh out, or weigh by counts",
+    ),
+    Clash(
+        "no_classes",
+        "`restricted_softmax`, `logit_calibration`, `logit_adjustment`",
+        "a task without classes that exclude each other",
+        lambda job: not job.task.exclusive and _shifts_classes(job.plan.training),
+        "they change how one class is chosen among several, and the task chooses none",
+        "leave them out",
+    ),
+    Clash(
+        "head_needs_adam",
+        "`head_lr_ratio`",
+        "`optim = sgd`",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.plan.training.optim == "sgd",
+        "it is about Adam's second moment, and SGD keeps none",
+        "leave it out",
+    ),
+    Clash(
+        "no_head",
+        "`head_lr_ratio`",
+        "a task that writes text",
+        lambda job: bool(job.plan.training.head_lr_ratio) and job.task.learns_text,
+        "it is about a new head, and the task has none",
+        "leave it out",
+    ),
+    Clash(
+        "no_pairs",
+        "`dpo_beta`",
+        "a task other than `preference`",
+        lambda job: job.plan.training.dpo_beta != TrainingSettings().dpo_beta and not job.task.paired,
+        "it is about pairs of answers, and the task has none",
+        "leave it out",
+    ),
+    Clash(
+        "needs_loss_before",
+        "a rule that needs the loss of the received adapter",
+        "`evaluation.before = false`",
+        lambda job: job.needs.loss and not job.plan.evaluation.before,
+        "no site measures it",
+        "set evaluation.before",
+    ),
+)
+
+
+def check(job: Job) -> None:
+    """Refuse combinations of settings that cannot work together.
+
+    Raises:
+        ConfigError: two choices of the job do not go together; why, and what to choose instead.
+    """
+    for clash in CLASHES:
+        if clash.holds(job):
+            raise ConfigError(
+                f"{_chosen(job.how)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
+                code=clash.code,
+            )
+
+
+def _chosen(how: Aggregation) -> str:
+    parts: Mapping[str, object] = {
+        "merge": named(how.merge),
+        "weigh": [named(entry) for entry in how.weigh],
+        "step": named(how.step) if how.step is not None else "by task",
+    }
+    return ", ".join(f"{name} = {value}" for name, value in parts.items())

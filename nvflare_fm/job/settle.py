@@ -1,0 +1,172 @@
+"""What follows from a job's choices, decided once, when the job loads: each later stage is handed the `SettledPlan`.
+
+Knows neither transformers nor peft, and nothing of a site: the server decides here before any site is bothered.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .. import transforms
+from ..aggregation import merge, step
+from ..aggregation.admit import Terms
+from ..aggregation.asked import Needs, named
+from ..aggregation.merge import MergeRule
+from ..aggregation.needed import needed
+from ..config import Aggregation, RoundPlan, Rule, SiteOverrides, TaskPlan, TrainingSettings, at_rank
+from ..errors import ConfigError
+from . import legality
+from .feasible import check_plan
+from .peft import PeftMethod, check_training, complete, read
+from .tasks import promises
+
+CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
+
+
+@dataclass(frozen=True)
+class SettledPlan:
+    """What a job asks, and all that follows from it. Made by `settle` alone.
+
+    Args:
+        plan: as the first round sends it: the PEFT method's defaults, the head's rate and what follows from the merge
+            rule and the weights are written out.
+        aggregation: as the job asks for it, with the server's step written out.
+        sites: what the job asks of single sites differently, as far as the server knows it.
+        method: the PEFT method.
+        rule: the merge rule.
+        global_rank: the largest that the global adapter, and so any site's, can have; 0: there are no factors.
+    """
+
+    plan: TaskPlan
+    aggregation: Aggregation
+    sites: Mapping[str, SiteOverrides]
+    method: PeftMethod
+    rule: MergeRule
+    global_rank: int
+
+    def of_round(self, number: int) -> TaskPlan:
+        """The plan that round `number` sends: the factors whose turn it is."""
+        turns = self.rule.factors
+        return self.plan.model_copy(update={"factors": turns[number % len(turns)]})
+
+    def merged_rank(self, ranks: Iterable[int]) -> int:
+        """The global adapter's rank after sites have trained at `ranks`. Rules that keep canonical form fill it up;
+        others keep the widest site's.
+        """
+        return self.global_rank if self.rule.canonical else max(ranks)
+
+    def terms(self, site: str) -> Terms:
+        """What `site` may send: what it was asked for, less what it may lower. Of a site that is not listed, the server
+        takes any rank up to the global one, and at each the scale that follows.
+        """
+        listed = self.sites.get(site)
+        mine = listed.applied(self.plan) if listed else self.plan
+        steps, known = mine.training.local_steps, listed and listed.local_steps
+        held = steps and (known or self.aggregation.normalize_steps)
+        return Terms(
+            task=self.plan.task,
+            peft=str(self.plan.peft["method"]),
+            base=self.plan.fingerprint,
+            pairs=self.method.factored and self.plan.shares == "AB",
+            ranks=self._ranks(mine, bool(listed)) if self.method.factored else range(0),
+            scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
+            steps=_up_to(steps, "local_steps" in self.plan.negotiable) if held else None,
+        )
+
+    def _ranks(self, mine: RoundPlan, listed: bool) -> range:
+        if listed or _one_rank(self.rule, self.method):
+            return _up_to(mine.rank, "rank" in mine.negotiable)
+        return _up_to(self.global_rank, lowered=True)
+
+
+def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> SettledPlan:
+    """Decide all that follows from a job's choices.
+
+    Args:
+        sites: what the job asks of single sites differently, as far as the server knows it.
+
+    Raises:
+        ConfigError: an unknown name or setting, or choices that do not go together, with the reason.
+    """
+    sites = dict(sites or {})
+    check_plan(plan, sites)
+    rule, method = merge.choose(how.merge), read(plan.peft)
+    check_training(method, plan.training)
+    needs = needed(how)  # unknown names and settings are refused here, before a round is lost
+    transforms.read(plan.uplink, "uplink")
+    transforms.read(plan.downlink, "downlink")
+    how = how.model_copy(update={"step": _step(plan, how, rule, method)})
+    settled = TaskPlan.read(
+        {
+            **dict(plan),
+            "peft": complete(plan.peft),
+            "training": _with_head(plan, method),
+            "rest": rule.rest if method.side_adapter else "none",
+            "factors": rule.factors[0],
+            "shares": rule.shares,
+            "label_statistics": needs.labels,
+            "counts": _counts(plan, how, needs),
+        },
+        "plan",
+    )
+    legality.check(legality.Job(settled, how, rule, method, needs))
+    if method.factored and _one_rank(rule, method):
+        _check_one_rank(settled.rank, sites, "DoRA" if rule.mixed_ranks else named(how.merge))
+    widest = _global_rank(settled, how, sites) if method.factored else 0
+    return SettledPlan(settled, how, sites, method, rule, widest)
+
+
+def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str) -> None:
+    for site, overrides in sorted(sites.items()):
+        if overrides.rank not in (None, rank):
+            raise ConfigError(
+                f"{site} is to train at rank {overrides.rank}, and {needing} needs one rank everywhere; "
+                + ("leave use_dora out" if needing == "DoRA" else "use exact"),
+                code="one_rank",
+            )
+
+
+def _step(plan: RoundPlan, how: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:
+    """The server's step: the job's own, or the one that is usual for its task and rule."""
+    return how.step or step.usual(promises(plan.task).learns_text, rule if method.factored else None)
+
+
+def _global_rank(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]) -> int:
+    """The job's `max_rank`, or the largest rank that it asks of any site: what a site trains is never cut unasked.
+
+    Raises:
+        ConfigError: a site would train at more than `max_rank`.
+    """
+    ranks = {"peft": plan.rank, **{site: asked.rank for site, asked in sorted(sites.items()) if asked.rank}}
+    widest = max(ranks, key=lambda where: ranks[where])
+    if how.max_rank and ranks[widest] > how.max_rank:
+        raise ConfigError(
+            f"{widest}: rank {ranks[widest]} is above max_rank {how.max_rank}, so the global adapter could not hold "
+            "what is trained; raise max_rank, lower the rank, or leave max_rank out",
+            code="rank_above_global",
+        )
+    return how.max_rank or ranks[widest]
+
+
+def _counts(plan: RoundPlan, how: Aggregation, needs: Needs) -> tuple[str, ...]:
+    """What the sites must tell of their rows and steps, so that they can be weighed."""
+    steps = how.normalize_steps and not plan.training.local_steps  # else the plan says how many
+    return (*needs.counts, *(["steps"] if steps else []))
+
+
+def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
+    """How far a head moves where the job does not say: a fresh one hears little of most classes in a round. Methods
+    without factors want rates of their own, at which eight times would be too far.
+    """
+    given = plan.training
+    if given.head_lr_ratio is not None:
+        return given
+    ratio = 8.0 if promises(plan.task).classes and method.factored and given.optim != "sgd" else 0.0
+    return given.model_copy(update={"head_lr_ratio": ratio})
+
+
+def _one_rank(rule: MergeRule, method: PeftMethod) -> bool:
+    return not (rule.mixed_ranks and method.side_adapter)
+
+
+def _up_to(most: int, lowered: bool) -> range:
+    return range(1 if lowered else most, most + 1)

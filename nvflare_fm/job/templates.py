@@ -1,0 +1,254 @@
+"""The job templates: which there are, the knobs each has, and how one becomes a job of the user's own.
+
+A template's own lines are the one source of truth: a knob is a line `name = value  # what it means`, or the same
+behind a `# `, which is left out until it is set.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import SiteOverrides
+from ..errors import ConfigError
+from ..registry import nearest
+
+_KNOB = re.compile(r"(?P<indent>\s+)(?P<off># )?(?P<name>\w+) = (?P<value>.*?) (?P<gap> +)# (?P<meaning>.+)")
+_PLAIN = re.compile(r"\s+(?P<name>\w+) = (?P<value>[^#]+)")  # a line of NVFlare's own, which no user sets
+_OPENS, _CLOSES = re.compile(r"\s*([\w-]*) ?=? ?[{\[](  #.*)?"), re.compile(r"\s*[}\]]")
+_SILENT = {
+    "",
+    "args",
+    "settings",
+    "workflows",
+    "executors",
+    "components",
+    "controller",
+}  # blocks that no knob is named after
+_SITE_APP, _CLIENT = "app_", "config/config_fed_client.conf"  # where sites differ, app_<site> is the folder of each
+_NO_KNOBS = {"config", "events_to_convert", "initial_adapter"}  # nor what ends in _id: they hold a job together
+SITES, ADAPTER = "sites", "adapter"  # the words of `nvflare-fm new` that are no knob's
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One setting of a template, and where it stands."""
+
+    path: tuple[str, ...]  # its name, after those of the blocks around it
+    value: str  # as it is written
+    meaning: str
+    is_set: bool  # False: the line is behind a #
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A job as text: the content of each of its files, by the path inside the job."""
+
+    name: str
+    files: Mapping[str, str]
+
+    @property
+    def description(self) -> str:
+        return str(json.loads(next(k.value for k in self._lines() if k.path == ("description",))))
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites that have an app of their own; none: all sites are treated alike."""
+        apps = sorted(file.split("/")[0] for file in self.files if file.endswith(_CLIENT))
+        return [app.removeprefix(_SITE_APP) for app in apps if app.startswith(_SITE_APP)]
+
+    @property
+    def adapter_folder(self) -> str:
+        """Where in the job the adapter lies that it starts from; empty: it starts afresh."""
+        line = next(line for line in self._lines() if line.path[-1] == "initial_adapter")
+        name = json.loads(line.value)
+        return f"{line.file.rpartition('/')[0]}/{name}" if name else ""
+
+    def knobs(self) -> list[Knob]:
+        lines = [knob for knob in self._lines() if knob.meaning and knob.path[-1] not in _NO_KNOBS]
+        return [knob for knob in lines if not knob.path[-1].endswith("_id")]
+
+    def knob(self, key: str) -> Knob:
+        """The knob that `key` names, by as much of the end of its path as no other knob shares. Knobs that are not set
+        give way to those that are.
+
+        Raises:
+            ConfigError: there is none, or more than one.
+        """
+        knobs = self.knobs()
+        found = [knob for knob in knobs if _named(knob, key)]
+        found = [knob for knob in found if knob.is_set] or found
+        if not found:
+            known = sorted({shortest(k, knobs) for k in knobs} | {str(k) for k in knobs} | {ADAPTER})
+            hint = nearest(key, known) or nearest(key.rpartition(".")[2], known)
+            raise ConfigError(
+                f"{self.name} has no knob {key!r}; {hint}`nvflare-fm new {self.name} --help` has them all"
+            )
+        if len(found) > 1:
+            raise ConfigError(f"{key!r} can mean {' or '.join(shortest(knob, knobs) for knob in found)}; say which")
+        return found[0]
+
+    def with_values(self, values: Mapping[str, Any]) -> "Template":
+        """The same job with knobs set. A text is read as what the knob holds so far: number, list, text.
+
+        Raises:
+            ConfigError: an unknown or ambiguous knob.
+        """
+        files = dict(self.files)
+        for knob, value in [(self.knob(key), value) for key, value in values.items()]:
+            lines = files[knob.file].splitlines(keepends=True)
+            lines[knob.line] = _rewritten(lines[knob.line], written(value, knob.value))
+            files[knob.file] = "".join(lines)
+        return replace(self, files=files)
+
+    def for_sites(self, sites: Sequence[str]) -> "Template":
+        """The same job for these sites. One that the template does not know has an app in which nothing is set.
+
+        Raises:
+            ConfigError: this template treats all sites alike, or no site can have that name.
+        """
+        if not self.sites:
+            raise ConfigError(f"{self.name} treats all sites alike; lora_mixed_hardware has an app for each")
+        if wrong := [site for site in sites if not re.fullmatch(r"[A-Za-z0-9][\w-]*", site) or site == "server"]:
+            raise ConfigError(f"{wrong[0]!r} cannot be a site of a job; sites are named in letters, digits, _ and -")
+        apps = {_app(site): self.files.get(_app(site)) or self._blank(site) for site in sites}
+        kept = {file: text for file, text in self.files.items() if file not in map(_app, self.sites)}
+        deployed = "".join(f'    {_SITE_APP}{site} = ["{site}"]\n' for site in sites)
+        others = rf"(?:    {_SITE_APP}(?!server )\S+ = .*\n)+"
+        meta = re.sub(others, lambda _: deployed, self.files["meta.conf"])
+        return replace(self, files={**kept, **apps, "meta.conf": meta})
+
+    def _blank(self, site: str) -> str:
+        text = re.sub(r"# What .*", f"# What {site} runs.", self.files[_app(self.sites[0])], count=1)
+        lines = text.splitlines(keepends=True)
+        for knob in _read("", text):
+            if knob.is_set and knob.path[-1] in SiteOverrides.model_fields:
+                lines[knob.line] = re.sub(r"^(\s+)(.*?)  ( *#)", r"\1# \2\3", lines[knob.line])
+        return "".join(lines)
+
+    def _lines(self) -> list[Knob]:
+        return [knob for file in sorted(self.files, key=_order) for knob in _read(file, self.files[file])]
+
+
+def _app(site: str) -> str:
+    return f"{_SITE_APP}{site}/{_CLIENT}"
+
+
+def folder() -> Path:
+    """Inside the package where it is installed from a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "job_templates"
+    return inside if inside.is_dir() else inside.parents[1] / inside.name
+
+
+def names() -> list[str]:
+    return sorted(file.parent.name for file in folder().glob("*/info.conf"))
+
+
+def load(name: str) -> Template:
+    """Load the job template of this name.
+
+    Raises:
+        ConfigError: there is no such template.
+    """
+    if name not in names():
+        raise ConfigError(f"no template {name!r}; {nearest(name, names())}known: {names()}")
+    root = folder() / name
+    return Template(name, {f.relative_to(root).as_posix(): f.read_text("utf-8") for f in sorted(root.rglob("*.conf"))})
+
+
+def shortest(knob: Knob, knobs: Sequence[Knob]) -> str:
+    """As little of a knob's path as tells it from the others."""
+    ends = [".".join(knob.path[i:]) for i in range(len(knob.path) - 1, -1, -1)]
+    for end in ends:
+        rivals = [k for k in knobs if _named(k, end) and (k.is_set or not knob.is_set)]
+        if rivals == [knob]:
+            return end
+    return str(knob)
+
+
+def _named(knob: Knob, key: str) -> bool:
+    parts = tuple(key.split("."))
+    return knob.path == parts if knob.path[0] == SITES else knob.path[-len(parts) :] == parts
+
+
+def _order(file: str) -> tuple[int, str]:
+    """What concerns all of a job first, what concerns one site last."""
+    return ("meta.conf" not in file) + ("client" in file), file
+
+
+def _read(file: str, text: str) -> Iterator[Knob]:
+    """The lines that set something, with the blocks they are in."""
+    app = file.split("/")[0]
+    root = [SITES, app.removeprefix(_SITE_APP)] if file.endswith(_CLIENT) and app.startswith(_SITE_APP) else []
+    blocks: list[str] = []
+    for number, line in enumerate(text.splitlines()):
+        if opened := _OPENS.fullmatch(line):
+            blocks.append(opened[1])
+        elif _CLOSES.match(line):
+            blocks.pop()
+        elif found := _KNOB.fullmatch(line) or _PLAIN.fullmatch(line):
+            said = found.groupdict()
+            if said["name"] == "id":
+                blocks[-1] = json.loads(said["value"])
+            inside = [block for block in blocks if block not in _SILENT and not (root and block == "executor")]
+            path = (*root, *inside, said["name"])
+            yield Knob(path, said["value"], said.get("meaning", ""), not said.get("off"), file, number)
+
+
+def _rewritten(line: str, value: str) -> str:
+    """A knob's line with another value, no longer behind a #, its comment in its old column where there is room."""
+    found = _KNOB.fullmatch(line.rstrip("\n"))
+    assert found  # the line was found by it
+    start, column = f"{found['indent']}{found['name']} = {value}", line.index("# ", found.start("gap"))
+    return f"{start:<{column - 2}}  # {found['meaning']}\n"
+
+
+def written(value: Any, now: str) -> str:
+    """`value` as HOCON. A text is taken for what a knob that holds `now` can hold; whether it may is the settings' to
+    say, so what is no number goes in as a text, to be refused there.
+    """
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    held = json.loads(now)
+    if value.startswith("{"):
+        return json.dumps(_rule(value), ensure_ascii=False)
+    if isinstance(held, list) or value.startswith("[") or (isinstance(held, str) and "," in value):
+        return json.dumps(_items(value), ensure_ascii=False)
+    if isinstance(held, str):
+        return json.dumps(value, ensure_ascii=False)
+    literal = re.fullmatch(r"true|false|[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)
+    return _number(value) if literal else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: str) -> str:
+    if value in ("true", "false"):
+        return value
+    return value if re.fullmatch(r"-?\d+(\.\d+)?([eE][+-]?\d+)?", value) else repr(float(value))
+
+
+def _rule(value: str) -> Any:
+    """`{"rule": "adam", "beta1": 0.5}`.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ConfigError(f'{value} is not JSON; write {{"rule": "adam", "beta1": 0.5}}') from None
+
+
+def _items(value: str) -> list[Any]:
+    """`["a", "b"]`, `[a, b]` or `a,b`; of rules with settings, the first."""
+    try:
+        return [item if isinstance(item, dict) else str(item) for item in json.loads(value)]
+    except (ValueError, TypeError):
+        bare = value.removeprefix("[").removesuffix("]")
+        return [item.strip().strip("'\"") for item in bare.split(",") if item.strip()]

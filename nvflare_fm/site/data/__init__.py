@@ -1,0 +1,1 @@
+"""A site's rows: read, checked, tokenized."""

@@ -1,0 +1,1 @@
+"""The base model at a site, and what is attached to it."""

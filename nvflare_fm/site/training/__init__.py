@@ -1,0 +1,1 @@
+"""One round's training at a site, and its memory."""
