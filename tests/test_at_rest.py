@@ -19,7 +19,7 @@ from nvflare_fm import at_rest
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from tests import kills
 from tests.flare.messages import MANIFEST, adapter, same
 

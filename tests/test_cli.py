@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Provenance, write_adapter
 from nvflare_fm.flare.jobs.job import read_job
 from nvflare_fm.flare.kit import job_check
 from nvflare_fm.flare.ledger import Ledger

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.job.tasks import TASKS
-from nvflare_fm.site.data.loading.check import block, inspect
-from nvflare_fm.site.data.loading.rows import how_to_read, rows
+from nvflare_fm.site.data.check import block, inspect
+from nvflare_fm.site.data.rows import how_to_read, rows
 from nvflare_fm.site.offer.site_config import DataSource, load_site
 from tests.fuzz.mutations import Changes, changes, mutated
 from tests.site import tiny

@@ -25,7 +25,7 @@ from nvflare_fm.config import (
     summary,
 )
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder.folder import ProvenanceFile
+from nvflare_fm.export.folder import ProvenanceFile
 from nvflare_fm.flare import components
 from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement

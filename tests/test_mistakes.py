@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from nvflare_fm.cli import app
 from nvflare_fm.cli.terminal import console, plain
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Provenance, write_adapter
 from nvflare_fm.site.check import checkup
 from tests.flare.messages import MANIFEST, adapter
 

@@ -187,7 +187,7 @@ def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder.folder import Provenance, write_adapter
+    from nvflare_fm.export.folder import Provenance, write_adapter
 
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
@@ -203,7 +203,7 @@ def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path
 
 
 def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder.folder import Provenance, write_adapter
+    from nvflare_fm.export.folder import Provenance, write_adapter
 
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4))
     peft = {"method": "lora", "rank": 3}
@@ -213,7 +213,7 @@ def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None
 
 
 def test_an_adapter_of_another_task_is_found_out_before_the_job_is_sent(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder.folder import write_adapter
+    from nvflare_fm.export.folder import write_adapter
 
     brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST)
     job = exported(tmp_path, initial_adapter=brought, task="sequence_classification", labels=["a", "b"])

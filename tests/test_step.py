@@ -13,7 +13,7 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
 from nvflare_fm.job.settle import settle
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, rotated, update
 

@@ -25,7 +25,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
 from nvflare_fm.flare import aggregator as aggregator_module
 from nvflare_fm.flare import controller as controller_module
 from nvflare_fm.flare import executor as executor_module

@@ -20,7 +20,7 @@ from nvflare_fm.algebra.lora import head, shorten
 from nvflare_fm.config import Aggregation, RoundPlan, Rules
 from nvflare_fm.errors import ConfigError, ModelError, WireError
 from nvflare_fm.job.settle import settle
-from nvflare_fm.site.training.fit.kept_state import FILE, FOLDER, KeptState
+from nvflare_fm.site.training.kept_state import FILE, FOLDER, KeptState
 from nvflare_fm.transforms import Chain, Kept, Parcel, Stage, Transform
 from nvflare_fm.transforms.int8 import Int8
 from nvflare_fm.transforms.packed import Packed, pack
@@ -407,7 +407,10 @@ def test_an_encoded_adapter_is_read_a_tensor_at_a_time() -> None:
         (6, 130),
     )
     assert read == []
-    _ = adapter.lora["l"]
+    pair = adapter.lora["l"]
+    assert pair.A.shape[0] == pair.rank
+    assert read == [A]
+    assert pair.B.shape[1] == pair.rank
     assert sorted(read) == [A, B]
 
 

@@ -143,7 +143,7 @@ def _app(site: str) -> str:
 
 def folder() -> Path:
     """Inside the package where it is installed from a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "job_templates"
+    inside = Path(__file__).parents[1] / "job_templates"
     return inside if inside.is_dir() else inside.parents[1] / inside.name
 
 

@@ -20,7 +20,7 @@ from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.cohort import shapes
 from nvflare_fm.algebra.lora import shorten, tail, zero
-from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.export.folder import read_adapter
 
 BEFORE, AFTER = 1e-6, 1e-5  # relative to ‖Σ wₖΔWₖ‖
 EXACT = merge.registry["exact"].merge

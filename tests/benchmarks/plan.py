@@ -47,7 +47,7 @@ def trial(case: dict[str, Any]) -> dict[str, float]:
     from nvflare_fm.site.model.shapes import shapes
     from nvflare_fm.site.offer.site_config import SiteConfig
     from nvflare_fm.site.tasks import registry as tasks
-    from nvflare_fm.site.training.fit.memory import peak_mib
+    from nvflare_fm.site.training.memory import peak_mib
     from nvflare_fm.site.worker import Worker
 
     sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -13,7 +13,7 @@ from nvflare_fm.compare.bench import Bench
 from nvflare_fm.compare.methods import METHODS, OURS
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.config import SiteOverrides
-from nvflare_fm.export.folder.folder import write_adapter
+from nvflare_fm.export.folder import write_adapter
 from nvflare_fm.site.worker import Worker
 
 SITES = {"cancergov": (4, 16.0), "nhlbi": (8, 8.0), "seniorhealth": (16, 24.0)}  # rank, alpha: scales 4, 1 and 1.5

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from nvflare_fm.at_rest import standing
-from nvflare_fm.export.folder.folder import PROVENANCE
+from nvflare_fm.export.folder import PROVENANCE
 from tests.deployment.system import BIN, ENVIRONMENT, LEAD, SERVER, System
 
 PARENTS = "the server", "a site"

@@ -21,7 +21,7 @@ from nvflare_fm.aggregation import merge
 from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.aggregation.salvage import without_the_largest
 from nvflare_fm.errors import ConfigError, ModelError, WireError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT

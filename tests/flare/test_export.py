@@ -12,7 +12,7 @@ from torch import nn
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 
 from .messages import MANIFEST, adapter, same
 

@@ -10,7 +10,7 @@ from nvflare.fuel.utils.component_builder import ComponentBuilder
 
 from nvflare_fm.at_rest import SUMS
 from nvflare_fm.errors import ConfigError, ModelError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare import components
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site

@@ -16,7 +16,7 @@ from nvflare.private.fed.server.server_engine import ServerEngine
 
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.errors import FmError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare.jobs.job import read_job
 from nvflare_fm.flare.jobs.new_job import write_job
 from nvflare_fm.flare.jobs.resume import write_resumed

@@ -22,7 +22,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, enough: float, all_in: float, **settin
     flow = FedPEFT(min_responses=2, **settings)
     flow.abort_signal = Signal()
     flow.ledger = SimpleNamespace(usable=lambda: 1 + (clock[0] >= enough) + (clock[0] >= all_in))
-    monkeypatch.setattr(flow, "_behind", lambda: {"slow"} if clock[0] < all_in else set())
+    monkeypatch.setattr(flow.standing, "working", lambda: {"slow"} if clock[0] < all_in else set())
 
     class Asked:
         completion_status = property(lambda _: "done" if clock[0] >= all_in else None)

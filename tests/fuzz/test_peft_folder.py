@@ -13,7 +13,7 @@ from nvflare_fm import at_rest
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import FmError, ModelError
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare import wire
 from tests.flare.messages import MANIFEST, adapter
 from tests.fuzz.mutations import Changes, changes, junk, mutated

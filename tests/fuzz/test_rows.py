@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
 from nvflare_fm.job.tasks import TASKS as TASK_PROMISES
-from nvflare_fm.site.data.loading import loading as site_data
+from nvflare_fm.site.data import loading as site_data
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import registry
 from tests.fuzz.mutations import Changes, changes, junk, mutated

@@ -12,7 +12,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.fuel.utils import fobs
 from torch import Tensor
 
-from nvflare_fm.export.folder.folder import WEIGHTS
+from nvflare_fm.export.folder import WEIGHTS
 
 
 class Spy(Filter):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from nvflare_fm import transforms
 from nvflare_fm.cli import app
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare import components
 from nvflare_fm.flare.kit import allow_list
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 from tests.site import tiny
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 from tests.site import tiny
 

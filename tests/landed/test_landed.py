@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.flare.jobs.job import read_job
 from tests.landed.write import HEAD, HERE, HIDDEN, LAYERS, PLAN, RANK
 

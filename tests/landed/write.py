@@ -15,7 +15,7 @@ import torch
 from nvflare_fm.adapter import Adapter, LoraPair, Manifest
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Provenance, write_adapter
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
 from nvflare_fm.algebra.lora import shorten
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
-from nvflare_fm.export.folder.folder import Provenance, write_adapter
-from nvflare_fm.export.folder.peft_config import adapter_config
+from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.peft_config import adapter_config
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.model.attach import wrap

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError, PolicyError
-from nvflare_fm.site.data.loading import loading as data
-from nvflare_fm.site.data.loading.loading import SiteData
-from nvflare_fm.site.data.loading.rows import ROW_LIMIT
+from nvflare_fm.site.data import loading as data
+from nvflare_fm.site.data.loading import SiteData
+from nvflare_fm.site.data.rows import ROW_LIMIT
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import BadRow, registry
 from tests.codes import refused

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvflare_fm.adapter import RoundTask
-from nvflare_fm.site.training.fit import distributed
+from nvflare_fm.site.training import distributed
 from tests.site import tiny
 
 WORK = """
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
 from nvflare_fm.site import logits
-from nvflare_fm.site.training.fit.distributed import processes
+from nvflare_fm.site.training.distributed import processes
 from tests.site import tiny
 
 logits.positions_at_once = lambda words: 7  # here, and not where one process agrees

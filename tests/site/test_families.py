@@ -15,8 +15,8 @@ from transformers import BitsAndBytesConfig
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.config import Aggregation, SiteOverrides
-from nvflare_fm.export.folder.folder import write_adapter
-from nvflare_fm.export.folder.peft_config import adapter_config
+from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.peft_config import adapter_config
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model.base_model import keep_packing
 from nvflare_fm.site.tasks import IGNORED, collate, registry

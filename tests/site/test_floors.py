@@ -17,7 +17,7 @@ from nvflare_fm.errors import ConfigError, PolicyError
 from nvflare_fm.job.settle import settle
 from nvflare_fm.site.offer import secret
 from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig
-from nvflare_fm.site.training.fit.fit import order, rows_of_round, steps_between_logs
+from nvflare_fm.site.training.fit import order, rows_of_round, steps_between_logs
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
-from nvflare_fm.site.data.loading import loading as data
+from nvflare_fm.site.data import loading as data
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import BadRow, registry
 from nvflare_fm.site.tasks.labels import find

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import AdamW
 
-from nvflare_fm.site.training.fit.layerwise import LayerwiseStep
+from nvflare_fm.site.training.layerwise import LayerwiseStep
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=2).map(tuple)
 SIZES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=4)

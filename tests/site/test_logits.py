@@ -28,7 +28,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.job.cost import LOGITS_AT_ONCE, positions_at_once
 from nvflare_fm.site.model.base_model import BaseModel
 from nvflare_fm.site.tasks import IGNORED, registry
-from nvflare_fm.site.training.fit import logits
+from nvflare_fm.site.training import logits
 from tests.site import tiny, zoo
 from tests.site.held import Held
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder.folder import write_adapter
+from nvflare_fm.export.folder import write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.mean_pooling import MeanPooledForSequenceClassification, means_tokens
 from nvflare_fm.site.model.fingerprint import fingerprint

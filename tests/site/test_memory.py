@@ -15,8 +15,8 @@ from nvflare_fm.job.cost import activation_bytes, trained_bytes
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.model.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
-from nvflare_fm.site.training.fit import fit as training
-from nvflare_fm.site.training.fit import memory
+from nvflare_fm.site.training import fit as training
+from nvflare_fm.site.training import memory
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 from tests.site.held import Held

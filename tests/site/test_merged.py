@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder import folder as export
+from nvflare_fm.export import folder as export
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.record.site_report import Contribution
 from nvflare_fm.site.worker import Worker

@@ -15,8 +15,8 @@ from sklearn.metrics import f1_score, mean_absolute_error, r2_score, root_mean_s
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
 from nvflare_fm.errors import DataError
-from nvflare_fm.site.data.loading import loading as data
-from nvflare_fm.site.data.loading.check import inspect
+from nvflare_fm.site.data import loading as data
+from nvflare_fm.site.data.check import inspect
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.offer.site_config import DataSource, ModelSource
 from nvflare_fm.site.tasks import BadRow, registry

@@ -220,6 +220,7 @@ def test_a_submitter_nobody_vouches_for_is_refused_where_the_site_names_its_own(
     ("asked", "limits"),
     [
         ({"peft": {"method": "lora", "rank": 9}}, {"max_rank": 8}),
+        ({"peft": {"method": "vera", "r": 9}}, {"max_vera_rank": 8}),
         ({"peft": {"method": "prefix_tuning", "num_virtual_tokens": 9}}, {"max_virtual_tokens": 8}),
         ({"peft": {"method": "prompt_tuning", "num_virtual_tokens": 9}}, {"max_virtual_tokens": 8}),
         ({"labels": ["a", "b", "c"]}, {"max_labels": 2}),

@@ -14,14 +14,14 @@ from trl import DPOConfig, DPOTrainer
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder.folder import write_adapter
+from nvflare_fm.export.folder import write_adapter
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.model.base_model import BaseModel
 from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.tasks import BadRow, registry
 from nvflare_fm.site.tasks.preference import alone
-from nvflare_fm.site.training.fit import logits
+from nvflare_fm.site.training import logits
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 from tests.strategies import close

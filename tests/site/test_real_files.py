@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nvflare_fm.site.data.loading import loading as data
-from nvflare_fm.site.data.loading.check import inspect, word_tokenizer
-from nvflare_fm.site.data.loading.rows import how_to_read, rows
+from nvflare_fm.site.data import loading as data
+from nvflare_fm.site.data.check import inspect, word_tokenizer
+from nvflare_fm.site.data.rows import how_to_read, rows
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import registry
 from tests.site import tiny

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nvflare_fm.errors import DataError
-from nvflare_fm.site.data.loading import loading as data
-from nvflare_fm.site.data.loading.loading import SiteData
+from nvflare_fm.site.data import loading as data
+from nvflare_fm.site.data.loading import SiteData
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import Cut, registry
 from tests.site import chats, tiny

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from nvflare_fm.errors import ConfigError, DataError
 from nvflare_fm.files import MIB
-from nvflare_fm.site.data.loading.rows import ROW_LIMIT, how_to_read, rows
-from nvflare_fm.site.data.loading.rows.text import guess_encoding
+from nvflare_fm.site.data.rows import ROW_LIMIT, how_to_read, rows
+from nvflare_fm.site.data.rows.text import guess_encoding
 from nvflare_fm.site.offer.site_config import DataSource
 from nvflare_fm.site.tasks import BadRow
 from tests.fuzz.mutations import junk

@@ -17,11 +17,11 @@ from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.algebra.lora import stack
 from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError, WireError
-from nvflare_fm.export.folder.folder import read_adapter
+from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import alone, federate
 from nvflare_fm.site.model.own_adapter import OwnAdapter
-from nvflare_fm.site.training.fit.class_shift import class_shift
+from nvflare_fm.site.training.class_shift import class_shift
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

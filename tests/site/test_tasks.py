@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, LlamaModel, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder.folder import write_adapter
+from nvflare_fm.export.folder import write_adapter
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.tasks import IGNORED, BadRow, collate, registry
 from nvflare_fm.site.worker import Worker

@@ -13,7 +13,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ModelError
 from nvflare_fm.simulate import federate
-from nvflare_fm.site.data.loading.tokenization import PROBES, chat_template_digest, tokenizer_digest
+from nvflare_fm.site.data.tokenization import PROBES, chat_template_digest, tokenizer_digest
 from tests.site import tiny, words
 
 Edit = Callable[[PreTrainedTokenizerFast], None]

@@ -136,7 +136,7 @@ def test_what_a_site_allows_is_trained(
 def test_other_methods_train_no_embedding_by_default(llama: Path, method: str):
     _, adapter = shapes(llama, tiny.plan(peft={"method": method}))
     assert (adapter.whole, adapter.embeddings) == ((), ())
-    assert adapter.dense > 0
+    assert adapter.dense
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -14,8 +14,8 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, RoundTask
 from nvflare_fm.config import TrainingSettings
 from nvflare_fm.errors import PolicyError, TrainingError
 from nvflare_fm.site.model import base_model
-from nvflare_fm.site.training.fit import fit as training
-from nvflare_fm.site.training.fit.fit import LocalTrainer, order, schedule, steps_per_round
+from nvflare_fm.site.training import fit as training
+from nvflare_fm.site.training.fit import LocalTrainer, order, schedule, steps_per_round
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
 

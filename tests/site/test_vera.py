@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.config import Aggregation
-from nvflare_fm.export.folder.folder import write_adapter
+from nvflare_fm.export.folder import write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.offer.site_config import ModelSource

@@ -56,9 +56,14 @@ def _rows_per_step(plan: TaskPlan, processes: int) -> int:
     return plan.training.batch_size * plan.training.gradient_accumulation_steps * processes
 
 
-def _virtual_tokens(plan: TaskPlan, processes: int) -> int:
-    count = plan.peft.get("num_virtual_tokens")
-    return count if isinstance(count, int) else 0
+def _of_method(name: str) -> Callable[[TaskPlan, int], int]:
+    """A whole number among the PEFT method's settings; 0 where it has none of that name."""
+
+    def asked(plan: TaskPlan, processes: int) -> int:
+        count = plan.peft.get(name)
+        return count if isinstance(count, int) else 0
+
+    return asked
 
 
 def _steps(plan: TaskPlan, processes: int) -> int:
@@ -67,7 +72,8 @@ def _steps(plan: TaskPlan, processes: int) -> int:
 
 BOUNDS = (
     Bound("peft.rank", "max_rank", lambda plan, _: plan.rank, False, "rank"),
-    Bound("peft.num_virtual_tokens", "max_virtual_tokens", _virtual_tokens, False),
+    Bound("peft.r", "max_vera_rank", _of_method("r"), False),
+    Bound("peft.num_virtual_tokens", "max_virtual_tokens", _of_method("num_virtual_tokens"), False),
     Bound("labels", "max_labels", lambda plan, _: len(plan.labels), False),
     Bound("max_length", "max_length", lambda plan, _: plan.max_length, False),
     Bound(MEASURING, "max_batch_size", lambda plan, _: plan.evaluation.batch_size, False, MEASURING),

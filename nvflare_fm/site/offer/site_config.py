@@ -132,6 +132,7 @@ class Limits(Settings):
     )
     max_length: int = Field(4096, ge=8, le=LENGTH, description="Most tokens of a text.")
     max_labels: int = Field(1000, ge=2, le=LABELS, description="Most classes of a task.")
+    max_vera_rank: int = Field(1024, ge=1, le=WIDEST, description="Largest rank of VeRA's shared random matrices.")
     max_virtual_tokens: int = Field(256, ge=1, le=WIDEST, description="Longest prompt or prefix, in positions.")
     max_adapter_mib: float = Field(
         1024,
