@@ -238,9 +238,9 @@ class EvaluationSettings(Settings):
 
 
 class RoundPlan(Settings):
-    """What a job asks of every site. What follows from it and from how adapters are merged is `combination.settle`'s.
+    """What a job asks of every site. `job.settle.settle` adds what follows from it and from how adapters are merged.
 
-    `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
+    `model` and `data` are aliases. Each site defines what they stand for, never the job.
     """
 
     task: Name = Field(
