@@ -40,6 +40,7 @@ class LoraPair:
 
     @property
     def rank(self) -> int:
+        """The number of rows of A and columns of B."""
         return self.A.shape[0]
 
     @property
@@ -49,18 +50,19 @@ class LoraPair:
 
     @property
     def bytes(self) -> int:
-        """Of both factors."""
+        """The size of both factors."""
         return self.A.nbytes + self.B.nbytes
 
     def delta(self) -> Float[Tensor, "fan_out fan_in"]:
-        """The dense ΔW. For tests and export; the server never forms it."""
+        """Compute the dense ΔW, for tests and export. The server never does."""
         return self.scale * (self.B @ self.A)
 
     def to(self, dtype: torch.dtype) -> "LoraPair":
+        """Convert both factors to `dtype`."""
         return LoraPair(self.A.to(dtype), self.B.to(dtype), self.scale)
 
     def rescaled(self, scale: float) -> "LoraPair":
-        """The same ΔW at another scale: B takes up the difference."""
+        """Write the same ΔW at another scale: B takes up the difference."""
         return LoraPair(self.A, self.B * (self.scale / scale), scale)
 
 
@@ -152,7 +154,7 @@ class Adapter:
         return bool(self.lora or self.dense)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat `{PEFT name: tensor}`; the scales are not in it."""
+        """Collect all tensors as `{PEFT name: tensor}`, without the scales."""
         flat = dict(self.dense)
         for layer in self.lora:
             pair = self.lora[layer]
@@ -160,23 +162,23 @@ class Adapter:
         return flat
 
     def scales(self) -> dict[str, float]:
-        """The scale of each pair, by layer."""
+        """Collect the scale of each pair, by layer."""
         if self.described is not None:
             return {layer: float(self.described.scales[layer]) for layer in self.lora}
         return {layer: self.lora[layer].scale for layer in self.lora}
 
     def descriptions(self) -> Mapping[str, Description]:
-        """Of each tensor by its PEFT name; where none came with the adapter, from the tensors themselves."""
+        """Describe each tensor by its PEFT name, if possible without reading it."""
         if self.described is not None:
             return self.described.tensors
         return {name: Description.of(tensor) for name, tensor in self.tensors().items()}
 
     def bytes(self) -> int:
-        """Of all tensors."""
+        """Add up the sizes of all tensors."""
         return sum(tensor.bytes for tensor in self.descriptions().values())
 
     def bytes_sent(self) -> int:
-        """Of all tensors as they travelled: fewer than `bytes` where transforms encoded them."""
+        """Add up the sizes of all tensors as they travelled: fewer than `bytes` where transforms encoded them."""
         sent = self.described.sent if self.described else {}
         return sum(sent.get(name, whole).bytes for name, whole in self.descriptions().items())
 
@@ -190,11 +192,16 @@ def from_tensors(
     sender: str,
     described: Mapping[str, Description] | None = None,
 ) -> Adapter:
-    """The inverse of `Adapter.tensors` and `.scales`; tensors are fetched when the adapter is read.
+    """Make an adapter of its tensors and scales, the inverse of `Adapter.tensors` and `Adapter.scales`.
 
     Args:
-        described: of all tensors, where it is known: nothing but a tensor's values makes it be fetched then.
+        tensors: PEFT name → tensor; each is fetched when the adapter is read.
+        scales: layer → scale.
+        sender: for errors.
+        described: descriptions of all tensors, if known; then a tensor is fetched for its values only.
 
+    Returns:
+        The adapter.
     Raises:
         WireError: a factor without its other half, or without a scale.
     """
@@ -249,9 +256,9 @@ class Lazy(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an adapter belongs to. Travels with every adapter, in both directions.
+    """What an adapter belongs to: base model, task, PEFT method, labels. It travels with every adapter, both ways.
 
-    What else PEFT must know of it follows from the plan and the names of the tensors (`peft_config`).
+    The rest of PEFT's configuration follows from the plan and the names of the tensors (`export.peft_config`).
     """
 
     base: Word  # fingerprint of the base model's configuration and weights

@@ -81,11 +81,17 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> Self:
-        """Validates `values`.
+        """Check `values` and make settings of them.
 
+        Args:
+            values: name → value.
+            where: for errors.
+
+        Returns:
+            The settings.
         Raises:
-            ConfigError: names `where`, the key, what is wrong with it and the nearest known key. What was found there
-                is for the local log alone.
+            ConfigError: names `where`, the key, what is wrong with it and the nearest known key. The value found there
+                goes into the local log only.
         """
         try:
             return cls.model_validate(values)
@@ -238,9 +244,9 @@ class EvaluationSettings(Settings):
 
 
 class RoundPlan(Settings):
-    """What a job asks of every site. What follows from it and from how adapters are merged is `combination.settle`'s.
+    """What a job asks of every site. `job.settle.settle` adds what follows from it and from how adapters are merged.
 
-    `model` and `data` are aliases. What they stand for is the site's to say, never the job's.
+    `model` and `data` are aliases. Each site defines what they stand for, never the job.
     """
 
     task: Name = Field(
@@ -308,14 +314,15 @@ class RoundPlan(Settings):
 
     @property
     def rank(self) -> int:
-        """Of the adapter that is trained; 0: the method has none, or does not say."""
+        """The rank that the plan asks for; 0: the PEFT method has none, or the plan does not set it."""
         rank = self.peft.get("rank")
         return rank if isinstance(rank, int) else 0
 
 
 class TaskPlan(RoundPlan):
-    """A plan as it travels with a round's task: with what a site must know of how adapters are merged. The server
-    settles it; a job cannot write it.
+    """A plan as it travels with a round's task, with what a site must know of how adapters are merged.
+
+    The server settles these fields; a job cannot set them.
     """
 
     rest: Rest = Field("tail", description="Part of the global adapter that a site holds frozen beside what it trains.")
@@ -438,7 +445,7 @@ class SiteOverrides(Settings):
     data: Text | None = Field(None, description="Another alias in the site's fm_site.yaml.", examples=["notes"])
 
     def applied(self, plan: P) -> P:
-        """The plan as this site is to carry it out."""
+        """Apply these settings to a plan: the plan that this site carries out."""
         given = self.model_dump(exclude_none=True, exclude={"rank", "lora_alpha"})
         peft = at_rank(plan.peft, self.rank) if self.rank else dict(plan.peft)
         if self.lora_alpha:

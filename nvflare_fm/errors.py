@@ -1,4 +1,4 @@
-"""What can go wrong, as a small tree; every message names the site or tensor and the remedy.
+"""The errors of this package. Every message names the site or tensor and the remedy.
 
 FmError
 ├── ConfigError    a setting nobody knows, or a combination that cannot work
@@ -11,13 +11,13 @@ FmError
 
 
 class FmError(Exception):
-    """An error a person can act on.
+    """An error that a person can act on.
 
     Args:
-        message: what happened and the remedy; safe to leave the site (no path, no data, no host name).
+        message: what happened and the remedy. It may leave the site, so it has no path, no data and no host name.
         local: more detail, such as a path, for the site's own log only.
-        code: a name for this kind of error, such as "adapter_damaged", that stays when its wording changes: users look
-            it up, tests match it. It ends the message, in brackets.
+        code: a name for this kind of error, such as "adapter_damaged", which stays when the wording changes. It ends
+            the message, in brackets. Users look it up, and tests match it.
     """
 
     def __init__(self, message: str, local: str = "", *, code: str = "") -> None:
@@ -27,24 +27,24 @@ class FmError(Exception):
 
 
 class ConfigError(FmError):
-    pass
+    """An unknown setting, a value out of range, or a combination that cannot work."""
 
 
 class PolicyError(FmError):
-    pass
+    """The site does not allow what the job asks."""
 
 
 class ModelError(FmError):
-    pass
+    """A base model or an adapter that is missing, unsafe, damaged, or another than the one expected."""
 
 
 class DataError(FmError):
-    pass
+    """A file or row that cannot be used."""
 
 
 class WireError(FmError):
-    pass
+    """A message that is incomplete, malformed or not finite."""
 
 
 class TrainingError(FmError):
-    pass
+    """Training that diverged or ran out of memory."""

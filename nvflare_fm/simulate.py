@@ -27,6 +27,7 @@ class Round:
 
     @property
     def reports(self) -> dict[str, Report]:
+        """What each site reported."""
         return {update.site: update.report for update in self.updates}
 
 
@@ -40,15 +41,23 @@ def federate(
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
 ) -> Iterator[Round]:
-    """Rounds one after the other, each yielded as it ends; `adapter` and `manifest` continue an earlier federation.
+    """Run a federation in this process, and yield each round as it ends.
 
     Args:
-        sites_per_round: so many are drawn for each round; 0: all.
-        takes: rounds until a site's answer is there, where that is more than one; what comes more than
-            `how.max_staleness` rounds late does not count.
+        workers: site → its worker.
+        plan: what the sites are asked to do.
+        how: how their adapters become one.
+        rounds: how many to run.
+        adapter: to start from; None: a fresh one.
+        manifest: of that adapter.
+        sites_per_round: sites drawn for each round; 0: all.
+        takes: site → rounds that its answer takes, if more than one. An answer that is more than `how.max_staleness`
+            rounds late does not count.
 
+    Yields:
+        The rounds, in order.
     Raises:
-        FmError: a site fails; unlike NVFlare's controller, nothing here goes on without it.
+        FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
     settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
     adapter = adapter or Adapter()
@@ -81,7 +90,7 @@ def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
 
 
 def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
-    """The baseline: one worker trains by itself for as many steps as it would in `rounds` rounds."""
+    """Train one worker by itself for as many steps as it would take in `rounds` rounds, as a baseline."""
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds
     training = plan.training.model_copy(update={"local_steps": steps, "local_epochs": epochs})

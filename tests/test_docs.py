@@ -23,7 +23,8 @@ from tests.pages import blocks
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorials" / "first_federation.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONGEST = 110  # characters of a line of prose
 
 
 def anchors(page: Path) -> set[str]:
@@ -47,6 +48,30 @@ def test_every_page_is_on_the_map() -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs").as_posix()
         assert name == "index.md" or f"({name})" in mapped, f"{name} is not in docs/index.md"
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once() -> None:
+    _, nav = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")
+    listed = re.findall(r"([\w/]+\.md)$", nav, re.MULTILINE)
+    assert sorted(listed) == sorted(
+        page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")
+    )
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a page that are neither code nor rows of a table."""
+    fenced = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        fence = line.lstrip().startswith("```")
+        if not (fenced or fence or line.startswith(("    ", "|"))):
+            yield number, line
+        fenced ^= fence
+    assert not fenced, f"{page.name} ends within a block of code"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_line_of_prose_fits_on_a_screen(page: Path) -> None:
+    assert [f"{page.name}:{number}" for number, line in prose(page) if len(line) > LONGEST] == []
 
 
 @pytest.mark.parametrize("page", ["settings.md", "rules.md"])

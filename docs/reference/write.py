@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from inspect import getdoc, signature
 from pathlib import Path
+from textwrap import fill
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -72,8 +73,12 @@ def _component(name: str) -> str:
 
 def _about(group: type[BaseModel]) -> str:
     if issubclass(group, peft_methods.PeftMethod):
-        return _first_line(group)
-    return (getdoc(group) or "").split("\n\n")[0].replace("\n", " ")
+        return _wrapped(_first_line(group))
+    return _wrapped((getdoc(group) or "").split("\n\n")[0].replace("\n", " "))
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _inside(group: type[BaseModel], path: str = "") -> list[tuple[str, type[BaseModel]]]:

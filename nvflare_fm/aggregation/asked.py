@@ -19,15 +19,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Needs:
-    """What a rule reads of a round. A job that cannot give it is refused while it loads, and sites are asked for it.
+    """What a rule reads of a round. The sites are asked for it; a job that cannot provide it is refused while it loads.
 
     Args:
-        counts: of its rows and steps, what a site must report.
-        labels: of how often its labels occur, what a site must report.
-        loss: the loss of the adapter that each site received.
-        reads: what of a `Cohort` it looks at that takes reading the sites' tensors: all of it is measured in one pass.
-        lateness: how many rounds ago the adapter was sent that a site trained from.
-        canonical: the merged adapter as U Σ Vᵀ, because the rule acts on ΔW.
+        counts: numbers of rows and steps that a site must report.
+        labels: label statistics that a site must report.
+        loss: whether it reads the loss of the adapter that each site received.
+        reads: what it reads of a `Cohort` that is measured from the sites' tensors, all of it in one pass.
+        lateness: whether it reads how many rounds ago the adapter was sent that a site trained from.
+        canonical: whether it needs the merged adapter as U Σ Vᵀ, because it acts on ΔW.
     """
 
     counts: tuple[Count, ...] = ()
@@ -61,10 +61,11 @@ class RuleRegistry(Registry[F]):
         self._needs: dict[str, Needs | Callable[..., Needs]] = {}
 
     def register(self, name: str, needs: Needs | Callable[..., Needs] = Needs()) -> Callable[[F], F]:
-        """Add a function as the rule `name`.
+        """Register the decorated function as the rule `name`. Its keyword arguments are its settings.
 
         Args:
-            needs: what the rule needs, or a function that says so of the rule's settings.
+            name: how jobs name the rule.
+            needs: what the rule needs, or a function that derives it from the rule's settings.
         """
         self._needs[name] = needs
         return super().register(name)

@@ -35,12 +35,15 @@ class Moved:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The updates of one round that count, sorted by site, and the global adapter they were trained from.
+    """The updates of one round that count, sorted by site, and the global adapter that they were trained from.
 
     Args:
-        needs: what will be asked of it: measured in one pass. What is not among them takes a pass of its own.
-        multipliers: what guards leave of each site's change; none: all of it.
-        measured: what is known already.
+        updates: one of each site.
+        state: the global adapter; empty in the first round.
+        rest: the part of it that the sites hold frozen.
+        needs: what the rules of the job read: it is measured in one pass. All else takes a pass of its own.
+        multipliers: how much of each site's change the guards count; empty: all of it.
+        measured: what has been measured already.
     """
 
     updates: Sequence[AdapterUpdate]
@@ -76,8 +79,10 @@ class Cohort:
         return self._measured("norms").sqrt()
 
     def counting(self, multipliers: Mapping[str, float]) -> "Cohort":
-        """The cohort in which so much of a site's change counts: of one that is not named all, and at 0 it is left
-        out. No tensor is read again.
+        """Make the cohort in which each site's change counts by its multiplier. No tensor is read again.
+
+        Args:
+            multipliers: site → multiplier; a site that is not named counts in full, and one at 0 is left out.
         """
         left = [multipliers.get(update.site, 1.0) for update in self.updates]
         stay = [place for place, much in enumerate(left) if much > 0]

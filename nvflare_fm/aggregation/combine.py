@@ -51,15 +51,22 @@ def combine(
     memory: Memory | None = None,
     whole: Adapter | None = None,
 ) -> Combined:
-    """Merges `updates`, trained from `state`, into the next global adapter of at most `max_rank`.
+    """Merge the sites' updates into the next global adapter.
 
-    Sums run over sites sorted by name, in float32, so the result does not depend on the order of arrival; one layer
+    Sums run over the sites sorted by name, in float32, so the result does not depend on the order of arrival. One layer
     of all sites is in memory at a time.
 
     Args:
-        state: as the sites received it.
-        whole: the same as the server keeps it, where it was encoded for the way; None: the sites received that.
+        state: the global adapter as the sites received it.
+        manifest: what it belongs to; None in the first round.
+        updates: trained from `state`.
+        how: merge rule, weights, guards and server step.
+        max_rank: of the result.
+        memory: what the server step remembers of earlier rounds.
+        whole: the global adapter as the server keeps it, if a transform encoded what was sent; None: it is `state`.
 
+    Returns:
+        The next global adapter, with weights and reasons.
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
     """

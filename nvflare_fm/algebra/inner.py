@@ -11,16 +11,21 @@ from ..adapter import LoraPair
 
 
 def blocks(rank: int, size: int = 256) -> list[slice]:
-    """The directions of a pair, `size` at a time."""
+    """Cut the directions of a pair into slices of `size`."""
     return [slice(at, min(at + size, rank)) for at in range(0, rank, size)]
 
 
 def of_sums(
     terms: LoraPair, shares: Float[Tensor, "rank k"], precision: torch.dtype = torch.float64
 ) -> Float[Tensor, "k k"]:
-    """⟨Dᵢ, Dⱼ⟩ for every two of Dₖ = scale · Σ_c shares[c, k] · B[:, c] A[c], summed in float64.
+    """Compute ⟨Dᵢ, Dⱼ⟩ for every two of Dₖ = scale · Σ_c shares[c, k] · B[:, c] A[c], summed in float64.
 
-    `precision` is that of the products. Half of them are taken, as the matrix is symmetric: O((d + m)R²).
+    It takes O((d + m)R²) operations, half of the products, as the matrix is symmetric.
+
+    Args:
+        terms: the directions that all D share.
+        shares: how much of each direction each D has.
+        precision: of the products.
     """
     shares = terms.scale * shares.double()
     total = torch.zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
@@ -34,5 +39,5 @@ def of_sums(
 
 
 def energy(pair: LoraPair, precision: torch.dtype = torch.float64) -> float:
-    """‖ΔW‖², without its singular values."""
+    """Compute ‖ΔW‖² without singular values."""
     return float(of_sums(pair, torch.ones(pair.rank, 1), precision))

@@ -22,7 +22,7 @@ DIRECT = 256  # the largest rank whose singular values are all computed; above i
 
 
 def zero(fan_out: int, fan_in: int, dtype: torch.dtype = torch.float32) -> LoraPair:
-    """ΔW = 0, at rank 0."""
+    """Make the pair ΔW = 0, at rank 0."""
     return LoraPair(torch.zeros(0, fan_in, dtype=dtype), torch.zeros(fan_out, 0, dtype=dtype))
 
 
@@ -44,11 +44,12 @@ class Joined(Sequence[LoraPair]):
 
 
 class Stack:
-    """Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976), made pair by pair in the
-    precision of the first. Each factor is read once.
+    """A sum of pairs: Σ wₖΔWₖ, exactly, at rank Σ rₖ: [w₁s₁B₁ w₂s₂B₂] @ [A₁; A₂] (FLoRA, arXiv:2409.05976).
+
+    It is made pair by pair, in the precision of the first. Each factor is read once.
 
     Args:
-        ranks: of all that will be added, in that order.
+        ranks: of the pairs that will be added, in that order.
     """
 
     def __init__(self, ranks: Sequence[int]) -> None:
@@ -56,7 +57,7 @@ class Stack:
         self._sum: LoraPair | None = None
 
     def add(self, pair: LoraPair, weight: float = 1.0) -> None:
-        """Puts the next pair in its place; it need not be kept."""
+        """Copy the next pair into its place. The caller need not keep it."""
         (fan_out, fan_in), a, b = pair.shape, pair.A, weight * pair.scale * pair.B
         if self._sum is None:
             self._sum = LoraPair(a.new_empty(self._rank, fan_in), b.new_empty(fan_out, self._rank))
@@ -66,13 +67,16 @@ class Stack:
 
     @property
     def sum(self) -> LoraPair:
-        """Of all that was added, one pair at least."""
+        """The sum of all pairs that were added, at least one."""
         assert self._sum is not None
         return self._sum
 
 
 def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
-    """The `Stack` of all pairs. Where `pairs` reads its items when asked, one of them is held besides the result."""
+    """Add up pairs with weights, exactly, by stacking their factors (see `Stack`).
+
+    If `pairs` reads its items at access, one of them is in memory beside the result.
+    """
     whole = Stack([p.rank for p in pairs])
     for pair, weight in zip(pairs, weights, strict=True):
         whole.add(pair, weight)
@@ -82,9 +86,14 @@ def stack(pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
 def svd(
     pair: LoraPair, rank: int | None = None
 ) -> tuple[Float[Tensor, "d n"], Float[Tensor, " k"], Float[Tensor, "n m"]]:
-    """U, Σ, Vᵀ of ΔW with k = min(fan_out, rank, fan_in) at most: QR of both factors, SVD of the small core, in
-    float64. O((d + m)R² + R³) against O(dm·min(d, m)) for the dense ΔW. The largest entry of each
-    left vector is positive, so equal changes have equal signs. Of U and Vᵀ no more than the first `rank`.
+    """Compute U, Σ, Vᵀ of ΔW: QR of both factors and SVD of the small core, in float64.
+
+    It takes O((d + m)R² + R³) operations, the SVD of the dense ΔW O(dm·min(d, m)). The largest entry of each left
+    vector is positive, so equal changes have equal signs.
+
+    Args:
+        pair: of any rank.
+        rank: return only the first `rank` directions of U and Vᵀ; None: all.
     """
     q_b, r_b = torch.linalg.qr(pair.B.double())
     q_a, r_a = torch.linalg.qr(pair.A.T.double())
@@ -97,12 +106,20 @@ def svd(
 def shorten(
     pair: LoraPair, rank: int, sigma: Sigma = "B", keep_energy: float = 1.0, direct: int = DIRECT
 ) -> tuple[LoraPair, float]:
-    """The closest pair of at most `rank` (Eckart-Young), in canonical form, and the share of ‖ΔW‖² lost. With
-    `keep_energy` below 1, of no more directions than hold that share.
+    """Find the closest pair of at most `rank` (Eckart-Young), in canonical form.
 
-    Canonical form is ΔW = U Σ Vᵀ with singular values falling; `sigma` says which factor holds Σ. The default,
-    B = UΣ and A = Vᵀ, is the gauge LoRA itself starts in. Directions that are empty are left out. Of a pair longer than
-    `direct` only the leading directions are computed; what is lost is measured against ‖ΔW‖² all the same.
+    Canonical form is ΔW = U Σ Vᵀ with singular values falling. Directions that are empty are left out.
+
+    Args:
+        pair: of any rank.
+        rank: the largest rank of the result.
+        sigma: the factor that holds Σ. The default, B = UΣ and A = Vᵀ, is the form that LoRA itself starts in.
+        keep_energy: below 1, keep no more directions than hold this share of ‖ΔW‖².
+        direct: of a pair of a larger rank, compute only the leading directions. The energy lost is measured against
+            ‖ΔW‖² all the same.
+
+    Returns:
+        The shorter pair, and the share of ‖ΔW‖² that is lost.
     """
     u, values, vt, beside = _spectral(pair, rank, direct)
     energy = values.square()
@@ -127,13 +144,13 @@ def _spectral(pair: LoraPair, rank: int, direct: int) -> tuple[Tensor, Tensor, T
 
 
 def spectrum(pair: LoraPair) -> Float[Tensor, " rank"]:
-    """The singular values of a canonical pair, whichever factor holds them."""
+    """Read the singular values of a canonical pair, whichever factor holds them."""
     values: Tensor = pair.scale * pair.B.norm(dim=0) * pair.A.norm(dim=1)
     return values
 
 
 def effective_rank(values: Float[Tensor, " rank"]) -> float:
-    """exp of the entropy of how the energy is spread over the directions (Roy and Vetterli, 2007); 0 for no energy."""
+    """Compute exp of the entropy of the energy over the directions (Roy and Vetterli, 2007); 0 without energy."""
     energy = values.double().square()
     if not energy.sum() > 0:
         return 0.0
@@ -141,25 +158,25 @@ def effective_rank(values: Float[Tensor, " rank"]) -> float:
 
 
 def head(pair: LoraPair, rank: int) -> LoraPair:
-    """The first `rank` directions: of a canonical pair, its best approximation at that rank."""
+    """Take the first `rank` directions: of a canonical pair, its best approximation at that rank."""
     return LoraPair(pair.A[:rank], pair.B[:, :rank], pair.scale)
 
 
 def tail(pair: LoraPair, rank: int) -> LoraPair:
-    """What `head` leaves over: head + tail = pair."""
+    """Take the directions after the first `rank`: head + tail = pair."""
     return LoraPair(pair.A[rank:], pair.B[:, rank:], pair.scale)
 
 
 def owners(ranks: Sequence[int]) -> Float[Tensor, "rank k"]:
-    """Whose each direction of a stack is: 1 in the column of its pair, 0 elsewhere."""
+    """Mark which pair each direction of a stack comes from: 1 in the column of its pair, 0 elsewhere."""
     return torch.eye(len(ranks), dtype=torch.float64).repeat_interleave(torch.tensor(ranks), dim=0)
 
 
 def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor | None = None) -> Float[Tensor, "r m"]:
-    """Orthonormal rows of A for directions that are empty, made from `seed`, the layer's name and the row's index.
+    """Make orthonormal rows of A for empty directions, from `seed`, the layer's name and each row's index.
 
-    Nested: a site of rank 4 makes bit for bit the first four rows of a site of rank 16. Rows are orthogonal to
-    those in `beside` too, as far as the layer is wide enough; beyond that they are merely unit rows.
+    Rows are nested: a site of rank 4 makes bit for bit the first four rows of a site of rank 16. They are orthogonal
+    to those in `beside` too, as far as the layer is wide enough; further rows have length 1 only.
     """
     basis = torch.empty(0, fan_in) if beside is None else torch.nn.functional.normalize(beside.float(), dim=1)
     for row in rows:
@@ -174,7 +191,7 @@ def fresh_rows(layer: str, fan_in: int, rows: range, seed: int, beside: Tensor |
 
 
 def refill(pair: LoraPair, rank: int, layer: str, seed: int) -> LoraPair:
-    """The same ΔW at `rank` directions: the missing ones get fresh rows of A and zero columns of B.
+    """Write the same ΔW at `rank` directions: the missing ones get fresh rows of A and zero columns of B.
 
     A direction that is zero in both factors would never receive a gradient again.
     """

@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated PEFT fine-tuning on NVIDIA FLARE.",
 )
-site = typer.Typer(no_args_is_help=True, help="What a site allows, and whether it is ready.")
+site = typer.Typer(no_args_is_help=True, help="Prepare a site, and check that it is ready.")
 app.add_typer(site, name="site")
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_compare.compare, name="compare")
@@ -53,12 +53,15 @@ def main() -> None:
 @site.command()
 def allow(
     kit: Kit = Path("."),
-    remove: Annotated[bool, typer.Option("--remove", help="take everything out again")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="undo what this command has changed")] = False,
     only_ours: Annotated[
-        bool, typer.Option("--only-ours", help="let jobs build nothing of NVFlare's but what ours need")
+        bool, typer.Option("--only-ours", help="of NVFlare's classes, list only those that jobs of this package need")
     ] = False,
 ) -> None:
-    """Lets jobs use this package with a startup kit that exists already, and gives the site a file to fill in."""
+    """Prepare an existing startup kit for jobs of this package.
+
+    The command lists the classes that jobs may build, and writes a site file, local/fm_site.yaml, to fill in.
+    """
     from ..flare import provision
 
     files = provision.remove(kit) if remove else provision.allow(kit, only_ours)
@@ -70,18 +73,21 @@ def allow(
 @site.command()
 def check(
     kit: Kit = Path("."),
-    task: Annotated[str, typer.Option(help="what a job would train: see the site file's welcome.tasks")] = "causal_lm",
-    labels: Annotated[str, typer.Option(help="the plan's labels, separated by commas")] = "",
-    model: Annotated[str, typer.Option(help="alias of the model to try the data sets with")] = "base",
-    quantization: Annotated[str, typer.Option(help="nf4, fp4, int8, bf16, fp16 or fp32")] = "nf4",
-    rank: Annotated[int, typer.Option(help="of the LoRA adapter tried")] = 8,
-    batch_size: Annotated[int, typer.Option(help="examples a step")] = 8,
-    max_length: Annotated[int, typer.Option(help="tokens; longer texts are cut")] = 512,
-    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+    task: Annotated[str, typer.Option(help="task to try, such as sequence_classification")] = "causal_lm",
+    labels: Annotated[str, typer.Option(help="labels of the task, separated by commas")] = "",
+    model: Annotated[str, typer.Option(help="alias of the model with which to try the data sets")] = "base",
+    quantization: Annotated[
+        str, typer.Option(help="precision of the base model: nf4, fp4, int8, bf16, fp16 or fp32")
+    ] = "nf4",
+    rank: Annotated[int, typer.Option(help="rank of the LoRA adapter to try")] = 8,
+    batch_size: Annotated[int, typer.Option(help="rows per step")] = 8,
+    max_length: Annotated[int, typer.Option(help="tokens at which a text is cut")] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for scripts")] = False,
 ) -> None:
-    """Checks the machine, loads and hashes the models, reads the data, trains a few steps.
+    """Check a site before its first job.
 
-    Exit status 0: ready, 1: each line marked ✗ says what to do.
+    The command checks the machine and the startup kit, loads and hashes the models, reads the data and trains a few
+    steps. A line marked ✗ says what to do. Exit status: 0 if the site is ready, 1 if it is not.
     """
     from ..config import TaskPlan
 

@@ -16,15 +16,15 @@ compare = typer.Typer(no_args_is_help=True, help="Compare aggregation rules and 
 Output = Annotated[Path, typer.Option("--output", "-o", help="folder for data sets, models and results")]
 Folder = Annotated[Path | None, typer.Option(help="your data: one folder per site with train.jsonl and test.jsonl")]
 Model = Annotated[Path | None, typer.Option(help="folder of the base model; unset: a small public one")]
-TaskName = Annotated[str, typer.Option("--task", help="where rows have both a label and a prompt: "
+TaskName = Annotated[str, typer.Option("--task", help="needed if rows have both a label and a prompt: "
                                        "sequence_classification or causal_lm")]  # fmt: skip
 MaxLength = Annotated[int, typer.Option(min=0, help="tokens at which a text is cut; 0: 64 (labels) or 128 (text)")]
-Rounds = Annotated[int, typer.Option(min=0, max=1000, help="of every federation; 0: 20 for labels, 10 for text")]
-TestRows = Annotated[int, typer.Option(min=0, help="rows of each site's test file that are scored; 0: 100 or 50")]
+Rounds = Annotated[int, typer.Option(min=0, max=1000, help="rounds of every federation; 0: 20 (labels) or 10 (text)")]
+TestRows = Annotated[int, typer.Option(min=0, help="test rows scored at each site; 0: 100 (labels) or 50 (text)")]
 Rates = Annotated[str, typer.Option(help="learning rates that every method tries first, separated by commas")]
-Methods = Annotated[str, typer.Option(help="names, separated by semicolons; empty: all that the docs compare")]
-Seeds = Annotated[int, typer.Option(min=1, max=1000, help="runs of each method")]
-Cores = Annotated[int, typer.Option(min=1, max=1024, help="runs at a time, one core each")]
+Methods = Annotated[str, typer.Option(help="methods, separated by semicolons; unset: all that the docs compare")]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="number of runs of each method, each with its own seed")]
+Cores = Annotated[int, typer.Option(min=1, max=1024, help="number of runs at a time, one core each")]
 HERE = Path("runs/compare")
 
 
@@ -40,14 +40,18 @@ def run(
     rates: Rates = "",
     methods: Methods = "",
     seeds: Seeds = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="seeds are counted on from it")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first seed; the others follow it")] = 0,
     cores: Cores = 2,
     output: Output = HERE,
 ) -> None:
-    """Finds each method's learning rate, runs it from each seed, and reports. Goes on where it was stopped.
+    """Compare methods on one data set.
+
+    The command finds a learning rate for each method, runs the method from each seed, and prints the tables. If you
+    stop it, the next call continues.
 
     Public data sets: medquad-types, medquad-lm, and banking77-A, banking77lm-A, mts-A, mtslm-A, where A is the
-    parameter of the Dirichlet law (0: sites are alike). `@random` behind a name: a base model with random weights.
+    parameter of the Dirichlet distribution of labels over sites (0: sites are alike). Add `@random` to a name to use a
+    base model with random weights.
     """
     from ..compare.grid import runs
     from ..compare.methods import COMPARED, named
@@ -74,14 +78,14 @@ def run(
 
 @compare.command()
 def report(
-    name: Annotated[str, typer.Argument(help="a study that has been run")],
+    name: Annotated[str, typer.Argument(help="a study that compare run has run")],
     folder: Folder = None,
     model: Model = None,
     task: TaskName = "",
-    against: Annotated[str, typer.Option(help="the method that others are compared with")] = "ours",
+    against: Annotated[str, typer.Option(help="method that the others are compared with")] = "ours",
     output: Output = HERE,
 ) -> None:
-    """Prints tables of what has been run, and draws its curves."""
+    """Print the tables of a study and draw its curves."""
     from ..compare.methods import named
     from ..compare.study import Workspace
 
@@ -90,7 +94,10 @@ def report(
 
 @compare.command()
 def grid(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
-    """Runs the comparison of the documentation, the most skewed data first: hours."""
+    """Run the documentation's comparison: hours.
+
+    The most skewed data come first.
+    """
     from ..compare.grid import cells, run_all
     from ..compare.study import Workspace
 
@@ -99,7 +106,10 @@ def grid(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
 
 @compare.command()
 def parts(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
-    """Runs our default with one part changed, peers with our head, and slow sites."""
+    """Run variants of our default, and slow sites.
+
+    The variants change one part of the default, or train another method as the default does.
+    """
     from ..compare.grid import PARTS, run_all
     from ..compare.study import Workspace
 
@@ -111,7 +121,7 @@ def data(
     name: Annotated[str, typer.Argument(help="a public data set, as for run")],
     output: Annotated[Path, typer.Argument(help="folder to write; one folder per site")],
 ) -> None:
-    """Writes a public data set as one folder per site, to look at or to train on."""
+    """Write a public data set as one folder per site."""
     from ..compare.data_sets import write
 
     typer.echo(f"wrote {write(name, output)}")
@@ -119,7 +129,7 @@ def data(
 
 @compare.command()
 def overview(output: Output = HERE) -> None:
-    """Prints what the grid found, a study a column."""
+    """Print the results of grid, one study a column."""
     from ..compare.grid import GRID
     from ..compare.results import overview as table
     from ..compare.study import Workspace, study

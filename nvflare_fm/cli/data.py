@@ -19,34 +19,38 @@ if TYPE_CHECKING:
 
 _LABELS, _BAD, _COLUMNS, _REMARKS = 100, 20, 40, 10  # shown one by one
 Shown = Iterator[Table | Text]
-data = typer.Typer(no_args_is_help=True, help="What a file of rows is, and what a task makes of it.")
+data = typer.Typer(no_args_is_help=True, help="Check whether a file of rows can be trained on.")
 
 
 @data.callback()
 def main() -> None:
-    """What a file of rows is, and what a task makes of it."""
+    """Check whether a file of rows can be trained on."""
 
 
 @data.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="rows: a file, or a folder of Hugging Face datasets")],
-    task: Annotated[str, typer.Option(help="what a job would train: see welcome.tasks in the settings")],
+    file: Annotated[Path, typer.Argument(help="file of rows, or folder of a Hugging Face data set")],
+    task: Annotated[str, typer.Option(help="task that is to read the file, such as causal_lm")],
     model: Annotated[
-        Path | None, typer.Option(help="folder of the base model, whose tokenizer is used; its weights are not read")
+        Path | None, typer.Option(help="folder of the base model, for its tokenizer; unset: count characters")
     ] = None,
-    labels: Annotated[str, typer.Option(help="the plan's classes, separated by commas; unset: those in the file")] = "",
-    max_length: Annotated[int, typer.Option(help="tokens; longer texts are cut. Needs --model")] = 512,
+    labels: Annotated[str, typer.Option(help="labels of the job, separated by commas; unset: those in the file")] = "",
+    max_length: Annotated[int, typer.Option(help="tokens at which a text is cut; needs --model")] = 512,
     column: Annotated[
-        list[str], typer.Option(metavar="OURS=THEIRS", help="as columns in the site file: text=body; may be repeated")
+        list[str],
+        typer.Option(
+            metavar="OURS=THEIRS", help="the task's name = the file's name, such as text=body; may be repeated"
+        ),
     ] = [],  # noqa: B006
-    format: Annotated[str, typer.Option(help="as in the site file; auto: as the file looks")] = "auto",
-    encoding: Annotated[str, typer.Option(help="as in the site file; auto: guessed")] = "auto",
-    delimiter: Annotated[str, typer.Option(help="as in the site file; auto: guessed")] = "auto",
+    format: Annotated[str, typer.Option(help="format of the file, as in fm_site.yaml; auto: guess it")] = "auto",
+    encoding: Annotated[str, typer.Option(help="encoding, as in fm_site.yaml; auto: guess it")] = "auto",
+    delimiter: Annotated[str, typer.Option(help="delimiter, as in fm_site.yaml; auto: guess it")] = "auto",
 ) -> None:
-    """Tells what FILE is, which rows cannot be used and why, and what to write under data in the site file.
+    """Check whether a job can train on FILE.
 
-    No kit is needed. Values of labels are shown: it is for your own eyes. Exit status 0: a job can use the file, 1: it
-    cannot.
+    The command prints the format, columns, labels and lengths, the rows that cannot be used and why, and the lines for
+    fm_site.yaml. It needs no startup kit. It shows values of labels, so run it only where you may see the data. Exit
+    status: 0 if a job can use the file, 1 if it cannot.
     """
     from ..site.data.check import block, inspect
     from ..site.model.base_model import load_tokenizer

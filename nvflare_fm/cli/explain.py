@@ -13,16 +13,19 @@ from ..untrusted import one_line
 
 
 def explain(
-    job: Annotated[str, typer.Argument(metavar="JOB", help="a result's folder, or the id of a job, with --kit")],
+    job: Annotated[str, typer.Argument(metavar="JOB", help="folder of a result, or, with --kit, the id of a job")],
     kit: Annotated[
         Path | None,
-        typer.Option(envvar="NVFLARE_STARTUP_KIT_DIR", help="your startup kit, to ask the server about a job's id"),
+        typer.Option(
+            envvar="NVFLARE_STARTUP_KIT_DIR", help="your startup kit; needed to ask the server about the id of a job"
+        ),
     ] = None,
 ) -> None:
-    """Tells for each site in which rounds it counted, and why not in the others, in the site's own words.
+    """Show which sites counted in a job, and why others did not.
 
-    JOB is the folder that `nvflare job download` or `nvflare-fm simulate` made, or, with --kit, the id of a job that
-    runs or has ended.
+    The command lists for each site the rounds in which it counted, and gives the site's own reason for the others. JOB
+    is a folder that `nvflare job download` or `nvflare-fm simulate` has made, or, with --kit, the id of a job that runs
+    or has ended.
     """
     if Path(job).is_dir():
         found = result.read_result(Path(job))

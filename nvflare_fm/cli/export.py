@@ -21,16 +21,17 @@ _SHOWN = ("nvflare", "torch", "transformers", "peft")
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="an adapter's folder, such as RESULT/adapters/best")],
+    adapter: Annotated[Path, typer.Argument(help="folder of an adapter, such as RESULT/adapters/best")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not exist yet")],
     base: Annotated[
         str, typer.Option(help="folder of the base model, or its name on the Hugging Face hub; --merge needs a folder")
     ] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="a whole model in 16 bits, ready to serve")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="write a whole model in 16 bits, ready to serve")] = False,
 ) -> None:
-    """Writes an adapter as PEFT loads it, or merged into its base model, with a model card.
+    """Write an adapter for PEFT, or merged into its base model.
 
-    Where ADAPTER lies in its job's result, the card has rounds, number of sites, merge rule and metrics from there.
+    The command also writes a model card. If ADAPTER is inside the result of its job, the card shows rounds, number of
+    sites, merge rule and metrics of that job.
     """
     from ..at_rest import replacing
     from ..export import card

@@ -17,26 +17,30 @@ from .terminal import add_row, console, plain
 if TYPE_CHECKING:
     from ..flare.jobs.forecast import Forecast
 
-Asked = Annotated[bool, typer.Option("--help", help="all knobs of TEMPLATE, where one is named")]
+Asked = Annotated[bool, typer.Option("--help", help="show this message, and all settings of TEMPLATE if it is named")]
 
 
 def templates() -> None:
-    """Lists the job templates."""
+    """List the job templates."""
     for name in job_templates.names():
         typer.echo(f"{name:28}{job_templates.load(name).description}")
 
 
 def new(
     context: typer.Context,
-    template: Annotated[str, typer.Argument(help="see nvflare-fm templates")] = "",
-    settings: Annotated[list[str], typer.Argument(metavar="key=value …", help="knobs that differ")] = [],  # noqa: B006
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="the job's folder; must not exist yet")] = None,
+    template: Annotated[str, typer.Argument(help="a name that nvflare-fm templates lists")] = "",
+    settings: Annotated[
+        list[str], typer.Argument(metavar="key=value …", help="settings that differ from the template")
+    ] = [],  # noqa: B006
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder of the job; must not exist yet")] = None,
     asked: Asked = False,
 ) -> None:
-    """Makes a job of a template, ready to submit: `nvflare-fm new lora_text_classification -o my_job labels=a,b`.
+    """Make a job from a template.
 
-    A key is as much of a knob's name as tells it from the others. With adapter=FOLDER the job starts from that adapter;
-    sites.NAME.KEY=value sets what one site does differently, and the sites so named are the sites of the job.
+    Example: `nvflare-fm new lora_text_classification -o my_job labels=a,b`
+
+    Use the shortest unambiguous name of a setting as key. With adapter=FOLDER the job starts from that adapter.
+    sites.NAME.KEY=value sets what one site does differently; the sites that you name are then the sites of the job.
     """
     if asked or not template:
         _explain(context, template)
@@ -65,7 +69,7 @@ def _explain(context: typer.Context, template: str) -> None:
     if not template:
         return
     knobs = job_templates.load(template).knobs()
-    table = Table("knob", "as it stands", "meaning", title=template, show_edge=False)
+    table = Table("setting", "value", "meaning", title=template, show_edge=False)
     for knob in knobs:
         value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
         add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
@@ -73,22 +77,28 @@ def _explain(context: typer.Context, template: str) -> None:
 
 
 def plan(
-    job: Annotated[Path, typer.Argument(help="a job's folder")],
+    job: Annotated[Path, typer.Argument(help="folder of the job")],
     model: Annotated[
-        Path | None, typer.Option(help="a folder with the base model's config.json; its weights are not read")
+        Path | None, typer.Option(help="folder with the base model's config.json; its weights are not needed")
     ] = None,
     seconds_per_step: Annotated[
-        list[str], typer.Option(help="as nvflare-fm site check measured it: 0.8, or SITE=0.8 for each site")
+        list[str], typer.Option(help="figure that nvflare-fm site check has printed, 0.8, or SITE=0.8 for one site")
     ] = [],  # noqa: B006
     memory: Annotated[
-        list[str], typer.Option(help="GiB a site has for training, as limits.memory_gib: 24, or SITE=24 for each site")
+        list[str], typer.Option(help="GiB that a site has for training, 24, or SITE=24 for one site")
     ] = [],  # noqa: B006
     measure: Annotated[
-        bool, typer.Option("--measure", help="train a few steps here, on made-up rows; needs --model with weights")
+        bool,
+        typer.Option(
+            "--measure", help="train a few steps on this machine, on made-up rows; needs --model with weights"
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for scripts")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for scripts")] = False,
 ) -> None:
-    """Tells what a job costs each site, before anything runs: memory, seconds, bytes a round up and down."""
+    """Estimate what a job costs each site, before it runs.
+
+    The command prints memory, seconds per round, and bytes per round up and down. It also checks the job.
+    """
     from ..flare.jobs.forecast import forecast
 
     rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
@@ -101,16 +111,24 @@ def plan(
 
 def resume(
     ended: Annotated[
-        str, typer.Argument(metavar="JOB", help="its id (with --kit), or what nvflare job download wrote")
+        str,
+        typer.Argument(
+            metavar="JOB", help="folder that nvflare job download has written, or, with --kit, the id of the job"
+        ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="the new job's folder; unset: <name>_resumed, here")
+        Path | None,
+        typer.Option("--output", "-o", help="folder of the new job; unset: <name>_resumed in the current folder"),
     ] = None,
     kit: Annotated[
-        Path | None, typer.Option("--kit", help="your startup kit: JOB is downloaded and the new job submitted with it")
+        Path | None,
+        typer.Option("--kit", help="your startup kit, with which the command downloads JOB and submits the new job"),
     ] = None,
 ) -> None:
-    """Makes a job that goes on after the last round of one that ended early, and with --kit submits it."""
+    """Continue a job that ended early, after its last round.
+
+    The command makes a new job. With --kit it also downloads the old job and submits the new one.
+    """
     from ..flare.jobs import resume as flare
 
     with tempfile.TemporaryDirectory() as downloads:

@@ -12,18 +12,22 @@ from ..untrusted import one_line
 
 
 def simulate(
-    job: Annotated[Path, typer.Argument(help="a job's folder")],
-    data: Annotated[list[str], typer.Option(metavar="SITE=FILE", help="the site's rows; once for each site")],
-    model: Annotated[Path, typer.Option(help="folder of the base model, for every site")],
+    job: Annotated[Path, typer.Argument(help="folder of the job")],
+    data: Annotated[list[str], typer.Option(metavar="SITE=FILE", help="rows of a site; repeat it for each site")],
+    model: Annotated[Path, typer.Option(help="folder of the base model, the same for every site")],
     validation: Annotated[
-        list[str], typer.Option(metavar="SITE=FILE", help="rows to measure on; else a tenth of the site's is held out")
+        list[str], typer.Option(metavar="SITE=FILE", help="validation rows of a site; unset: a tenth of its rows")
     ] = [],  # noqa: B006
-    output: Annotated[Path, typer.Option("--output", "-o", help="gets a folder named after the job's")] = Path("runs"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder in which the result gets a folder of the job's name")
+    ] = Path("runs"),
 ) -> None:
-    """Runs a job on this machine: a server and the sites, each a process of its own, as NVFlare's simulator makes them.
+    """Run a job on this machine.
 
-    `nvflare-fm simulate my_job --data north=a.jsonl --data south=b.jsonl --model models/base`. Aliases in the job stand
-    for the model and the files named here. Where the job names its sites, each needs a file.
+    Example: `nvflare-fm simulate my_job --data north=a.jsonl --data south=b.jsonl --model models/base`
+
+    NVFlare's simulator starts a server and the sites, each as a process. Whatever aliases the job uses for model and
+    data, it gets the model and files named here. If the job names its sites, each needs a file.
     """
     from ..flare.jobs.simulate_job import prepare
     from ..record.result import measured, read_result

@@ -31,6 +31,7 @@ def plain(text: object, style: str = "") -> Text:
 
 
 def add_row(table: Table, cells: Iterable[object], style: str | None = None) -> None:
+    """Add a row of texts to a table, each as it stands."""
     table.add_row(*(plain(cell) for cell in cells), style=style)
 
 

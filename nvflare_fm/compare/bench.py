@@ -175,6 +175,7 @@ def above(adapter: Adapter, rank: int) -> float:
 
 
 def size(adapter: Adapter) -> int:
+    """Add up the bytes of an adapter's tensors."""
     return sum(t.numel() * t.element_size() for t in adapter.tensors().values())
 
 

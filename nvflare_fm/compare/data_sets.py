@@ -97,15 +97,18 @@ def fraction(key: str) -> float:
 
 
 def medquad() -> Iterator[Row]:
+    """Read the rows of MedQuAD from the shared folder."""
     with gzip.open(shared() / "data" / "medquad" / "medquad.jsonl.gz", "rt") as lines:
         yield from map(json.loads, lines)
 
 
 def question_and_answer(row: Row) -> Row:
+    """Make a row of MedQuAD one for text generation."""
     return {"prompt": row["question"].strip() + "\n", "completion": row["answer"].strip()[:CUT]}
 
 
 def answer_and_type(row: Row) -> Row:
+    """Make a row of MedQuAD one for classification by the type of its question."""
     return {"text": row["answer"].strip()[:CUT], "label": row["qtype"]}
 
 
@@ -164,6 +167,7 @@ def request(row: Row) -> Row:
 
 
 def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
+    """Spread banking77 or MTS-Dialog over sites by label: (site, split, row)."""
     kind, alpha = name.split("-")
     rows = banking77() if kind.startswith("banking77") else mts_dialog()
     for site, split, row in dirichlet(rows, float(alpha)):
@@ -171,6 +175,7 @@ def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
 
 
 def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]]:
+    """Spread MedQuAD over its institutes, and split it by disease: (site, split, row)."""
     for row in medquad():
         yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)
 

@@ -20,16 +20,19 @@ ALONE = "alone, at home"  # what each site's own model has on its own rows
 
 @dataclass(frozen=True)
 class Method:
-    """
+    """A method of the comparison: how adapters become one, and what its sites do differently.
+
     Args:
+        how: merge rule, weights, guards and server step.
         rank: of all sites; 0: mixed.
-        alpha: of a site, by its rank, for a scale of alpha / rank; none: one α and a scale of α / √rank (rsLoRA).
-        folds: adapters are added to the base model each round.
+        alpha: rank of a site → its α, for a scale of α / rank; None: one α and a scale of α / √rank (rsLoRA).
+        worker: what a site does; a peer's may differ.
+        folds: whether adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
-        training: what its sites set differently from the defaults.
-        at_home: share of the rounds, the last ones, in which each site trains on by itself, for itself.
+        training: training settings that differ from the defaults.
+        at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
         slow: rounds that every third site takes for one.
-        waits: for the slow sites, so that fewer rounds fit into the same time.
+        waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
     """
 
     how: Aggregation = field(default_factory=Aggregation)
@@ -48,7 +51,7 @@ PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
 
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
-    """Another's rule, whose sites train as usual."""
+    """Describe a method of others, whose sites train as usual."""
     return Method(Aggregation(merge=merge, weigh=weigh or ("examples",), step="plain"), training=PLAIN, **more)
 
 
@@ -90,7 +93,7 @@ AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 
 def named(asked: Sequence[str]) -> list[str]:
-    """The methods and baselines of these names.
+    """Check the names of methods and baselines.
 
     Raises:
         ConfigError: `unknown_name`.

@@ -18,6 +18,7 @@ TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
 
 
 def spread(values: list[float], digits: int = 3) -> str:
+    """Write a mean ± standard deviation; one value alone, and – for none."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "–"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -110,6 +111,7 @@ def overview(studies: list[Study]) -> Table:
 
 
 def compared(results: Results, against: str = OURS) -> Table:
+    """Make the table of a study's methods, each compared with `against`."""
     table = Table(
         *("method", "rate", "seeds", results.study.metric, "worst site", "by rows", "to target: rounds", "MB"),
         *(f"better than {against} by", ""),
@@ -149,6 +151,7 @@ def homes(results: Results) -> Table:
 
 
 def markdown(table: Table) -> str:
+    """Write a table in Markdown."""
     heads, cells = [str(c.header) for c in table.columns], zip(*(c.cells for c in table.columns), strict=True)
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (heads, ["---"] * len(heads), *cells))
 

@@ -26,9 +26,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """
+    """One method in one study, at one learning rate, from one seed.
+
     Args:
-        tuning_of: name of the study whose rates it looks for, on held-out training rows; empty: none.
+        tuning_of: name of the study for which a learning rate is sought, on held-out training rows; empty: none.
     """
 
     study: Study

@@ -130,7 +130,11 @@ def study(
         folder: one's own rows, a folder per site.
         model: folder of the base model; unset: the first two layers of MiniLM, or stories260k.
         task: empty: classification where rows have a label, else causal_lm.
-        max_length, rounds, test_rows, rates: 0 or empty: those that the documentation's figures were measured with.
+        workspace: where data sets, models and results are kept.
+        max_length: tokens at which a text is cut; 0: as for the figures of the documentation.
+        rounds: of every federation; 0: as for the figures of the documentation.
+        test_rows: of each site, that a score is measured on; 0: as for the figures of the documentation.
+        rates: learning rates that every method tries first; empty: as for the figures of the documentation.
     Raises:
         ConfigError: `unknown_name`: nothing compares methods on this task; `ambiguous_task`: rows have both a label and
             a prompt, and `task` is empty.

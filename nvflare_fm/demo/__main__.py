@@ -30,10 +30,10 @@ def demo(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="rounds of the federation")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="training steps of each site in a round")] = 10,
-    output: Annotated[Path, typer.Option(help="folder of everything that is written; made anew")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, help="of the notes, the adapter and the order of the notes")] = 0,
+    output: Annotated[Path, typer.Option(help="folder of all results; earlier ones are replaced")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of the notes, their order, and the adapter")] = 0,
 ) -> None:
-    """A federated fine-tune of a real pretrained encoder over simulated sites, on SYNTHETIC notes or your own files."""
+    """Fine-tune a real encoder at simulated sites, on SYNTHETIC notes or on your own files."""
     _demo(prepare(data, output.resolve(), rounds, steps, seed))
 
 

@@ -14,6 +14,7 @@ MEAN, WORST = "mean", "worst site"
 
 
 def with_summary(scores: Scores) -> Scores:
+    """Add the mean over the sites and the worst site to their scores."""
     return {**scores, MEAN: mean(scores.values()), WORST: min(scores.values())}
 
 
@@ -23,6 +24,7 @@ def scores_of(line: Round) -> Scores:
 
 
 def sites_table(trial: Trial) -> Table:
+    """Make the table of the sites: rows, rank, and what their notes are about."""
     table = Table(title="The sites", title_justify="left", title_style="bold")
     for column in ("site", "training notes", "rank", "mostly about"):
         table.add_column(column, justify="right" if column in ("training notes", "rank") else "left")
@@ -35,6 +37,7 @@ def sites_table(trial: Trial) -> Table:
 
 
 def header(trial: Trial) -> str:
+    """Write the heads of the columns that `round_line` fills."""
     names = [*sorted(site.name for site in trial.sites), MEAN, WORST]
     return "  ".join(["round", *(f"{name:>5}" for name in names), "training loss"])
 
@@ -46,6 +49,7 @@ def round_line(line: Round) -> str:
 
 
 def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
+    """Make the table that compares each site alone, the federation and pooled training."""
     kind = "SYNTHETIC notes" if trial.synthetic else "your files"
     table = Table(title=f"Macro-F1 on each site's own test notes ({kind})", title_justify="left", title_style="bold")
     table.add_column("trained on")

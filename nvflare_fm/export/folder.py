@@ -39,7 +39,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from, beside what its manifest says."""
+    """Where an adapter comes from: round, plan and server step."""
 
     round: int | None = None  # of the federation that made it; None: unknown
     plan: TaskPlan | None = None
@@ -48,7 +48,7 @@ class Provenance:
 
 
 class ProvenanceFile(Settings):
-    """What `provenance.json` says."""
+    """The content of `provenance.json`."""
 
     nvflare_fm: Name
     base: Name
@@ -64,7 +64,13 @@ class ProvenanceFile(Settings):
 def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance: Provenance = Provenance()) -> Path:
     """Write an adapter as a PEFT folder with its checksums, in place of the one that `folder` holds.
 
-    A reader finds the old adapter or the new one, never a half of one, also after a kill.
+    A reader finds the old adapter or the new one, never half of one, even if the writer is killed.
+
+    Args:
+        folder: to write; if it holds an adapter, that is replaced.
+        adapter: the tensors.
+        manifest: base model, task, PEFT method and labels.
+        provenance: round, plan and server step.
 
     Returns:
         `folder`.
@@ -91,8 +97,10 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance
 def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
     """Read an adapter's folder after verifying its checksums; its tensors are mapped from the file.
 
-    A folder without checksums, as earlier versions wrote it, is read with a warning.
+    A folder without checksums, as earlier versions wrote it, is read with a warning in the log.
 
+    Returns:
+        The adapter, what it belongs to, and where it comes from.
     Raises:
         ModelError: a file is missing, malformed, too large or not as it was written.
     """

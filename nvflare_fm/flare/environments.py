@@ -1,4 +1,4 @@
-"""Where a recipe runs: the simulator is told what each site offers, a real site says so in its own `local/` folder."""
+"""Where a recipe runs: `SimEnv` writes what each simulated site offers; a real site has its own `fm_site.yaml`."""
 
 import os
 from collections.abc import Mapping
@@ -19,14 +19,16 @@ from .simulation import Simulation
 
 
 class SimEnv(sim_env.SimEnv):
-    """NVFlare's simulator with sites that are set up for this package.
+    """Run a recipe in NVFlare's simulator, at sites that are set up for this package.
+
+    Sites that set no `limits.threads` share the machine's cores evenly. Nobody submits a job in the simulator, so sites
+    that list no submitter accept anyone.
 
     Args:
-        sites: name → what its `fm_site.yaml` says; relative paths are taken from the current folder. Sites that set no
-            `limits.threads` share the machine's cores evenly, and nobody submits a job in the simulator, so sites that
-            name no one are open to anyone.
-        workspace_root: results are written to `<workspace_root>/<job name>/`.
-        gpu_config, log_config: as in NVFlare.
+        sites: name of the site → the settings of its `fm_site.yaml`; relative paths start at the current folder.
+        workspace_root: folder of the results, which go into `<workspace_root>/<job name>/`.
+        gpu_config: as in NVFlare.
+        log_config: as in NVFlare.
     """
 
     def __init__(
@@ -42,10 +44,15 @@ class SimEnv(sim_env.SimEnv):
         self.sites = {n: s if isinstance(s, SiteConfig) else SiteConfig.read(s, n) for n, s in sites.items()}
 
     def deploy(self, job: FedJob) -> str:
-        """Runs the job, and shows each round on the terminal; what NVFlare says goes to `<workspace_root>/<job>.log`.
+        """Run the job and print a line for each round. NVFlare's output goes into `<workspace_root>/<job name>.log`.
 
+        Args:
+            job: what a recipe has made; `recipe.run` calls this.
+
+        Returns:
+            The name of the job.
         Raises:
-            RuntimeError: the job failed; why.
+            RuntimeError: the job failed; the message says why.
         """
         workspace = Path(self.workspace_root) / job.name
         set_up(workspace, self.sites)

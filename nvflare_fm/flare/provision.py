@@ -196,6 +196,7 @@ def allow(kit: Path, only_ours: bool = False) -> list[Path]:
 
 
 def is_of_site(kit: Path) -> bool:
+    """Whether a startup kit is a site's, and not the server's or a user's."""
     return (kit / "startup" / ProvFileName.FED_CLIENT_JSON).exists()
 
 

@@ -34,9 +34,12 @@ class AdapterRecipe(Recipe):
     """What all jobs on adapters share: no code, one account of the rounds, an executor at every site or each its own.
 
     Args:
-        name, min_sites: see `FedPEFTRecipe`.
+        name: see `FedPEFTRecipe`.
+        min_sites: see `FedPEFTRecipe`.
         tasks: what the sites serve.
-        sites, processes, launch_timeout_s: see `PeftExecutor`.
+        sites: see `FedPEFTRecipe`.
+        processes: see `FedPEFTRecipe`.
+        launch_timeout_s: see `FedPEFTRecipe`.
         persistor: see `AdapterPersistor`.
         brings: the folder of an adapter that travels inside the job; empty: none.
         components: of the server besides, in order, each with its id; a workflow has none.
@@ -78,24 +81,27 @@ class AdapterRecipe(Recipe):
 
 
 class FedPEFTRecipe(AdapterRecipe):
-    """Federated PEFT fine-tuning.
+    """Describe a job that fine-tunes with PEFT at several sites.
+
+    `recipe.run(env)` runs the job in an environment: `SimEnv`, or NVFlare's `PocEnv` and `ProdEnv`.
+    `recipe.export(folder)` writes it for `nvflare job submit`.
 
     Args:
         name: of the job.
-        min_sites: sites the job needs to start, and usable updates it needs in every round.
-        sites: for each site what it does differently from the plan, see `config.SiteOverrides`. Where given, only
-            these sites take part.
-        processes, launch_timeout_s: see `PeftExecutor`.
+        min_sites: sites that the job needs to start, and usable updates that it needs in every round.
+        sites: site → what it does differently from the plan, see `config.SiteOverrides`. If given, only these sites
+            take part.
+        processes: trainer processes of each site, usually one for each of its GPUs.
+        launch_timeout_s: seconds that a site waits for its trainer to start.
         keep_rounds: keep the adapter of every round.
-        initial_adapter: a folder as nvflare_fm writes them, copied into the job.
-        resume: continue the round count and the schedule after the initial adapter's round.
-        cross_site_evaluation: measure every site's and the server's adapters at every site at the end.
-        settings: those of `config.RoundPlan` (task, model, data, peft, training, …), of `config.Aggregation` (merge,
-            weigh, step, max_rank, …; max_rank 0 is the largest rank any site trains) and of
-            `config.RoundSettings` (num_rounds, deadline_s, grace_s, key_metric, …).
+        initial_adapter: folder of an adapter that nvflare_fm has written; it is copied into the job.
+        resume: continue the round count and the learning rate schedule after the initial adapter's round.
+        cross_site_evaluation: at the end, measure the adapters of the sites and of the server at every site.
+        settings: fields of `config.RoundPlan` (task, model, data, peft, training, …), `config.Aggregation` (merge,
+            weigh, step, max_rank, …) and `config.RoundSettings` (num_rounds, deadline_s, grace_s, key_metric, …).
 
     Raises:
-        ConfigError: an unknown setting or a combination that cannot work.
+        ConfigError: an unknown setting, a value out of range, or a combination that cannot work.
     """
 
     def __init__(
@@ -133,10 +139,10 @@ class FedPEFTRecipe(AdapterRecipe):
 
 
 def sorted_out(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Settings by whose they are: the plan's, the aggregation's and the controller's. The seed is of the first two.
+    """Sort settings into those of the plan, of the aggregation and of the controller. The seed goes to the first two.
 
     Raises:
-        ConfigError: nobody's.
+        ConfigError: a setting that none of them has.
     """
     owners = [set(group.model_fields) for group in (RoundPlan, Aggregation, RoundSettings)]
     owners[-1].discard("min_responses")  # min_sites
@@ -150,19 +156,23 @@ def sorted_out(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 class EvaluateAdapterRecipe(AdapterRecipe):
-    """Measures a finished adapter at every site. Nothing is trained: the sites serve no other task.
+    """Describe a job that measures a finished adapter at every site. The sites train nothing.
 
-    The metrics by site are in NVFlare's `cross_site_val/cross_val_results.json`, refusals beside them.
+    NVFlare writes the metrics of each site into `cross_site_val/cross_val_results.json`. Refusals are beside it, in
+    `cross_val_refused.json`.
 
     Args:
-        name, min_sites, sites, processes, launch_timeout_s: see `FedPEFTRecipe`.
-        adapter: a folder as nvflare_fm writes them, copied into the job.
-        validation_timeout: seconds after which sites that have not answered are left out.
-        measurement: the settings of `locator.Measurement` (model, data, quantization, …); what is not given is as the
-            adapter was trained.
+        name: of the job.
+        adapter: folder of an adapter that nvflare_fm has written; it is copied into the job.
+        min_sites: sites that the job needs to start.
+        sites: site → what it does differently, see `config.SiteOverrides`. If given, only these sites take part.
+        processes: trainer processes of each site.
+        launch_timeout_s: seconds that a site waits for its trainer to start.
+        validation_timeout: seconds after which the job goes on without sites that have not answered.
+        measurement: fields of `locator.Measurement` (model, data, quantization, …); unset ones are as in training.
 
     Raises:
-        ConfigError: an unknown setting.
+        ConfigError: an unknown setting, or a value out of range.
         ModelError: the adapter cannot be read.
     """
 
@@ -189,7 +199,7 @@ class EvaluateAdapterRecipe(AdapterRecipe):
 
 
 def held_to(overrides: Mapping[str, SiteOverrides]) -> dict[str, dict[str, Any]]:
-    """What the server must know of what a job asks of single sites: their updates are held to it."""
+    """Pick what the server must know of the sites' own settings to check their updates."""
     told = {site: said.model_dump(include={*CHECKED}, exclude_none=True) for site, said in sorted(overrides.items())}
     return {site: said for site, said in told.items() if said}
 

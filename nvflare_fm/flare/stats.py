@@ -26,6 +26,8 @@ REFUSED = "cross_val_refused.json"  # beside NVFlare's cross_val_results.json, w
 
 
 class RoundStats(Widget):
+    """Answer `nvflare job monitor` and `nvflare job stats`, and record evaluations that sites refused."""
+
     def __init__(self) -> None:
         super().__init__()
         self._refused: dict[str, dict[str, str]] = {}  # site → adapter → why it was not measured there

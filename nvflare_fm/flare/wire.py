@@ -228,6 +228,7 @@ def labelled(task: RoundTask, labels: tuple[str, ...]) -> RoundTask:
 
 
 def write_metrics(metrics: Mapping[str, float]) -> FLModel:
+    """Make the message of a site that measured an adapter."""
     return FLModel(metrics=dict(metrics), meta={KEY: {"version": VERSION}})
 
 

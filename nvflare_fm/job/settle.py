@@ -1,6 +1,6 @@
-"""What follows from a job's choices, decided once, when the job loads: each later stage is handed the `SettledPlan`.
+"""What follows from a job's choices, decided once, when the job loads: each later stage gets the `SettledPlan`.
 
-Knows neither transformers nor peft, and nothing of a site: the server decides here before any site is bothered.
+Knows neither transformers nor peft, and nothing of a site: the server decides here before it asks any site.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,13 +24,13 @@ CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one sit
 
 @dataclass(frozen=True)
 class SettledPlan:
-    """What a job asks, and all that follows from it. Made by `settle` alone.
+    """What a job asks, and all that follows from it. Only `settle` makes one.
 
     Args:
-        plan: as the first round sends it: the PEFT method's defaults, the head's rate and what follows from the merge
-            rule and the weights are written out.
-        aggregation: as the job asks for it, with the server's step written out.
-        sites: what the job asks of single sites differently, as far as the server knows it.
+        plan: as the first round sends it, with the PEFT method's defaults, the head's learning rate and what follows
+            from the merge rule and the weights.
+        aggregation: as the job asks for it, with the server step.
+        sites: what single sites do differently, as far as the server knows it.
         method: the PEFT method.
         rule: the merge rule.
         global_rank: the largest that the global adapter, and so any site's, can have; 0: there are no factors.
@@ -44,19 +44,21 @@ class SettledPlan:
     global_rank: int
 
     def of_round(self, number: int) -> TaskPlan:
-        """The plan that round `number` sends: the factors whose turn it is."""
+        """Make the plan that round `number` sends, with the factors that it trains."""
         turns = self.rule.factors
         return self.plan.model_copy(update={"factors": turns[number % len(turns)]})
 
     def merged_rank(self, ranks: Iterable[int]) -> int:
-        """The global adapter's rank after sites have trained at `ranks`. Rules that keep canonical form fill it up;
-        others keep the widest site's.
+        """Compute the global adapter's rank after sites have trained at `ranks`.
+
+        Rules with a canonical result fill it up to the global rank; others keep the largest of `ranks`.
         """
         return self.global_rank if self.rule.canonical else max(ranks)
 
     def terms(self, site: str) -> Terms:
-        """What `site` may send: what it was asked for, less what it may lower. Of a site that is not listed, the server
-        takes any rank up to the global one, and at each the scale that follows.
+        """Derive what `site` may send: what the job asks of it, and less where the plan lets it lower a setting.
+
+        A site that the job does not list may send any rank up to the global one, at the scale that follows from it.
         """
         listed = self.sites.get(site)
         mine = listed.applied(self.plan) if listed else self.plan
@@ -82,7 +84,9 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     """Decide all that follows from a job's choices.
 
     Args:
-        sites: what the job asks of single sites differently, as far as the server knows it.
+        plan: as the job has it.
+        how: how adapters become one.
+        sites: what single sites do differently, as far as the server knows it.
 
     Raises:
         ConfigError: an unknown name or setting, or choices that do not go together, with the reason.

@@ -148,6 +148,7 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
+    """List the names of the job templates."""
     return sorted(file.parent.name for file in folder().glob("*/info.conf"))
 
 

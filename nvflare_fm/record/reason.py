@@ -21,7 +21,8 @@ class Reason:
     Args:
         kind: the site "refused" or "stopped", or was "silent" or "late"; the server "rejected" its update, or a "guard"
             left it out.
-        code: of the error behind it, where there is one: users look it up and programs compare it.
+        text: the reason, for a person.
+        code: of the error behind it, if there is one; users look it up, and programs compare it.
     """
 
     kind: Kind
@@ -30,7 +31,7 @@ class Reason:
 
     @classmethod
     def of(cls, kind: Kind, message: str) -> "Reason":
-        """The reason that a message gives. As in every `FmError`, its code ends it, in brackets."""
+        """Read the reason from an error's message, which ends with the code in brackets."""
         coded = _CODED.fullmatch(message[:LONGEST])
         return cls(kind, *coded.groups()) if coded else cls(kind, message[:LONGEST])
 
@@ -52,7 +53,7 @@ Written = Annotated[Reason, BeforeValidator(_as_once_written)]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a guard says of a site."""
+    """What a guard decides about a site."""
 
     multiplier: Share  # of what the site changed; 0: its update does not count at all
     reason: Words

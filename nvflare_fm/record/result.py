@@ -23,7 +23,7 @@ _PLACES = ("workspace", "server/simulate_job", "*/workspace", "*/server/simulate
 
 @dataclass(frozen=True)
 class Result:
-    """What the server wrote down of a job."""
+    """The records of a job, as the server wrote them."""
 
     folder: Path
     rounds: Sequence[Round]
@@ -39,7 +39,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result:
-    """Read what the server wrote down, wherever in a downloaded folder it lies.
+    """Read a job's result, wherever in a downloaded folder it lies.
 
     Raises:
         DataError: the folder holds no result of a job of nvflare_fm, or more than one, or a file cannot be read.

@@ -60,22 +60,22 @@ class Round(_Line):
 
     @property
     def measured(self) -> Mapping[str, float]:
-        """What the sites measured of the adapter the round starts from, as the monitor shows it: their median."""
+        """The sites' metrics of the adapter that the round starts from, as the monitor shows them: their medians."""
         return self.medians or self.metrics
 
     @property
     def scaled(self) -> Mapping[str, Verdict]:
-        """Sites that count with a part of what they changed."""
+        """Sites of whose change only a part counts."""
         return {site: verdict for site, verdict in self.guarded.items() if verdict.multiplier > 0}
 
     @property
     def trained(self) -> bool:
-        """Whether sites trained in it; otherwise it only measures, or nobody gave a usable answer."""
+        """Whether a site trained in this round. If none did, the round only measured, or no answer was usable."""
         return any(site.weight is not None for site in self.sites.values())
 
     @property
     def loss(self) -> float | None:
-        """The mean of the losses that its sites trained at."""
+        """The mean of the sites' training losses."""
         losses = [site.loss for site in self.sites.values() if math.isfinite(site.loss)]
         return sum(losses) / len(losses) if losses else None
 
@@ -87,7 +87,7 @@ class Spectra(_Line):
 
 
 def written(line: _Line) -> str:
-    """The line in JSON, without numbers that are not finite."""
+    """Write a line as JSON, without numbers that are not finite."""
     return json.dumps(_finite(line.model_dump(mode="json")), allow_nan=False)
 
 
@@ -123,13 +123,13 @@ def read_line(line: str | bytes) -> Round:
     """Read one line of `rounds.jsonl`, of this version or an earlier one.
 
     Raises:
-        DataError: it is none that a server of nvflare_fm has written.
+        DataError: no server of nvflare_fm has written this line.
     """
     return _read(line, Round, FILE_NAME)
 
 
 def read_rounds(file: Path) -> list[Round]:
-    """Read a whole `rounds.jsonl`; a last line that is half written is left out.
+    """Read a whole `rounds.jsonl`. A last line that is half written is left out.
 
     Raises:
         DataError: it cannot be read, or a line is not as the server writes it.
@@ -138,7 +138,7 @@ def read_rounds(file: Path) -> list[Round]:
 
 
 def read_spectra(file: Path) -> list[Spectra]:
-    """Read a whole `spectra.jsonl`, as `read_rounds` does.
+    """Read a whole `spectra.jsonl`. A last line that is half written is left out.
 
     Raises:
         DataError: it cannot be read, or a line is not as the server writes it.
@@ -173,7 +173,7 @@ def _lines(file: Path) -> Iterator[bytes]:
 
 
 def told(line: Round) -> list[str]:
-    """One line on a round for a person's terminal, and one more for each site that does not count, or not in full."""
+    """Describe a round in one line for a terminal, and in one more each site that does not count, or not in full."""
     measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.measured.items()))
     parts = [f"after {line.round} of {line.total_rounds} rounds: {measured or 'not measured'}"]
     if not (line.trained or line.measured):

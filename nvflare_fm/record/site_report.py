@@ -11,7 +11,7 @@ from ..untrusted import Amount, Count, Metrics, Number, Share, Text
 
 @dataclass(frozen=True)
 class Report:
-    """What a site tells about one round of training. Nothing else about its data leaves the site. None: not told."""
+    """What a site reports of one round of training. Nothing else about its data leaves the site. None: not reported."""
 
     examples: Annotated[int, Field(strict=True, ge=1, le=10**9)] | None = None  # training examples at the site
     tokens: Count | None = None  # tokens seen in this round, padding not counted
@@ -30,6 +30,7 @@ class Report:
 
     @property
     def tokens_per_s(self) -> float | None:
+        """The speed of training; None: the site does not report tokens."""
         if self.tokens is None:
             return None
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
@@ -37,7 +38,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Contribution(Report):
-    """What a site contributed to a round, beside what it told. Without a weight where it only measured."""
+    """A site's report as the server records it. A site that only measured has no weight."""
 
     weight: Number | None = None
     staleness: Count = 0  # rounds since the adapter it was trained from was sent

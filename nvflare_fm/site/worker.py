@@ -51,14 +51,20 @@ class Job:
 
 
 class Worker:
-    """One site. Holds its base model and tokenized data from round to round; its answers depend on the task alone.
+    """One site. It keeps its base model and tokenized rows from round to round; its answers depend on the task alone.
 
-    A task is checked here whoever sent it, and put on the base model once.
+    It checks each task, whoever sent it, and attaches the adapter to the base model once.
 
     Args:
-        overrides: what the job asks of this site differently, where no gate has seen to it already.
-        secret: which nobody but the site knows; the order of its rows follows from it. Empty: from the plan's seed
-            alone, in simulations.
+        site: the site's name.
+        config: what the site offers, and its limits.
+        overrides: what the job asks of this site differently, if no gate has applied it already.
+        should_stop: whether training is to end early.
+        log: gets the loss while the site trains.
+        own: the factor that the site keeps to itself, where a merge rule shares only the other.
+        secret: known to the site alone; the order of its rows follows from it. Empty, in simulations: the order follows
+            from the plan's seed.
+        kept: what transforms keep at the site from round to round.
     """
 
     def __init__(
@@ -83,10 +89,10 @@ class Worker:
             torch.set_num_threads(config.limits.threads)
 
     def train(self, task: RoundTask) -> AdapterUpdate:
-        """One round of local training, starting from the task's adapter.
+        """Train for one round, starting from the task's adapter.
 
         Raises:
-            FmError: the site may not, cannot or was told not to.
+            FmError: the site does not allow the task, cannot carry it out, or was told to stop.
         """
         with memory.given_back(), memory.explained(task.plan):
             return self._train(task)
@@ -131,10 +137,12 @@ class Worker:
         return AdapterUpdate(self.site, adapter, manifest, self._report(job, done, before, after))
 
     def validate(self, task: RoundTask) -> dict[str, float]:
-        """The metrics of the task's whole adapter on this site's validation rows.
+        """Measure the task's whole adapter on this site's validation rows.
 
+        Returns:
+            Metric → value.
         Raises:
-            FmError: the site may not, cannot or was told not to.
+            FmError: the site does not allow the task, cannot carry it out, or was told to stop.
         """
         with memory.given_back(), memory.explained(task.plan):
             return self._validate(task)
@@ -149,7 +157,7 @@ class Worker:
             return self._evaluate(model, job, stop)
 
     def rows(self, plan: RoundPlan) -> SiteData:
-        """The site's rows under the plan's alias as token ids, read once. They are for the site's own eyes.
+        """Read the site's rows under the plan's alias as token ids, once. They never leave the site.
 
         Raises:
             FmError: the site does not offer the data or the model, or they cannot be used.
@@ -158,7 +166,7 @@ class Worker:
         return self._tokenized(plan, tasks[plan.task], source, base_model.locate(source))
 
     def submit(self) -> tuple[Adapter, Manifest]:
-        """The adapter this site trained last, whole: frozen directions included.
+        """Hand out the adapter that this site trained last, frozen directions included.
 
         Raises:
             WireError: it has not trained yet.
@@ -168,7 +176,7 @@ class Worker:
         return self._last
 
     def packed(self, update: AdapterUpdate, plan: RoundPlan) -> Packed:
-        """An update's adapter as it leaves this site, by the plan's `uplink`; what that loses goes into the next one.
+        """Encode an update's adapter by the plan's `uplink`. What rounding loses is added to the next update.
 
         Raises:
             WireError: a tensor cannot be sent.

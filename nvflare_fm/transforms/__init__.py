@@ -56,7 +56,7 @@ class Transform(Settings):
     needs_linear: ClassVar[bool] = False  # the server adds what is encoded: all before it must be linear
 
     def encoded(self, name: str, before: Description) -> Description:
-        """What a tensor becomes: its shape and type are known at both ends before it is read.
+        """Derive shape and type of an encoded tensor. Both ends do so before they read it.
 
         Args:
             name: PEFT's.
@@ -68,7 +68,8 @@ class Transform(Settings):
         """Transform a whole parcel.
 
         Args:
-            kept: what this transform left for this round; None: the sender keeps nothing.
+            parcel: as the transforms before this one left it.
+            kept: what this transform kept in the last round; None: the sender keeps nothing.
 
         Returns:
             The parcel, and what to keep for the next round.
@@ -82,6 +83,7 @@ class Transform(Settings):
         """Undo `encode` for one tensor.
 
         Args:
+            name: PEFT's.
             payload: of the shape and type that `encoded` says; its values may be anything.
             before: of the tensor to make.
         """
@@ -111,14 +113,15 @@ class Chain:
         return bool(self.transforms)
 
     def encoded(self, name: str, before: Description) -> Description:
-        """What travels of a tensor."""
+        """Derive shape and type of a tensor as it travels."""
         return self._stages(name, before)[-1]
 
     def encode(self, parcel: Parcel, kept: Mapping[str, Kept] | None = None) -> Sent:
         """Apply every transform.
 
         Args:
-            kept: by transform, what the site keeps of its last round; None: the sender keeps nothing.
+            parcel: the adapter's tensors.
+            kept: transform → what the site kept in the last round; None: the sender keeps nothing.
 
         Raises:
             WireError: names the sender and the tensor that cannot be sent.
@@ -147,7 +150,7 @@ class Chain:
 
 
 def read(entries: Sequence[Rule], where: str) -> Chain:
-    """The chain that a plan or a message asks for.
+    """Read the chain of transforms that a plan or a message asks for.
 
     Args:
         entries: transforms by name, or `{"rule": name, setting: value}`.

@@ -21,7 +21,7 @@ class Compression(Transform):
     stage: ClassVar[Stage] = "compress"
 
     def packed(self, name: str, before: Description) -> Description:
-        """What `pack` makes of a tensor of floating-point numbers."""
+        """Derive shape and type of what `pack` makes of a tensor of floating-point numbers."""
         raise NotImplementedError
 
     def pack(self, name: str, tensor: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class Compression(Transform):
         raise NotImplementedError
 
     def unpack(self, name: str, payload: Tensor, before: Description) -> Tensor:
-        """The inverse of `pack`, up to `error`."""
+        """Decode one tensor: the inverse of `pack`, up to `error`."""
         raise NotImplementedError
 
     def encoded(self, name: str, before: Description) -> Description:

@@ -12,13 +12,14 @@ registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)
 
 
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:
-    """What the guards asked for say of a round's updates, together.
+    """Ask every guard that a job names for its verdicts, and multiply them.
 
     Args:
         entries: guards by name, or with their settings; each looks at the updates as they came.
+        cohort: the updates of the round.
 
     Returns:
-        A verdict for each site that one of them would not count in full: the product of the multipliers.
+        A verdict for each site that does not count in full.
 
     Raises:
         ConfigError: an unknown guard or setting.

@@ -21,10 +21,10 @@ class MergeRule:
         exact: equals Σ wₖΔWₖ (with `rest`: of each site's whole adapter) before shortening.
         mixed_ranks: sites may train at different ranks.
         canonical: the result is shortened to U Σ Vᵀ form; otherwise its factors are kept as they are.
-        rest: what of the global adapter rides along frozen beside what a site trains: none of it, the directions
-            above the site's rank (tail), or all of it (the site trains a fresh pair).
-        factors: which factors the sites train, round after round in turn.
-        shares: the factors that travel; the other stays at its site, and each site has an adapter of its own.
+        rest: the part of the global adapter that a site holds frozen beside what it trains: none, the directions above
+            the site's rank (tail), or all of it (the site trains a fresh pair).
+        factors: the factors that the sites train, round after round in turn.
+        shares: the factors that a site sends; the other stays there, and each site has an adapter of its own.
     """
 
     merge: Merge
@@ -45,7 +45,7 @@ registry: Registry[MergeRule] = Registry("merge rule", __name__)
 
 
 def choose(entry: Rule) -> MergeRule:
-    """The merge rule that a job asks for, its settings filled in.
+    """Find the merge rule that a job asks for, and fill in its settings.
 
     Raises:
         ConfigError: an unknown rule or setting, or a value out of range.
@@ -64,7 +64,20 @@ def rule(
     factors: tuple[Factors, ...] = ("AB",),
     shares: Factors = "AB",
 ) -> Callable[[Merge], Merge]:
-    """Register a function as the merge rule `name`, with its promises (see `MergeRule`)."""
+    """Register the decorated function as the merge rule `name`, with its promises.
+
+    The function takes the global pair that the round started from, the sites' trained pairs, and weights that sum to
+    1, and returns the next global pair, not yet shortened. Its keyword arguments are its settings.
+
+    Args:
+        name: how jobs name the rule.
+        exact: see `MergeRule`.
+        mixed_ranks: see `MergeRule`.
+        canonical: see `MergeRule`.
+        rest: see `MergeRule`.
+        factors: see `MergeRule`.
+        shares: see `MergeRule`.
+    """
 
     def register(merge: Merge) -> Merge:
         registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares))

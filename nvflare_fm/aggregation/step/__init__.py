@@ -22,7 +22,7 @@ from ..merge import MergeRule
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step remembers from round to round."""
+    """What a server step remembers from round to round."""
 
     change: Adapter = field(default_factory=Adapter)  # m
     square: Mapping[str, Tensor] = field(default_factory=dict)  # v, by layer or name of a dense tensor
@@ -33,9 +33,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step:
-    """m ← keep·m + add·d;  v ← square(v, d²);  x ← x + gain(v)·m, where d is the mean change of this round.
+    """A server step: m ← keep·m + add·d;  v ← square(v, d²);  x ← x + gain(v)·m, where d is the round's mean change.
 
-    `square` is nothing where no second moment is kept; `gain` is given None then.
+    A step without a second moment has no `square`, and its `gain` gets None.
     """
 
     gain: Callable[[Tensor | None], Tensor | float]
@@ -61,6 +61,11 @@ registry: RuleRegistry[Factory] = RuleRegistry("server step", __name__)
 
 def choose(entry: Rule, cohort: Cohort, weights: Sequence[float]) -> Step:
     """Build the server step that a job asks for, for one round.
+
+    Args:
+        entry: the step by name, or with its settings.
+        cohort: the updates of the round.
+        weights: of the sites, in the cohort's order.
 
     Raises:
         ConfigError: an unknown step or setting.

@@ -16,15 +16,22 @@ registry: RuleRegistry[Factor] = RuleRegistry("weight factor", __name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """What each site counts, and why."""
+    """How much each site counts, and why."""
 
     shares: Mapping[str, float]  # site → share, sums to 1
     factors: Mapping[str, Mapping[str, float]]  # name of a factor → site → its value, before normalising
 
 
 def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> Weights:
-    """The product of the factors asked for, normalised to sum to 1, no site above `max_weight` or what it allows.
+    """Multiply the factors that a job asks for, and normalise the products to sum to 1.
 
+    Args:
+        entries: weight factors by name, or with their settings.
+        cohort: the updates of the round.
+        max_weight: the largest share of one site. A site's own limit may be lower.
+
+    Returns:
+        The shares, and the value of each factor.
     Raises:
         ConfigError: a factor is negative or not finite, or all products are zero.
     """

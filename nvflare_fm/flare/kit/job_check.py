@@ -42,6 +42,7 @@ def install(local: Path, is_site: bool) -> Path:
 
 
 def installed(local: Path, is_site: bool) -> bool:
+    """Whether the kit with this `local` folder checks job files before NVFlare parses them."""
     try:
         return bool(json.loads((local / FILE).read_text()) == _said(is_site))
     except (OSError, ValueError):

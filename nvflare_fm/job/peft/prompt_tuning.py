@@ -11,6 +11,8 @@ from . import PeftMethod, registry
 
 @registry.register("prompt_tuning")
 class PromptTuning(PeftMethod):
+    """Settings and promises of prompt tuning."""
+
     peft_type = "PROMPT_TUNING"
 
     num_virtual_tokens: int = Field(20, ge=1, le=WIDEST, description="Positions before the text that are learned.")

@@ -52,6 +52,7 @@ def device() -> Finding:
 
 
 def disk(kit: Path) -> Finding:
+    """Check the free space on the disk that jobs write to."""
     free_gb = shutil.disk_usage(kit).free / 1e9
     if free_gb < LEAST_FREE_GB:
         return Finding("disk", False, f"{free_gb:.1f} GB free in {kit}; jobs want at least {LEAST_FREE_GB:g} GB there")

@@ -252,6 +252,7 @@ def check_trained(whole: tuple[str, ...], embeddings: tuple[str, ...], limits: L
 
 
 def few_update_rows(privacy: Privacy) -> PolicyError:
+    """Make the refusal of a round that would use too few rows."""
     return PolicyError(
         f"a round would see fewer different rows than the {privacy.min_update_rows} that this site wants behind an "
         "update; raise local_steps, batch_size or gradient_accumulation_steps",
@@ -260,6 +261,7 @@ def few_update_rows(privacy: Privacy) -> PolicyError:
 
 
 def few_examples(privacy: Privacy) -> PolicyError:
+    """Make the refusal of a data set that is too small."""
     return PolicyError(
         f"this site trains on no fewer than {privacy.min_examples} different examples and the data set has fewer; "
         "choose a larger one, or leave this site out",
@@ -268,6 +270,7 @@ def few_examples(privacy: Privacy) -> PolicyError:
 
 
 def few_metric_rows(privacy: Privacy) -> PolicyError:
+    """Make the refusal to measure on too few rows."""
     return PolicyError(
         f"this site tells metrics of no fewer than {privacy.min_metric_rows} different rows and has fewer to measure "
         "on; choose a larger data set, or leave this site out",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 @registry.register("lora")
 class LoraAttachment(Attachment):
+    """Put LoRA on a base model, with the frozen rest of the global adapter beside it, and take it off again."""
+
     method: Lora
 
     def attach(

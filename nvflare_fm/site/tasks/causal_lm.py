@@ -28,6 +28,8 @@ _PROMPTS = 16 * MIB  # characters of a conversation's prompts together: each is 
 
 @task("causal_lm")
 class CausalLM(Task):
+    """Next-token prediction."""
+
     columns: ClassVar[Groups] = (
         ("messages",),
         ("conversations",),

@@ -19,6 +19,8 @@ from .of_text import OfText
 
 @task("multi_label")
 class MultiLabel(OfText):
+    """Any number of labels for a text."""
+
     columns = (("text", "labels"),)
 
     def model_config(self, plan: RoundPlan) -> dict[str, Any]:

@@ -25,6 +25,8 @@ FARTHEST = 1e4  # from the mean, in scales: its square is still a loss that can 
 
 @task("regression")
 class Regression(OfText):
+    """One or several numbers for a text."""
+
     columns = (("text", "label"), ("text", "labels"))
 
     def model_config(self, plan: RoundPlan) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from .of_text import OfText
 
 @task("sequence_classification")
 class SequenceClassification(OfText):
+    """One label for a text."""
+
     columns = (("text", "label"),)
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:

@@ -27,6 +27,8 @@ _IN_SCHEME = re.compile(r"([BIMELSUW])(?:[-_](.+))?")
 
 @task("token_classification")
 class TokenClassification(Task):
+    """One label for each word of a text."""
+
     columns = (("tokens", "labels"),)
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def train(
 
 
 def dropout_seed(task: RoundTask, site: str, secret: bytes = b"") -> int:
+    """Derive the seed of dropout from the plan's seed, the round, the site and its secret."""
     return _number(f"{task.plan.seed}/{task.round}/{site}", secret)
 
 

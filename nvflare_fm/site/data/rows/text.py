@@ -88,6 +88,7 @@ def is_text(value: str) -> bool:
 
 
 def head(file: Path, encoding: str, characters: int) -> str:
+    """Read the first `characters` of a text file."""
     with opened(file, encoding) as text:
         return text.read(characters)
 
