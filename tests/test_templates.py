@@ -267,7 +267,7 @@ def test_a_wheel_has_them_too(tmp_path: Path) -> None:
     subprocess.run(build, cwd=FOLDER.parent, capture_output=True, check=True)
     with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
-    code = "from nvflare_fm import templates; print(templates.folder(), *templates.names())"
+    code = "from nvflare_fm.job import templates; print(templates.folder(), *templates.names())"
     installed = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     done = subprocess.run([sys.executable, "-c", code], env=installed, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "installed" / "nvflare_fm" / "job_templates"), *TEMPLATES]

@@ -22,7 +22,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.errors import TrainingError
-from nvflare_fm.site import logits
+from nvflare_fm.site.training import logits
 from nvflare_fm.site.training.distributed import processes
 from tests.site import tiny
 
