@@ -5,7 +5,7 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# Three at a time on two processors: a test that starts NVFlare waits for it half of its time. One file stays with one.
+# Three at a time on two processors: one runs the tests that start NVFlare, and waits for it half of its time.
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -10,13 +10,17 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 from tests import typechecking
 
-CORE = [f"nvflare_fm.{name}" for name in ("adapter", "lora", "inner", "krylov", "aggregation")]
+CORE = [f"nvflare_fm.{name}" for name in ("adapter", "algebra", "aggregation")]
+assert all(map(importlib.util.find_spec, CORE)), "a room of the core has another name: its shapes are not checked"
 jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
-FIRST = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_own_half", "test_templates")
+# Whole systems, longest first. They run one after the other, on one worker: each waits for NVFlare half of its time,
+# while the other workers run all the rest.
+SYSTEMS = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_own_half", "test_templates")
 
 settings.register_profile(
     "suite",
@@ -55,8 +59,19 @@ def malformed_allowed() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole systems first, longest first: the others wait on the processors while these wait for NVFlare."""
-    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
+    items.sort(key=lambda item: next((i for i, name in enumerate(SYSTEMS) if name in item.nodeid), len(SYSTEMS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
+    """A file's tests go to one worker, because they share what its fixtures have made; systems count as one."""
+
+    class OneAfterTheOther(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "systems" if any(name in file for name in SYSTEMS) else file
+
+    return OneAfterTheOther(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
