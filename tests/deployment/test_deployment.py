@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.deployment import faults
-from tests.deployment.conftest import LABELS, SECRET, UNKNOWN, edited, rows, visits
+from tests.deployment.conftest import LABELS, PLAN, SECRET, UNKNOWN, edited, rows, visits
 from tests.deployment.system import BIN, CANARY, ENVIRONMENT, LEAD, SERVER, SITES, System
 from tests.site import tiny
 
@@ -51,7 +51,12 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     },
 }
 
-CLASSIFICATION: dict[str, Any] = {"task": "sequence_classification", "labels": LABELS, "data": "visits"}
+CLASSIFICATION: dict[str, Any] = {
+    "task": "sequence_classification",
+    "labels": LABELS,
+    "data": "visits",
+    "training": PLAN["training"] | {"local_steps": 16},  # one site alone, in an order that its secret decides
+}
 
 
 @dataclass
