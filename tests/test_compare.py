@@ -166,6 +166,9 @@ def test_what_the_docs_report_is_named_right() -> None:
         (["--rates", "-1"], "wrong_rates"),
         (["--folder", "empty"], "no_study_data"),
         (["--folder", "both"], "ambiguous_task"),
+        (["--folder", "broken"], "unreadable_row"),
+        (["--folder", "unlabelled"], "unreadable_row"),
+        (["--folder", "empty", "--task", "causal_lm"], "no_study_data"),
         ([], "unknown_data_set"),
     ],
 )
@@ -177,9 +180,28 @@ def test_a_mistake_is_told_before_anything_runs(
     (tmp_path / "both" / "lake").mkdir(parents=True)
     for split in ("train", "test"):
         tiny.jsonl(tmp_path / "both" / "lake" / f"{split}.jsonl", [{"text": "a", "label": "b", "prompt": "c"}])
+    for name, rows in {
+        "broken": '{"text": "a"\n',
+        "unlabelled": '{"text": "a", "label": "b"}\n{"text": "a"}\n',
+    }.items():
+        (tmp_path / name / "lake").mkdir(parents=True)
+        for split in ("train", "test"):
+            (tmp_path / name / "lake" / f"{split}.jsonl").write_text(rows)
     said = CliRunner().invoke(app, ["compare", "run", "clinics", *typed])
     assert said.exit_code == 1
     assert f"[{code}]" in str(said.exception)
+
+
+def test_a_study_is_named_for_a_file_and_damaged_results_are_told_by_their_line(own: Study) -> None:
+    with pytest.raises(FmError) as error:
+        study("../clinics", own.workspace, own.folder, own.model)
+    assert error.value.code == "study_name"
+    write(Run(own, "ours", 1e-3, 0), [{"method": "ours"}])
+    with own.results().open("a") as file:
+        file.write('{"method": "ou')
+    with pytest.raises(FmError, match="line 2") as error:
+        lines(own.results())
+    assert error.value.code == "unreadable_row"
 
 
 def test_public_data_are_asked_for_where_they_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..cli.terminal import console
 from .bench import POINTS, Bench, baseline, federated, overall, silent
 from .methods import BASELINES, METHODS
-from .study import Study
+from .study import Study, json_lines
 
 Line = dict[str, Any]
 
@@ -62,7 +62,7 @@ class Run:
 
 def lines(file: Path) -> list[Line]:
     """A file of JSON lines; none where there is no file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [*json_lines(file)] if file.exists() else []
 
 
 def carry_out(run: Run, tick: Any = silent) -> tuple[list[Line], float]:

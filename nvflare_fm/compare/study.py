@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -138,13 +139,19 @@ def study(
     Raises:
         ConfigError: `unknown_name`: nothing compares methods on this task; `ambiguous_task`: rows have both a label and
             a prompt, and `task` is empty.
-        DataError: `no_study_data`: `folder` has no site with both files; `no_shared_folder`: no public data here.
+        DataError: `no_study_data`: `folder` has no site with both files; `unreadable_row`: a row is no JSON object, or
+            has no label where others have one; `no_shared_folder`: no public data here.
     """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*", name):
+        raise ConfigError(
+            f"{name!r} cannot name a study; use letters, digits, dots, dashes and underscores", code="study_name"
+        )
     if task and task not in TASKS:
         raise ConfigError(f"--task {task!r} is not compared; known: {', '.join(TASKS)}", code="unknown_name")
     source, _, start = name.partition("@")
     root = folder or data_sets.write(source, workspace.root / "data" / source)
-    usual = TASKS[task] if task else _usual(root)
+    first = _first_row(root)
+    usual = TASKS[task] if task else _usual(first)
     length = max_length or _PUBLIC_MAX_LENGTHS.get(_kind(source) if not folder else "", usual.max_length)
     rows = 4 if usual is WRITING and length > 64 else 8
     plan: dict[str, Any] = {
@@ -153,7 +160,7 @@ def study(
         "training": {"local_steps": 5, "batch_size": rows, "lr_scheduler_type": "cosine"},
     }
     if usual is CLASSIFYING:
-        plan["labels"] = sorted({json.loads(r)["label"] for f in root.glob("*/*.jsonl") for r in f.open()})
+        plan["labels"] = _labels(root)
     return Study(
         name,
         root,
@@ -168,14 +175,51 @@ def study(
     )
 
 
-def _usual(root: Path) -> Usual:
+def _first_row(root: Path) -> dict[str, Any]:
     files = sorted(root.glob("*/train.jsonl"))
     if not files or not all(file.with_name("test.jsonl").exists() for file in files):
         raise DataError(
             "a study needs one folder per site, each with train.jsonl and test.jsonl", str(root), code="no_study_data"
         )
-    with files[0].open() as lines:
-        first = json.loads(next(lines, "{}"))
+    return next(json_lines(files[0]), {})
+
+
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Read a file of JSON objects, one a line.
+
+    Raises:
+        DataError: `unreadable_row`: names the file and the line.
+    """
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{file.parent.name}/{file.name}, line {number} is no JSON object; mend it, or delete the line",
+                    str(file),
+                    code="unreadable_row",
+                )
+            yield row
+
+
+def _labels(root: Path) -> list[str]:
+    found = set()
+    for file in sorted(root.glob("*/*.jsonl")):
+        for number, row in enumerate(json_lines(file), 1):
+            if not isinstance(row.get("label"), str):
+                raise DataError(
+                    f"{file.parent.name}/{file.name}, line {number} has no label; see nvflare-fm data check",
+                    str(file),
+                    code="unreadable_row",
+                )
+            found.add(row["label"])
+    return sorted(found)
+
+
+def _usual(first: dict[str, Any]) -> Usual:
     fits = [usual for usual in TASKS.values() if usual.column in first]
     if len(fits) == 1:
         return fits[0]
@@ -185,9 +229,7 @@ def _usual(root: Path) -> Usual:
             "or --task causal_lm",
             code="ambiguous_task",
         )
-    raise DataError(
-        "the first row has neither a label nor a prompt; see nvflare-fm data check", str(files[0]), code="no_study_data"
-    )
+    raise DataError("the first row has neither a label nor a prompt; see nvflare-fm data check", code="no_study_data")
 
 
 def _model(usual: Usual, random: bool, workspace: Workspace) -> Path:

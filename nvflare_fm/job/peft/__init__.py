@@ -32,12 +32,12 @@ class PeftMethod(Settings):
     @property
     def trained_whole(self) -> tuple[str, ...]:
         """Modules that are trained beside the method's own parameters, so they must stay out of quantization."""
-        return ()
+        return tuple(getattr(self, "modules_to_save", ()))
 
     @property
     def virtual_tokens(self) -> int:
         """How many positions it takes up before a text."""
-        return 0
+        return int(getattr(self, "num_virtual_tokens", 0))
 
     def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
         """Give the arguments of PEFT's configuration of the trained adapter, but for its task.

@@ -21,10 +21,6 @@ class IA3(PeftMethod):
         (), description="Modules trained whole besides, of those in the sites' limits.trainable_modules."
     )
 
-    @property
-    def trained_whole(self) -> tuple[str, ...]:
-        return self.modules_to_save
-
     def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
         return {
             "target_modules": list(self.target_modules) or None,

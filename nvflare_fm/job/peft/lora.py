@@ -39,10 +39,6 @@ class Lora(PeftMethod):
     def side_adapter(self) -> bool:
         return not self.use_dora  # DoRA normalises W + ΔW: two adapters do not add
 
-    @property
-    def trained_whole(self) -> tuple[str, ...]:
-        return self.modules_to_save
-
     def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
         return {
             "r": self.rank,

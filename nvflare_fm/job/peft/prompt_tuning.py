@@ -17,9 +17,5 @@ class PromptTuning(PeftMethod):
 
     num_virtual_tokens: int = Field(20, ge=1, le=WIDEST, description="Positions before the text that are learned.")
 
-    @property
-    def virtual_tokens(self) -> int:
-        return self.num_virtual_tokens
-
     def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
         return {"num_virtual_tokens": self.num_virtual_tokens}

@@ -35,10 +35,6 @@ class Vera(PeftMethod):
         (), description="Modules trained whole besides, of those in the sites' limits.trainable_modules."
     )
 
-    @property
-    def trained_whole(self) -> tuple[str, ...]:
-        return self.modules_to_save
-
     def arguments(self, heads: Sequence[str]) -> dict[str, Any]:
         return {
             "r": self.r,
