@@ -414,6 +414,13 @@ def test_an_encoded_adapter_is_read_a_tensor_at_a_time() -> None:
     assert sorted(read) == [A, B]
 
 
+@pytest.mark.parametrize("name", list(transforms.registry))
+def test_the_largest_number_arrives_finite(name: str) -> None:
+    tensor = torch.full((1, 130), torch.finfo(torch.float32).max)
+    packed = pack(Adapter({}, {"head": tensor}), transforms.read((name,), "uplink"), "alder")
+    torch.testing.assert_close(packed.adapter().dense["head"], tensor, rtol=0.01, atol=0)
+
+
 def test_settings_of_a_transform_are_plain_json() -> None:
     for name in transforms.registry:
         json.dumps(transforms.registry[name]().model_dump(mode="json"))
