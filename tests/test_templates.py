@@ -39,6 +39,7 @@ from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.job import templates
+from tests.codes import refused
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny
@@ -126,8 +127,9 @@ def test_every_component_takes_its_arguments(template: str) -> None:
 @every_template
 def test_an_argument_nobody_knows_is_refused(template: str) -> None:
     for part in parts(FOLDER / template, "server") + parts(FOLDER / template, "client"):
-        with pytest.raises((TypeError, ValueError, RuntimeError, ConfigError), match="lerning_rate"):
+        with pytest.raises((TypeError, ValueError, RuntimeError, ConfigError)) as caught:
             Builder().build_component({**part, "args": {**part.get("args", {}), "lerning_rate": 1}})
+        assert "lerning_rate" in str(caught.value)
 
 
 @every_template
@@ -148,9 +150,9 @@ def test_a_template_is_what_its_source_says_now(template: str) -> None:
 
 def test_a_setting_that_a_source_does_not_know_is_refused_with_the_nearest() -> None:
     for wrong in ({"num_ronds": 3}, {"training": {"lerning_rate": 1}}, {"sites": {"a": {"rnk": 2}}}):
-        with pytest.raises(ConfigError, match="did you mean") as refused:
+        with refused("wrong_setting", ConfigError, '"') as caught:
             render_template.render("mine", {**SOURCES["lora_text_classification"], **wrong})
-        assert refused.value.code == "wrong_setting"
+        assert caught.value.code == "wrong_setting"
 
 
 class MoreTraining(TrainingSettings):

@@ -56,7 +56,7 @@ class Measurement(Settings):
             raise ConfigError(
                 "the adapter's provenance.json does not hold the plan it was trained by, so no site can be told how to "
                 "measure it; take an adapter that a job of nvflare_fm has made",
-                code="no_plan",
+                code="adapter_without_plan",
             )
         given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
         evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)

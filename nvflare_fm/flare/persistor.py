@@ -54,7 +54,7 @@ class AdapterPersistor(ModelPersistor):
         super().__init__()
         _Arguments.check(locals(), "persistor")
         if resume and not initial_adapter:
-            raise ConfigError("resume needs an initial_adapter to resume from")
+            raise ConfigError("resume needs an initial_adapter to resume from", code="no_adapter")
         self.keep_rounds, self.initial_adapter, self.resume = keep_rounds, initial_adapter, resume
 
     def handle_event(self, event: str, fl_ctx: FLContext) -> None:
@@ -69,7 +69,10 @@ class AdapterPersistor(ModelPersistor):
             return make_model_learnable({}, {})
         saved, remembered = _read(self._brought(fl_ctx))
         if self.resume and saved.round is None:
-            raise ConfigError(f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume")
+            raise ConfigError(
+                f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume",
+                code="adapter_without_round",
+            )
         if self.resume:
             fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
         self.logger.info(f"starting from {self.initial_adapter!r}, of round {saved.round}, resume={self.resume}")
@@ -95,7 +98,7 @@ class AdapterPersistor(ModelPersistor):
     def get_model(self, model_file: str, fl_ctx: FLContext) -> ModelLearnable:
         known = self.get_model_inventory(fl_ctx)
         if model_file not in known:
-            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}")
+            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}", code="no_such_adapter")
         model = wire.write_saved(_read(Path(known[model_file].location))[0])
         return make_model_learnable(model.params, model.meta)
 

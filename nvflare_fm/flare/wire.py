@@ -115,7 +115,7 @@ def read_task(model: FLModel) -> RoundTask:
         ConfigError: the plan has a setting that is not one we know.
     """
     if reason := refused(model):
-        raise WireError(f"there is no adapter to work on: {reason}")
+        raise WireError(f"there is no adapter to work on: {reason}", code="no_submission")
     saved = read_saved(model.params, model.meta, "the server")
     if saved.plan is None:
         raise WireError("the server sent no plan; update nvflare_fm there", code="no_plan")
@@ -280,7 +280,7 @@ def plain(value: Any) -> Any:
         return sorted(plain(v) for v in value)
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    raise WireError(f"a {type(value).__name__} cannot travel in a message; send numbers and texts")
+    raise WireError(f"a {type(value).__name__} cannot travel in a message; send numbers and texts", code="not_plain")
 
 
 def _plainly(adapter: Adapter) -> Packed:
@@ -321,7 +321,7 @@ def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
     """
     if not isinstance(params, Mapping):
         raise WireError(
-            f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="no_tensors"
+            f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="wrong_type"
         )
     _check_few(sender, tensors=params, scales=content.get("scales"))
     scales = _typed(_SCALES, content, "scales", sender)
@@ -420,16 +420,16 @@ def _plan(content: Mapping[str, Any], sender: str) -> TaskPlan | None:
     if "plan" not in content:
         return None
     if not isinstance(content["plan"], Mapping):
-        raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="no_plan")
+        raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="wrong_type")
     try:
         return TaskPlan.read(content["plan"], f"the plan {sender} sent")
     except ConfigError as error:  # it repeats what came, however long
-        raise ConfigError(printable(error.message.removesuffix(f" [{error.code}]")), code=error.code) from None
+        raise ConfigError(printable(error.text), code=error.code) from None
 
 
 def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: str) -> T:
     if name not in content:
-        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code=f"no_{name}")
+        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code="incomplete_message")
     try:
         return kind.validate_python(content[name])
     except ValidationError as error:

