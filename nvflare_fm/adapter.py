@@ -286,7 +286,10 @@ class AdapterUpdate:
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What the server sends: the plan, and the global adapter (empty before the first round)."""
+    """What the server sends: the plan, and the global adapter (empty before the first round).
+
+    No `export.folder.Saved`: it always has a plan, and its round is the one to come, not the one that made the adapter.
+    """
 
     plan: TaskPlan
     adapter: Adapter = Adapter()

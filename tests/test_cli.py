@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.flare.jobs.job import read_job
 from nvflare_fm.flare.kit import job_check
 from nvflare_fm.flare.ledger import Ledger
@@ -252,7 +252,7 @@ def test_the_sites_that_are_named_are_the_sites_of_the_job(job: Path) -> None:
 def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(job: Path, tmp_path: Path) -> None:
     peft = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
     plan = TaskPlan.read({"peft": peft, "model": "small", "quantization": "bf16", "max_length": 77}, "test")
-    earlier = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
+    earlier = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST, 4, plan))
     assert typed("new", "continue_from_adapter", "-o", job, f"adapter={earlier}").exit_code == 0
     made = read_job(job)
     assert made.adapter
@@ -294,7 +294,7 @@ def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch:
     page = Path(__file__).parents[1] / "docs" / "how_to" / "submit_a_job.md"
     monkeypatch.chdir(tmp_path)
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
-    write_adapter(tmp_path / "results" / "adapters" / "best", adapter(1), MANIFEST, Provenance(4, plan))
+    write_adapter(tmp_path / "results" / "adapters" / "best", Saved(adapter(1), MANIFEST, 4, plan))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "base").symlink_to(tiny.save(tmp_path / "bert", "bert"))
     commands = re.findall(r"^    nvflare-fm (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)

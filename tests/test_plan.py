@@ -188,10 +188,10 @@ def test_what_is_not_known_is_said_and_not_made_up(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder import Provenance, write_adapter
+    from nvflare_fm.export.folder import Saved, write_adapter
 
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
-    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
+    brought = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST, 4, plan))
     size = adapter(1).bytes()
     job = exported(tmp_path, initial_adapter=brought, peft={"method": "lora", "rank": 3}, downlink=["int8"])
     (cost,) = told(job).costs
@@ -204,9 +204,9 @@ def test_an_adapter_that_the_job_brings_tells_the_bytes_without_a_model(tmp_path
 
 
 def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder import Provenance, write_adapter
+    from nvflare_fm.export.folder import Saved, write_adapter
 
-    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4))
+    brought = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST, 4))
     peft = {"method": "lora", "rank": 3}
     assert told(exported(tmp_path / "a", initial_adapter=brought, resume=True, num_rounds=7, peft=peft)).rounds == 2
     with refused("no_round_left", ConfigError, "num_rounds"):
@@ -214,9 +214,9 @@ def test_a_resumed_job_has_only_the_rounds_that_are_left(tmp_path: Path) -> None
 
 
 def test_an_adapter_of_another_task_is_found_out_before_the_job_is_sent(tmp_path: Path) -> None:
-    from nvflare_fm.export.folder import write_adapter
+    from nvflare_fm.export.folder import Saved, write_adapter
 
-    brought = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST)
+    brought = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST))
     job = exported(tmp_path, initial_adapter=brought, task="sequence_classification", labels=["a", "b"])
     with refused("other_adapter", ConfigError, "'causal_lm'", "'sequence_classification'"):
         told(job)

@@ -13,7 +13,7 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.job.settle import settle
 from tests.codes import refused
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, rotated, update
@@ -172,8 +172,8 @@ def test_a_federation_that_goes_on_from_its_files_ends_where_it_would_have(entry
             combined = combine(state, manifest, updates, how, 5, memory)
             state, manifest, memory = combined.adapter, MANIFEST, combined.memory
             if killed and number == killed_after:
-                folder = write_adapter(tmp_path / "last", state, MANIFEST, Provenance(number, None, how.step, memory))
-                state, _, found = read_adapter(folder)
-                memory = found.memory
+                folder = write_adapter(tmp_path / "last", Saved(state, MANIFEST, number, None, how.step, memory))
+                found = read_adapter(folder)
+                state, memory = found.adapter, found.memory
         ends.append(state)
     assert identical(*ends)

@@ -25,7 +25,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.flare import aggregator as aggregator_module
 from nvflare_fm.flare import controller as controller_module
 from nvflare_fm.flare import executor as executor_module
@@ -213,7 +213,7 @@ def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecip
 
 @every_template
 def test_a_template_is_the_job_that_the_recipe_exports(template: str, tmp_path: Path) -> None:
-    brought = write_adapter(tmp_path / "adapter", adapter(1), MANIFEST)
+    brought = write_adapter(tmp_path / "adapter", Saved(adapter(1), MANIFEST))
     recipe(template, brought).export(str(tmp_path))
     ours, theirs = built(FOLDER / template), built(tmp_path / template)
     assert sorted(map(said, ours)) == sorted(map(said, theirs))
@@ -318,7 +318,7 @@ def earlier(folder: Path, model: Path) -> Path:
     plan = tiny.plan(quantization="nf4", training={"local_steps": 8, "batch_size": 4, "learning_rate": 1e-2})
     worker.train(RoundTask(plan))
     trained, manifest = worker.submit()
-    return write_adapter(folder / "earlier", trained, manifest, Provenance(3, plan))
+    return write_adapter(folder / "earlier", Saved(trained, manifest, 3, plan))
 
 
 @pytest.mark.parametrize(
@@ -336,11 +336,11 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     if template == "evaluate_adapter":
         assert_measured(run)
         return
-    values, manifest, provenance = read_adapter(run / "adapters" / "last")
+    saved = read_adapter(run / "adapters" / "last")
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    assert values
-    assert provenance.round == len([line for line in rounds if line["energy_lost"]]) - 1
-    assert manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
+    assert saved.adapter
+    assert saved.round == len([line for line in rounds if line["energy_lost"]]) - 1
+    assert saved.manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
     assert (rounds[0]["bytes_down"] > 0) == (template in FROM_ADAPTER)
     if template == "lora_mixed_hardware":
         used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}

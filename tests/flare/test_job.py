@@ -118,7 +118,7 @@ def test_a_job_brings_no_code(tmp_path: Path) -> None:
 
 
 def test_an_initial_adapter_travels_inside_the_job(tmp_path: Path) -> None:
-    folder = export.write_adapter(tmp_path / "somewhere", adapter(1), MANIFEST, export.Provenance(2))
+    folder = export.write_adapter(tmp_path / "somewhere", export.Saved(adapter(1), MANIFEST, 2))
     (folder / "notes.txt").write_text("for nobody else")
     apps = exported(tmp_path, initial_adapter=folder, resume=True)
     persistor = only(built(apps), AdapterPersistor)

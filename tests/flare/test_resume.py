@@ -27,7 +27,7 @@ def left_by(submitted: Path, result: Path, last: int | None = LAST) -> Path:
     (result / "workspace").mkdir()
     if last is not None:
         folder = result / "workspace" / "adapters" / "last"
-        export.write_adapter(folder, adapter(last), MANIFEST, export.Provenance(last))
+        export.write_adapter(folder, export.Saved(adapter(last), MANIFEST, last))
     return result
 
 

@@ -19,6 +19,7 @@ from nvflare_fm import transforms
 from nvflare_fm.adapter import LORA_A, Adapter, LoraPair, RoundTask
 from nvflare_fm.config import Rules, TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.export.folder import Saved
 from nvflare_fm.flare import wire
 from nvflare_fm.transforms.packed import pack
 from tests.codes import refused
@@ -87,7 +88,7 @@ def test_a_refused_submission_cannot_be_mistaken_for_an_adapter() -> None:
 def test_parameters_views_and_gradients_travel_as_plain_tensors() -> None:
     wide = torch.randn(4, 6, requires_grad=True)
     pair = LoraPair(wide[:, ::2], torch.nn.Parameter(torch.randn(4, 4)).T, 1.0)
-    got = wire.read_saved(*_parts(posted(wire.write_saved(wire.Saved(Adapter({"l": pair}), MANIFEST)))), "alder")
+    got = wire.read_saved(*_parts(posted(wire.write_saved(Saved(Adapter({"l": pair}), MANIFEST)))), "alder")
     assert torch.equal(got.adapter.lora["l"].A, wide.detach()[:, ::2])
     assert torch.equal(got.adapter.lora["l"].B, pair.B.detach())
 

@@ -17,10 +17,10 @@ def test_each_site_ends_with_an_adapter_of_its_own_and_the_server_with_the_share
     rounds = run.rounds()
     assert [set(r["sites"]) for r in rounds[:2]] == [{"alder", "birch"}] * 2
     assert rounds[1]["metrics"]["loss"] < rounds[0]["metrics"]["loss"]
-    shared = read_adapter(run.server / "adapters" / "last")[0]
+    shared = read_adapter(run.server / "adapters" / "last").adapter
     assert not shared.lora
     assert not [name for name in shared.dense if "lora_B" in name]
-    own = {n: read_adapter(run.root / n / "simulate_job" / "own_adapter")[0] for n in ("alder", "birch")}
+    own = {n: read_adapter(run.root / n / "simulate_job" / "own_adapter").adapter for n in ("alder", "birch")}
     layers = own["alder"].lora
     assert layers
     assert layers.keys() == own["birch"].lora.keys()

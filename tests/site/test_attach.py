@@ -15,7 +15,7 @@ from nvflare_fm.adapter import Adapter, LoraPair, RoundTask, from_tensors
 from nvflare_fm.algebra.lora import shorten
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
-from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.export.peft_config import adapter_config
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.model import base_model
@@ -245,7 +245,7 @@ def test_each_method_trains_travels_and_is_loaded_by_peft(llama: Path, tmp_path:
     assert update.report.after["loss"] < update.report.before["loss"]
     base = base_of(llama, task, "fp32")
     travelled = from_tensors(update.adapter.tensors(), update.adapter.scales(), "site-1")
-    folder = write_adapter(tmp_path / "adapter", travelled, update.manifest, Provenance(0, plan))
+    folder = write_adapter(tmp_path / "adapter", Saved(travelled, update.manifest, 0, plan))
     with base.lent():
         ours = logits(peft_methods.attachment_of(plan.peft).attach(base, travelled, START).eval())
     with base.lent() as bare:
@@ -261,7 +261,7 @@ def test_dora_trains_with_its_magnitudes_and_refuses_another_rank(llama: Path, t
     update = worker.train(RoundTask(plan))
     assert any("magnitude" in name for name in update.adapter.dense)
     assert worker.validate(RoundTask(plan, update.adapter))["loss"] == pytest.approx(update.report.after["loss"])
-    folder, base = write_adapter(tmp_path / "adapter", update.adapter, update.manifest), base_of(llama)
+    folder, base = write_adapter(tmp_path / "adapter", Saved(update.adapter, update.manifest)), base_of(llama)
     with base.lent():
         ours = logits(peft_methods.attachment_of(plan.peft).attach(base, update.adapter, START).eval())
     with base.lent() as bare:

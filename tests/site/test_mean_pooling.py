@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.mean_pooling import MeanPooledForSequenceClassification, means_tokens
 from nvflare_fm.site.model.fingerprint import fingerprint
@@ -106,7 +106,7 @@ def test_what_a_federation_trained_loads_on_the_same_class(averaged: Path, tmp_p
     first, second = federate({"site-1": worker}, plan, Aggregation(), 2)
     assert second.reports["site-1"].after["loss"] < first.reports["site-1"].before["loss"]
     if quantization == "fp32":
-        folder = write_adapter(tmp_path / "adapter", second.combined.adapter, second.combined.manifest)
+        folder = write_adapter(tmp_path / "adapter", Saved(second.combined.adapter, second.combined.manifest))
         base = MeanPooledForSequenceClassification.from_pretrained(averaged, num_labels=3)
         model = PeftModel.from_pretrained(base, folder).eval()
         rows = tiny.rows("sequence_classification")
@@ -134,7 +134,7 @@ def test_an_adapter_says_which_class_it_needs(bert: Path, averaged: Path, tmp_pa
             {"site-1": tiny.worker(tmp_path, model, "sequence_classification")},
             tiny.plan("sequence_classification"), Aggregation(), 1,
         )  # fmt: skip
-        folder = write_adapter(tmp_path / "adapter", done.combined.adapter, done.combined.manifest)
+        folder = write_adapter(tmp_path / "adapter", Saved(done.combined.adapter, done.combined.manifest))
         said = json.loads((folder / "adapter_config.json").read_text()).get("auto_mapping")
         needed = getattr(import_module(said["parent_library"]), said["base_model_class"]) if said else None
         assert needed is expected

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from nvflare_fm.adapter import Adapter, LoraPair, RoundTask
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.model.base_model import BaseModel
 from nvflare_fm.site.offer.site_config import ModelSource
@@ -215,7 +215,7 @@ def test_training_makes_chosen_answers_likelier_and_what_is_exported_answers_ali
     assert report.after["loss"] < report.before["loss"] - 0.02
     assert report.after["rewards/margins"] > report.before["rewards/margins"]
     assert worker.validate(RoundTask(asked, update.adapter))["loss"] == pytest.approx(report.after["loss"], rel=1e-4)
-    folder, base = write_adapter(tmp_path / "adapter", update.adapter, update.manifest), base_of(llama)
+    folder, base = write_adapter(tmp_path / "adapter", Saved(update.adapter, update.manifest)), base_of(llama)
     with base.lent():
         ours = attachment_of(asked.peft).attach(base, update.adapter, asked).eval()(input_ids=IDS).logits
     with base.lent() as bare:

@@ -249,7 +249,7 @@ def test_a_site_that_shares_a_keeps_its_b_is_measured_with_it_and_ends_with_a_mo
     )
     assert again.validate(task)["loss"] == pytest.approx(own[0]), "a new trainer finds what the last one kept"
     base = AutoModelForCausalLM.from_pretrained(llama)
-    kept = read_adapter(tmp_path / "site-0" / "own_adapter")[0]
+    kept = read_adapter(tmp_path / "site-0" / "own_adapter").adapter
     loaded = PeftModel.from_pretrained(base, tmp_path / "site-0" / "own_adapter")
     assert get_peft_model_state_dict(loaded).keys() == kept.tensors().keys()
 

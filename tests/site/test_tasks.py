@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification, LlamaModel, pipeline
 
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.site import peft_methods
 from nvflare_fm.site.tasks import IGNORED, BadRow, collate, registry
 from nvflare_fm.site.worker import Worker
@@ -323,7 +323,7 @@ def test_entities_are_found_in_running_text_after_training_on_word_lists(tmp_pat
     named = {"id2label": {0: "O", 1: "B-state"}, "label2id": {"O": 0, "B-state": 1}}
     model = PeftModel.from_pretrained(
         AutoModelForTokenClassification.from_pretrained(folder, **named),
-        write_adapter(tmp_path / "adapter", update.adapter, update.manifest),
+        write_adapter(tmp_path / "adapter", Saved(update.adapter, update.manifest)),
     )
     find = pipeline("token-classification", model, tokenizer=tiny.tokenizer(), aggregation_strategy="first")
     for text, entities in zip(tiny.SENTENCES, find(tiny.SENTENCES), strict=True):
