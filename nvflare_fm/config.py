@@ -243,6 +243,49 @@ class EvaluationSettings(Settings):
     )
 
 
+class PrivacySettings(Settings):
+    """Differential privacy of what each site sends, by DP-SGD (arXiv:1607.00133). Off unless `epsilon` or
+    `noise_multiplier` is set.
+    """
+
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="ε that all rounds of the job together may cost a record; unset: none is asked. Each site derives "
+        "its noise from it, from its number of rows and from the job's steps.",
+        examples=[8.0],
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="Noise on the summed gradient of a step, in multiples of max_grad_norm, in place of epsilon.",
+        examples=[1.0],
+    )
+    delta: float = Field(1e-5, gt=0, le=0.01, description="δ of (ε, δ): less than one in the number of records.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1e6, description="ℓ₂ norm to which the gradient of one record is clipped."
+    )
+    unit: Text = Field(
+        "row",
+        description="Record that is protected: row, or the column that says whose row it is. Rows of one patient "
+        "are clipped as one.",
+        examples=["patient_id"],
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether the job asks for differential privacy."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError("set epsilon or noise_multiplier, not both: one follows from the other")
+        return self
+
+
 class RoundPlan(Settings):
     """What a job asks of every site. `job.settle.settle` adds what follows from it and from how adapters are merged.
 
@@ -291,6 +334,7 @@ class RoundPlan(Settings):
     evaluation: EvaluationSettings = Field(
         EvaluationSettings(), description="When a site measures the adapter on its own validation data."
     )
+    privacy: PrivacySettings = Field(PrivacySettings(), description="Differential privacy of what each site sends.")
     seed: int = Field(
         0,
         ge=0,

@@ -1,0 +1,64 @@
+"""What events cost: ε at a given δ, by the accountants of Opacus, and the noise that a given ε needs."""
+
+import warnings
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Literal
+
+from opacus.accountants import PRVAccountant, RDPAccountant
+
+from ..errors import ConfigError
+from .events import Event, together
+
+Accountant = Literal["rdp", "prv"]
+_ACCOUNTANTS = {"rdp": RDPAccountant, "prv": PRVAccountant}
+_PRV_EPSILON, _PRV_STEPS = 30.0, 10**5  # beyond these its grid takes gigabytes
+_LEAST_NOISE, _MOST_NOISE, _PRECISION = 0.2, 1e4, 1e-3
+
+
+def epsilon(events: Iterable[Event], delta: float, accountant: Accountant | None = None) -> float:
+    """Compute the ε that events cost together: an upper bound.
+
+    Args:
+        accountant: `rdp` (Rényi, arXiv:1908.10530) or `prv` (numerical composition, arXiv:2106.02848; the bound of
+            `rdp` where its grid would be too large). None: the smaller of the two, for both are bounds.
+    """
+    history = tuple((e.noise_multiplier, e.sample_rate, e.steps) for e in together(events))
+    if not history:
+        return 0.0
+    bound = _bound("rdp", history, delta)
+    if accountant == "rdp" or bound > _PRV_EPSILON or sum(steps for _, _, steps in history) > _PRV_STEPS:
+        return bound
+    tighter = _bound("prv", history, delta)
+    return tighter if accountant == "prv" else min(bound, tighter)
+
+
+@lru_cache(maxsize=1024)
+def _bound(name: Accountant, history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    accountant = _ACCOUNTANTS[name]()
+    accountant.history = list(history)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that other orders might give less: what it returns is a bound all the same
+        return float(accountant.get_epsilon(delta))
+
+
+def noise_multiplier(target: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Find the least noise, to one in a thousand, at which `steps` sums cost an ε of at most `target`.
+
+    Raises:
+        ConfigError: no noise up to 10,000 times the clipping norm is enough.
+    """
+    least, most = _LEAST_NOISE, _MOST_NOISE
+    if epsilon([Event(most, sample_rate, steps)], delta) > target:
+        raise ConfigError(
+            "privacy.epsilon is so small, or the steps are so many, that no noise is enough; raise epsilon or delta, "
+            "or ask for fewer steps",
+            code="epsilon_out_of_reach",
+        )
+    while most / least > 1 + _PRECISION:
+        middle = (least * most) ** 0.5
+        if epsilon([Event(middle, sample_rate, steps)], delta) > target:
+            least = middle
+        else:
+            most = middle
+    return most
