@@ -225,7 +225,7 @@ BUGS = [
     Bug("flare/trainer.py", "wire.read_decided(message)", "wire.read_task(message)", "flare/test_decided"),
     Bug(
         "flare/trainer.py",
-        "self._asked = wire.read_task(message).plan",
+        "self._requested = wire.read_task(message).plan",
         "self._asked = task.plan",
         "flare/test_decided",
     ),
@@ -827,7 +827,7 @@ BUGS = [
     Bug("flare/recipe.py", "(RoundPlan, Aggregation, RoundSettings)]", "(RoundPlan, Aggregation)]", "flare/test_job"),
     Bug(
         "job/templates.py",
-        "found = [knob for knob in found if knob.is_set] or found",
+        "found = [setting for setting in found if setting.is_set] or found",
         "found = list(found)",
         "test_cli",
     ),

@@ -152,13 +152,13 @@ def test_every_template_is_listed_with_what_it_is_for() -> None:
     assert lines[0].split() == ["continue_from_adapter", *templates.load("continue_from_adapter").description.split()]
 
 
-def test_the_help_of_a_template_has_every_knob_with_its_comment() -> None:
+def test_the_help_of_a_template_has_every_setting_with_its_comment() -> None:
     shown = " ".join(typed("new", "lora_text_classification", "--help").stdout.split())
-    knobs = templates.load("lora_text_classification").knobs()
-    assert len(knobs) > 55
-    for knob in knobs:
-        assert templates.shortest(knob, knobs) in shown
-        assert knob.meaning.split()[0] in shown
+    settings = templates.load("lora_text_classification").settings()
+    assert len(settings) > 55
+    for setting in settings:
+        assert templates.shortest(setting, settings) in shown
+        assert setting.meaning.split()[0] in shown
     assert "key=value" in typed("new", "--help").stdout
 
 

@@ -1,4 +1,4 @@
-"""The job templates: submit-ready, without code, every knob explained and read, the same job as the recipe's."""
+"""The job templates: submit-ready, without code, every setting explained and read, the same job as the recipe's."""
 
 import inspect
 import json
@@ -49,8 +49,8 @@ SOURCES = render_template.sources()
 TEMPLATES = list(SOURCES)
 TRAINING = [name for name, source in SOURCES.items() if "measurement" not in source]
 FROM_ADAPTER = {name for name, source in SOURCES.items() if "measurement" in source or "initial_adapter" in source}
-NOT_KNOBS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
-NOT_KNOBS |= {"task_data_filters", "task_result_filters"}
+NOT_SETTINGS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
+NOT_SETTINGS |= {"task_data_filters", "task_result_filters"}
 every_template = pytest.mark.parametrize("template", TEMPLATES)
 every_training = pytest.mark.parametrize("template", TRAINING)
 
@@ -133,11 +133,11 @@ def test_an_argument_nobody_knows_is_refused(template: str) -> None:
 
 
 @every_template
-def test_every_knob_is_explained_on_its_own_line(template: str) -> None:
+def test_every_setting_is_explained_on_its_own_line(template: str) -> None:
     for file in (FOLDER / template).rglob("config_fed_*.conf"):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            knob = re.match(r"\s+(?:# )?(\w+) = ", line)
-            if knob and knob[1] not in NOT_KNOBS:
+            setting = re.match(r"\s+(?:# )?(\w+) = ", line)
+            if setting and setting[1] not in NOT_SETTINGS:
                 assert re.search(r" {2}# \S.{4,}$", line), f"{file.name}, line {number} explains nothing: {line}"
 
 

@@ -68,11 +68,11 @@ def _explain(context: typer.Context, template: str) -> None:
     typer.echo(context.get_help())
     if not template:
         return
-    knobs = job_templates.load(template).knobs()
+    settings = job_templates.load(template).settings()
     table = Table("setting", "value", "meaning", title=template, show_edge=False)
-    for knob in knobs:
-        value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
-        add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
+    for setting in settings:
+        value = setting.value if setting.is_set else f"not set, e.g. {setting.value}"
+        add_row(table, (job_templates.shortest(setting, settings), value, setting.meaning))
     console().print(table)
 
 
