@@ -18,7 +18,7 @@ from .transforms.packed import pack
 
 
 @dataclass(frozen=True)
-class Round:
+class SimulatedRound:
     """One finished round."""
 
     number: int
@@ -40,7 +40,7 @@ def federate(
     manifest: Manifest | None = None,
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
-) -> Iterator[Round]:
+) -> Iterator[SimulatedRound]:
     """Run a federation in this process, and yield each round as it ends.
 
     Args:
@@ -79,7 +79,7 @@ def federate(
         at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
-        yield Round(number, combined, updates)
+        yield SimulatedRound(number, combined, updates)
 
 
 def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
@@ -89,7 +89,7 @@ def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
     return replace(update, adapter=packed.adapter()) if packed.chain else update
 
 
-def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
+def train_alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
     """Train one worker by itself for as many steps as it would take in `rounds` rounds, as a baseline."""
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds

@@ -277,10 +277,15 @@ BUGS = [
     ),
     # combine: one round
     Bug("aggregation/cohort.py", "[self.layer].to(torch.float32)", "[self.layer]", "test_combine"),
-    Bug("aggregation/combine.py", "Trained(accepted, layer)", "list(Trained(accepted, layer))", "test_krylov"),
+    Bug(
+        "aggregation/combine.py", "TrainedPairs(accepted, layer)", "list(TrainedPairs(accepted, layer))", "test_krylov"
+    ),
     Bug("aggregation/merge/exact.py", "Joined([left], pairs)", "[left, *pairs]", "test_krylov"),
     Bug(
-        "aggregation/cohort.py", "Trained(updates, layer), state", "list(Trained(updates, layer)), state", "test_krylov"
+        "aggregation/cohort.py",
+        "TrainedPairs(updates, layer), state",
+        "list(TrainedPairs(updates, layer)), state",
+        "test_krylov",
     ),
     # reads: each tensor of a site three times a round
     Bug("aggregation/step/fedexp.py", 'reads=("products",), ', "", "flare/test_reads"),
@@ -703,7 +708,7 @@ BUGS = [
     Bug("site/tasks/preference.py", "plan.training.dpo_beta * (", "0.1 * (", "site/test_preference"),
     Bug(
         "site/tasks/preference.py",
-        "torch.no_grad(), alone(base.model), base",
+        "torch.no_grad(), without_adapter(base.model), base",
         "torch.no_grad(), base",
         "site/test_preference",
     ),

@@ -34,7 +34,7 @@ from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
 from nvflare_fm.flare.jobs import render_template
-from nvflare_fm.flare.jobs.simulate_job import prepare
+from nvflare_fm.flare.jobs.simulate_job import prepare_simulation
 from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
@@ -296,7 +296,7 @@ def simulated(job: Path, output: Path, model: Path, task: str, sites: Sequence[s
     """Runs a job folder as `nvflare-fm simulate` does; the server's folder of it. At oak, nothing is quantized."""
     files = {n: tiny.jsonl(output.parent / f"{n}.jsonl", tiny.rows(task, shift=i)) for i, n in enumerate(sites)}
     if "oak" in sites:
-        _, run = prepare(job, model, files, {}, output / job.name)
+        _, run = prepare_simulation(job, model, files, {}, output / job.name)
         offer = tiny.site(model, files["oak"], limits={"threads": 1, "quantizations": ["fp32"]})
         write_site(run.workspace / "local" / "oak.fm_site.yaml", offer)
         assert list(run.run()) == []  # a round is one that trains

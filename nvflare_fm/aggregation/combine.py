@@ -17,7 +17,7 @@ from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit
 from .claims import held
-from .cohort import Cohort, Held, Trained
+from .cohort import Cohort, Held, TrainedPairs
 from .downlink import restored, restored_tensor
 from .late import rebased
 from .needed import needed
@@ -90,7 +90,7 @@ def combine(
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
-        pairs = Trained(accepted, layer)
+        pairs = TrainedPairs(accepted, layer)
         start = state.lora[layer].to(torch.float32) if state else zero(*pairs[0].shape)
         merged = mover.pair(layer, start, rule.merge(start, pairs, counts))
         if whole:

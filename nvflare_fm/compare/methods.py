@@ -92,7 +92,7 @@ COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 
-def named(asked: Sequence[str]) -> list[str]:
+def methods_named(asked: Sequence[str]) -> list[str]:
     """Check the names of methods and baselines.
 
     Raises:

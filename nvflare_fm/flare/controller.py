@@ -47,7 +47,7 @@ from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
 from .ledger import Ledger
 from .persistor import REMEMBERED
-from .standing import Sent, StandingTasks, call_offs
+from .standing import SentTask, StandingTasks, call_offs
 from .stats import PROGRESS, let_be_seen
 
 POLL_S = 0.2  # how often a round looks whether it is over
@@ -216,7 +216,7 @@ class FedPEFT(ModelController):
         self._show()
         self._open = task
         self.send_model(task_name=name, data=message, targets=sites, callback=callback)
-        self.standing.add(Sent(task, self._last_prepared))
+        self.standing.add(SentTask(task, self._last_prepared))
         self._wait(self._last_prepared)
         with self._turn:
             self._open = None

@@ -19,7 +19,7 @@ from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError, WireError
 from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.settle import settle
-from nvflare_fm.simulate import alone, federate
+from nvflare_fm.simulate import federate, train_alone
 from nvflare_fm.site.model.own_adapter import OwnAdapter
 from nvflare_fm.site.training.class_shift import class_shift
 from nvflare_fm.site.worker import Worker
@@ -72,7 +72,7 @@ def test_one_round_by_one_site_is_that_site_alone(llama: Path, tmp_path: Path) -
     plan = tiny.plan()
     worker = tiny.worker(tmp_path, llama, "causal_lm")
     (only,) = federate({"site-1": worker}, plan, Aggregation(), 1)
-    adapter, _, report = alone(worker, settle(plan, Aggregation()).plan, 1)
+    adapter, _, report = train_alone(worker, settle(plan, Aggregation()).plan, 1)
     assert report.after == only.reports["site-1"].after
     for layer, pair in only.combined.adapter.lora.items():
         torch.testing.assert_close(pair.delta(), adapter.lora[layer].delta(), atol=1e-6, rtol=1e-4)

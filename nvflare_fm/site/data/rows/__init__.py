@@ -117,7 +117,7 @@ def _of_text(given: Reading, ending: str, candidates: list[str]) -> Reading:
     guessed = tuple(name for name in ("encoding", "delimiter") if getattr(given, name) == AUTO)
     if given.encoding == AUTO:
         given = replace(given, encoding=text.guess_encoding(given.file))
-    head = text.head(given.file, given.encoding, HEAD)
+    head = text.first_characters(given.file, given.encoding, HEAD)
     if given.format == AUTO:
         found = [name for name in candidates if registry[name].fits(ending, head)]
         if not found:

@@ -25,7 +25,7 @@ _SWALLOWED = 5  # lines in quotes that all look like records are records
 _END = re.compile(r"\r\n|\r|\n")
 _SEP = re.compile(r"sep=(.)[\r\n]*\Z")  # as Excel reads it
 
-Record = tuple[int, list[str] | BadRow]
+CsvRecord = tuple[int, list[str] | BadRow]
 
 
 class _TooLongError(Exception):
@@ -57,7 +57,7 @@ class _Lines:
         self._back.extendleft(reversed(self.taken[kept:]))
 
 
-def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
+def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[CsvRecord]:
     """The records that are not blank, each with the line it starts in; the first one's width is that of all."""
     csv.field_size_limit(ROW_LIMIT)
     source, width, blanks = _Lines(numbered), 0, False
