@@ -278,11 +278,11 @@ def test_a_site_that_shares_half_of_its_adapter_ends_with_a_whole_classifier_tha
 def test_what_the_command_line_downloads_of_it_is_the_shared_half_and_nothing_else_left_the_site(
     jobs: Jobs, system: System
 ):
-    shared = read_adapter(jobs.results["labels"] / "workspace" / "adapters" / "last")[0]
+    shared = read_adapter(jobs.results["labels"] / "workspace" / "adapters" / "last").adapter
     assert not shared.lora
     assert any("lora_A" in name for name in shared.dense)
     assert not any("lora_B" in name for name in shared.dense)
-    own = read_adapter(system.kits / "clinic-a" / jobs.ids["labels"] / "own_adapter")[0]
+    own = read_adapter(system.kits / "clinic-a" / jobs.ids["labels"] / "own_adapter").adapter
     assert own.dense.keys() < shared.dense.keys()
     assert own.lora
     assert all(pair.B.any() for pair in own.lora.values())
