@@ -529,7 +529,7 @@ BUGS = [
     Bug("site/tasks/chat_template.py", "|= not self.text.startswith(text)", "|= False", "site/test_conversations"),
     Bug("site/tasks/chat_template.py", "if not after.startswith(before):", "if False:", "site/test_tasks"),
     Bug("site/tasks/chat_template.py", "place >= 0 and place", "place", "site/test_conversations"),
-    Bug("site/tasks/chat_template.py", "len(said) > len(before)", "len(said) > 0", "site/test_conversations"),
+    Bug("site/tasks/chat_template.py", "len(bare) > len(before)", "len(bare) > 0", "site/test_conversations"),
     Bug("site/tasks/chat_template.py", "if len(calls) > 1 else {}", "if False else {}", "site/test_conversations"),
     Bug("site/tasks/chat_template.py", "self._check_roles()", "pass", "site/test_conversations"),
     Bug(
@@ -538,7 +538,7 @@ BUGS = [
         "if False:",
         "site/test_conversations",
     ),
-    Bug("site/tasks/causal_lm.py", "cut += Cut(answers=asked)", "pass", "site/test_conversations"),
+    Bug("site/tasks/causal_lm.py", "cut += Cut(answers=unseen)", "pass", "site/test_conversations"),
     Bug("site/tasks/causal_lm.py", " or beyond[0] == (stop, stop)", "", "site/test_conversations"),
     Bug("site/tasks/causal_lm.py", "if start < seen]", "if False]", "site/test_conversations"),
     Bug("site/tasks/conversations.py", "*([given] if given else [])", "", "site/test_conversations"),
@@ -606,8 +606,8 @@ BUGS = [
     Bug("site/tasks/token_classification.py", " or not words[word].strip()", "", "site/test_tasks"),
     Bug(
         "site/tasks/token_classification.py",
-        "began.append(word if is_first else None)",
-        "began.append(word if start < stop else None)",
+        "first.append(word if is_first else None)",
+        "first.append(word if start < stop else None)",
         "site/test_tasks",
     ),
     Bug("site/tasks/causal_lm.py", "spans[behind:] = [end] * (len(spans) - behind)", "pass", "site/test_tasks"),
@@ -788,7 +788,9 @@ BUGS = [
     Bug("site/model/attach.py", 'if factors != "AB" and', "if False and", "site/test_simulate"),
     Bug("site/worker.py", "adapter = whole = shared_half(adapter)", "pass", "site/test_simulate"),
     Bug("site/model/own_adapter.py", "own.lora[n].B, own", "0 * own.lora[n].B, own", "site/test_simulate"),
-    Bug("site/model/base_model.py", "if _ends(name, kept)", "if name in kept", "site/test_base_model"),
+    Bug(
+        "site/model/base_model.py", "if _ends(name, trained_whole)", "if name in trained_whole", "site/test_base_model"
+    ),
     Bug("site/training/fit.py", "self.loss_is_scaled_for_ga = True", "pass", "site/test_training"),
     Bug("flare/aggregator.py", "check(self.how.weigh, update)", "pass", "flare/test_aggregator"),
     Bug("flare/wire.py", "replace(update.manifest, labels=())", "update.manifest", "flare/test_wire"),
@@ -901,7 +903,7 @@ BUGS = [
     Bug("flare/recovery.py", "WORKSPACE not in jobs.list_components(job_id, fl_ctx)", "True", "flare/test_recovery"),
     Bug("flare/recovery.py", "event_type != EventType.SYSTEM_BOOTSTRAP", "False", "flare/test_recovery"),
     Bug("flare/restarted.py", "token not in registered and", "", "flare/test_restarted"),
-    Bug("flare/restarted.py", "found - self._told", "found", "flare/test_restarted"),
+    Bug("flare/restarted.py", "found - self._reported", "found", "flare/test_restarted"),
     Bug("flare/jobs/resume.py", '"resume": True', '"resume": False', "flare/test_resume"),
     # transforms: what travels
     Bug("transforms/int8.py", "values = values.T", "values = values.flip(0).T", "test_transforms"),

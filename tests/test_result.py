@@ -14,7 +14,7 @@ from nvflare_fm.errors import DataError
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.record.reason import Reason, Verdict
 from nvflare_fm.record.result import explanation, last_errors, read_result
-from nvflare_fm.record.round import FILE_NAME, SPECTRA, Round, Spectra, read_line, read_rounds, read_spectra, told
+from nvflare_fm.record.round import FILE_NAME, SPECTRA, Round, Spectra, in_words, read_line, read_rounds, read_spectra
 from nvflare_fm.record.site_report import Contribution
 from tests.strategies import update
 
@@ -116,7 +116,7 @@ def test_a_line_that_is_half_written_is_left_for_later_and_a_strange_one_is_refu
 def test_what_a_site_writes_cannot_steer_the_screen() -> None:
     out = {"alder": "refused: \x1b[2J\nall is well"}
     line = read_line(json.dumps({"round": 0, "total_rounds": 1, "out": out, "metrics": {"loss": float("nan")}}))
-    assert told(line)[1] == "  alder: refused: \\x1b[2J all is well"
+    assert in_words(line)[1] == "  alder: refused: \\x1b[2J all is well"
 
 
 def test_a_round_is_read_back_as_it_was_written(tmp_path: Path) -> None:

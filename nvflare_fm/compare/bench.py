@@ -104,7 +104,7 @@ class Bench:
         ranks = [chosen.rank or self._rank(place) for place in range(len(self.names))]
         parts = [
             self.settled(chosen, seed).model_dump(mode="json"),
-            chosen.how.model_dump(mode="json"),
+            chosen.aggregation.model_dump(mode="json"),
             [(rank, chosen.alpha(rank) if chosen.alpha else None) for rank in ranks],
             [chosen.worker.__name__, chosen.folds, chosen.quantizations, chosen.at_home, chosen.slow, chosen.waits],
             [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
@@ -118,14 +118,14 @@ class Bench:
         peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
         asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
-        return settle(asked, method.how).plan
+        return settle(asked, method.aggregation).plan
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[SimulatedRound]:
         plan = self.settled(method, seed)
         if method.folds:
             return self._folding(method, workers, plan)
         takes = {} if method.waits else dict.fromkeys(self.names[2::3], method.slow)
-        return federate(workers, plan, method.how, self.together(method), takes=takes)
+        return federate(workers, plan, method.aggregation, self.together(method), takes=takes)
 
     def together(self, method: Method) -> int:
         """Rounds of the federation; in the others each site trains by itself, or waits for the slow ones."""
@@ -137,7 +137,7 @@ class Bench:
         for number in range(self.study.rounds):
             task = RoundTask(plan, adapter, manifest, number, self.study.rounds)
             updates = tuple(workers[name].train(task) for name in sorted(workers))
-            combined = combine(adapter, manifest, updates, method.how, sum(RANKS))
+            combined = combine(adapter, manifest, updates, method.aggregation, sum(RANKS))
             adapter, manifest = peers.fold(combined, workers[self.names[0]], task)
             yield SimulatedRound(number, replace(combined, adapter=adapter), updates)
         base_model._loaded.clear()  # what was folded into is nobody else's base

@@ -10,7 +10,7 @@ from ..errors import DataError
 from ..files import open_file, read_object
 from ..untrusted import one_line
 from .reason import Reason
-from .round import FILE_NAME, Round, read_rounds, told
+from .round import FILE_NAME, Round, in_words, read_rounds
 
 MEASURED = Path("cross_site_val") / "cross_val_results.json"  # NVFlare's: site → adapter → metrics
 REFUSED = MEASURED.with_name("cross_val_refused.json")  # ours: site → adapter → why it was not measured there
@@ -93,7 +93,7 @@ def _by_site(file: Path) -> dict[str, dict[str, Any]]:
 def explanation(result: Result) -> Iterator[str]:
     """Say in lines for a person which sites counted in which rounds, and of the others why not."""
     for line in result.rounds:
-        yield told(line)[0]
+        yield in_words(line)[0]
     trained = [line for line in result.rounds if line.trained or line.out]
     for site in sorted({name for line in trained for name in (*line.asked, *line.sites, *line.out)}):
         yield from _of_site(site, trained)

@@ -53,8 +53,8 @@ class _Lines:
             raise _TooLongError
         return self.taken[-1][1]
 
-    def give_back(self, kept: int) -> None:
-        self._back.extendleft(reversed(self.taken[kept:]))
+    def give_back(self, used: int) -> None:
+        self._back.extendleft(reversed(self.taken[used:]))
 
 
 def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[CsvRecord]:
@@ -79,10 +79,10 @@ def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Cs
             yield line, record
 
 
-def _record(source: _Lines, delimiter: str, width: int, **how: Any) -> list[str] | BadRow:
+def _record(source: _Lines, delimiter: str, width: int, **options: Any) -> list[str] | BadRow:
     source.begin()
     try:
-        record = next(csv.reader(source, delimiter=delimiter, strict=True, **how))
+        record = next(csv.reader(source, delimiter=delimiter, strict=True, **options))
     except csv.Error:
         return BadRow("a quote in the line does not belong there, or nothing closes it", code="stray_quote")
     except _TooLongError:
