@@ -34,7 +34,7 @@ class SimulatedRound:
 def federate(
     workers: Mapping[str, Worker],
     plan: RoundPlan,
-    how: Aggregation,
+    aggregation: Aggregation,
     rounds: int,
     adapter: Adapter | None = None,
     manifest: Manifest | None = None,
@@ -46,20 +46,20 @@ def federate(
     Args:
         workers: site → its worker.
         plan: what the sites are asked to do.
-        how: how their adapters become one.
+        aggregation: how their adapters become one.
         rounds: how many to run.
         adapter: to start from; None: a fresh one.
         manifest: of that adapter.
         sites_per_round: sites drawn for each round; 0: all.
-        takes: site → rounds that its answer takes, if more than one. An answer that is more than `how.max_staleness`
-            rounds late does not count.
+        takes: site → rounds that its answer takes, if more than one. An answer that is more than
+            `aggregation.max_staleness` rounds late does not count.
 
     Yields:
         The rounds, in order.
     Raises:
         FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
-    settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
+    settled = settle(plan, aggregation, {site: worker.overrides for site, worker in workers.items()})
     adapter = adapter or Adapter()
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
@@ -68,15 +68,17 @@ def federate(
         received = down.adapter() if down.chain else adapter
         task = RoundTask(settled.of_round(number), received, manifest, number, rounds)
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
-        due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
+        due = sorted(site for site, sent in at.items() if number - sent.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
-        updates = tuple(trained_from(began, _answer(workers[site], began), task) for site, began in tasks.items())
+        updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
         for update in updates:
             check_values(update)
         whole = adapter if down.chain else None
         combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
-        at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
+        at = {
+            site: sent for site, sent in at.items() if sent.adapter and number - sent.round < aggregation.max_staleness
+        }
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
         yield SimulatedRound(number, combined, updates)

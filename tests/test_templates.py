@@ -181,7 +181,7 @@ def test_a_setting_costs_one_field(monkeypatch: pytest.MonkeyPatch, writer: Modu
                 monkeypatch.setattr(module, name, more)
     plan, how, _ = recipe_module.sorted_out({"trim": 3, "hurry": False})
     assert (plan, how) == ({"hurry": False}, {"trim": 3})
-    assert aggregator_module.AdapterAggregator({"trim": 3}).how.trim == 3
+    assert aggregator_module.AdapterAggregator({"trim": 3}).aggregation.trim == 3
     assert PeftExecutor(settings={"trim": 3}).overrides.trim == 3
     source = SOURCES["lora_text_classification"]
     files = render_template.render("mine", {**source, "training": {"noise": 0.5}, "trim": 3})

@@ -129,18 +129,18 @@ def measure(
     return found
 
 
-def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], began: LoraPair | None) -> None:
+def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], before: LoraPair | None) -> None:
     """One layer. Of the inner products each Dₖ is a sum over the same directions: those of all sites, and those of the
     global adapter, of which site k started from the first rₖ.
     """
     ranks = [pair.rank for pair in pairs]
-    start = zero(*pairs[0].shape) if began is None else began.to(torch.float32)
+    start = zero(*pairs[0].shape) if before is None else before.to(torch.float32)
     every = Stack([start.rank, *ranks]) if "products" in found else None
     if every:
         every.add(start)
     for place, pair in enumerate(pairs):
         if "moved" in found:
-            change = energy(pair) if began is None else _change(pair, head(start, pair.rank))
+            change = energy(pair) if before is None else _change(pair, head(start, pair.rank))
             row = [change, 0.0, _square(pair.A), pair.scale**2 * _square(pair.B)]
             found["moved"][place] += torch.tensor(row, dtype=torch.float64)
         if "norms" in found:

@@ -85,7 +85,7 @@ def test_a_slow_sites_work_counts_in_the_round_in_which_it_comes(llama: Path, tm
     rounds = list(federate(workers, plan, how, 5, takes=takes))
     assert [[u.staleness for u in r.updates] for r in rounds] == [[0], [0], [0, 1], [0], [0, 1]]
     late = rounds[2].updates[1]
-    assert late.began is rounds[0].combined.adapter
+    assert late.start is rounds[0].combined.adapter
     assert rounds[2].combined.weights["site-1"] == pytest.approx(2**-0.5 / (1 + 2**-0.5))
     dropped = federate(workers, plan, Aggregation(), 3, takes=takes)
     assert [list(r.reports) for r in dropped] == [["site-0"]] * 3
