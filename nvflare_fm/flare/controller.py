@@ -398,6 +398,10 @@ class FedPEFT(ModelController):
         self._close()
         self._consider(self.ledger.line.medians)
         self._tell_widgets()
+        if self.best is None:
+            self.info(
+                f"no site tells {self.key_metric}, so no round was chosen as the best: the last adapter is the result"
+            )
 
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""

@@ -21,6 +21,8 @@ from ..adapter import Adapter, AdapterUpdate, Described, Description, Lazy, Mani
 from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
 from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
+from ..privacy.disclosed import Disclosed, read_disclosed
+from ..privacy.protection import Protection
 from ..transforms import Chain, Parcel
 from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
@@ -36,6 +38,7 @@ _DTYPES = {  # as safetensors calls them
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SCALES = TypeAdapter(dict[str, Annotated[float, Field(strict=True, gt=0, le=1e6)]])
 _MANIFEST, _REPORT, _METRICS = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(Metrics)
+_PROTECTION = TypeAdapter(Protection)
 _DECIDED = TypeAdapter(dict[str, Any])
 _LOWERED = TypeAdapter(Annotated[tuple[Text, ...], Field(max_length=16)])
 _BY = TypeAdapter(Rules)
@@ -196,7 +199,9 @@ def read_update(
             f"{site} did not encode its adapter by the plan's uplink; update nvflare_fm there", code="other_encoding"
         )
     report = _typed(_REPORT, content, "report", site)
-    report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site))
+    disclosed = read_disclosed(content["protection"], site) if "protection" in content else None
+    epsilon = disclosed.epsilon if disclosed else None  # whatever the report says
+    report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site), epsilon=epsilon)
     manifest = _typed(_MANIFEST, content, "manifest", site)
     if not isinstance(model.params, Mapping) or not model.params:
         raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?", code="no_tensors")
@@ -209,6 +214,63 @@ def read_update(
             code="other_layers",
         )
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
+
+
+def read_protection(model: FLModel) -> Protection | None:
+    """What the trainer states about an update at its own site; None: nothing.
+
+    Raises:
+        WireError: it is not as a trainer writes it.
+    """
+    content = model.meta.get(KEY) if isinstance(model.meta, Mapping) else None
+    if not isinstance(content, Mapping) or "protection" not in content:
+        return None
+    said = content["protection"]
+    if isinstance(said, Mapping) and isinstance(said.get("events"), list):
+        content = {"protection": {**said, "events": tuple(said["events"])}}
+    return _typed(_PROTECTION, content, "protection", "the site's trainer")
+
+
+def write_disclosed(model: FLModel, disclosed: Disclosed | None) -> None:
+    """Put what the server may know of an update's protection in the place of what the trainer states."""
+    content = dict(_content(model.meta, "the site's trainer"))
+    content.pop("protection", None)
+    model.meta = {**model.meta, KEY: content | ({"protection": asdict(disclosed)} if disclosed else {})}
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An update on its way from the trainer to the site's egress, read as strictly as the server reads it."""
+
+    packed: Packed
+    manifest: Manifest
+    report: Report
+    protection: Protection | None
+
+
+def read_outgoing(model: FLModel) -> Outgoing | None:
+    """The inverse of `write_update` at the sender's own site; None: it is no update.
+
+    Raises:
+        WireError, ConfigError: it is malformed.
+    """
+    content = _content(model.meta, "the site's trainer")
+    if "report" not in content:
+        return None
+    return Outgoing(
+        _packed(model.params, content, "the site's trainer"),
+        _typed(_MANIFEST, content, "manifest", "the site's trainer"),
+        _typed(_REPORT, content, "report", "the site's trainer"),
+        read_protection(model),
+    )
+
+
+def write_outgoing(outgoing: Outgoing, disclosed: Disclosed | None) -> FLModel:
+    """Make the update that leaves: of what was read, and nothing else that the trainer's message may have held."""
+    update = AdapterUpdate("", outgoing.packed.adapter(), outgoing.manifest, outgoing.report)
+    model = write_update(update, outgoing.packed)
+    write_disclosed(model, disclosed)
+    return model
 
 
 def write_submission(
@@ -314,6 +376,10 @@ def _content(meta: Mapping[str, Any] | None, sender: str) -> Mapping[str, Any]:
 
 
 def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
+    return _packed(params, content, sender).adapter()
+
+
+def _packed(params: Any, content: Mapping[str, Any], sender: str) -> Packed:
     """What came, as far as it can be told without reading a tensor.
 
     Raises:
@@ -336,9 +402,9 @@ def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
                 code="tensor_type",
             )
     parcel = Parcel(sender, Lazy(params, lambda name: _fetched(params[name])), sent)
-    adapter = Packed(chain, parcel, Described(whole, scales)).adapter()
-    check_form(adapter, sender)
-    return adapter
+    packed = Packed(chain, parcel, Described(whole, scales))
+    check_form(packed.adapter(), sender)
+    return packed
 
 
 def _transforms(content: Mapping[str, Any], sender: str) -> Rules:
