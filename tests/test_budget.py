@@ -1,10 +1,10 @@
 """A site's privacy budget never undercounts: whoever is killed when, whoever charges at once, whatever is changed."""
 
-import json
 import multiprocessing
 import os
-import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,25 +17,7 @@ from nvflare_fm.privacy import budget as budgets
 from nvflare_fm.privacy.accountant import epsilon
 from nvflare_fm.privacy.budget import HEAD, NAME, Book, Budget, Entry, cost, read, sealed
 from nvflare_fm.privacy.events import Event
-from tests import kills
-
-DELTA = 1e-5
-CHEAP = Event(4.0, 0.01, 10)
-
-
-def entry(number: int = 0, event: Event = CHEAP, data: str = "notes", unit: str = "row", job: str = "job-1") -> Entry:
-    return Entry(job, "lead@company.example", "company", number, data, unit, DELTA, (event,), "ab" * 32, 1000)
-
-
-def budget(folder: Path, lines: int = 0) -> Budget:
-    made = Budget(folder / NAME)
-    for number in range(lines):
-        made.charge(entry(number), "row", DELTA, None)
-    return made
-
-
-def rounds(made: Budget) -> list[int]:
-    return [each.round for each in made.verify().entries]
+from tests.budget_kills import CHEAP, DELTA, STATES, budget, entry, rounds
 
 
 def refused(work: Callable[[], object]) -> str:
@@ -96,38 +78,12 @@ def test_what_is_no_event_is_never_written(tmp_path: Path, noise: float):
 # --- crashes
 
 
-@pytest.mark.parametrize("before", ["nothing", "two lines", "a torn line", "a line that is not noted"])
-def test_a_writer_killed_at_any_line_never_lets_out_what_is_not_on_record(tmp_path: Path, before: str):
-    start, work, left = tmp_path / "start", tmp_path / "work", tmp_path / "left"
-    start.mkdir()
-    made = budget(start, {"nothing": 0, "two lines": 2}.get(before, 3))
-    known = 2 if before == "a torn line" else len(made.verify().entries)
-    if before == "a torn line":  # its writer was killed before it could note it
-        whole = made.file.read_bytes()
-        made.file.write_bytes(whole[:-10])
-        made.head.write_text(json.dumps({"lines": 2, "seal": read(whole).seals[1]}))
-    if before == "a line that is not noted":
-        made.head.write_text(json.dumps({"lines": 2, "seal": made.verify().seals[1]}))
-
-    def release() -> None:
-        Budget(work / NAME).charge(entry(9), "row", DELTA, None)
-        left.touch()
-
-    line, ended, seen = 0, False, set()
-    while not ended:
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(start, work)
-        left.unlink(missing_ok=True)
-        ended = kills.ends(release, line, "privacy/budget.py", "nvflare_fm/files.py", "test_budget.py")
-        found = rounds(Budget(work / NAME))
-        assert found in ([*range(known)], [*range(known), 9])
-        assert found[-1:] == [9] or not left.exists()
-        seen.add(tuple(found))
-        Budget(work / NAME).charge(entry(10), "row", DELTA, None)  # and the next writer goes on
-        assert rounds(Budget(work / NAME)) == [*found, 10]
-        line += 1
-    assert len(seen) == 2
-    assert line > 40
+@pytest.mark.parametrize("state", STATES)
+def test_a_writer_killed_at_any_line_never_lets_out_what_is_not_on_record(tmp_path: Path, state: str):
+    command = [sys.executable, "-m", "tests.budget_kills", state, str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 80
 
 
 @pytest.mark.parametrize("cut", [1, 2, 60])
@@ -283,3 +239,17 @@ def test_a_line_comes_back_as_it_was_written(events: list[Event], who: str):
     line = sealed(written, "0" * 64)
     assert read(line).entries == (written,)
     assert read(line + line[:-1]) == Book((written,), read(line).seals, len(line), True)
+
+
+def test_a_line_and_its_note_are_on_the_disk_before_what_they_pay_for_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made, held, sync = budget(tmp_path, 1), [], os.fsync
+
+    def watched(descriptor: int) -> None:
+        held.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, made.file.read_bytes().count(b"\n")))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    made.charge(entry(1), "row", DELTA, None)
+    assert held == [(NAME, 2), (f".{HEAD}.new", 2), (tmp_path.name, 2)]
