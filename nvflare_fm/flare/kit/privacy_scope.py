@@ -129,10 +129,16 @@ def refused(local: Path, scope: str, brings_code: bool, client: Mapping[str, Any
 
 def _load(local: Path) -> dict[str, Any]:
     said = allow_list.load(local / FILE)
-    scopes, others = said.get("scopes", []), said.get("components", [])
-    for listed in (scopes, others, *(s.get(_FILTERS, []) for s in scopes if isinstance(s, dict))):
-        if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
-            raise ConfigError(f"{FILE} is not as NVFlare reads it; mend it", str(local), code="kit_unreadable")
+    scopes = said.get("scopes", [])
+    lists = [scopes, said.get("components", []), *(s.get(_FILTERS, []) for s in scopes if isinstance(s, dict))]
+    names = [said.get("default_scope") or "", *(s.get("name") for s in scopes if isinstance(s, dict))]
+    parts = [each for listed in lists if isinstance(listed, list) for each in listed]
+    if not (
+        all(isinstance(listed, list) for listed in lists)
+        and all(isinstance(part, dict) for part in parts)
+        and all(isinstance(name, str) for name in names)
+    ):
+        raise ConfigError(f"{FILE} is not as NVFlare reads it; mend it", str(local), code="kit_unreadable")
     return said
 
 
