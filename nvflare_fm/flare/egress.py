@@ -126,7 +126,9 @@ class Egress:
             f"{spent:.4g} at δ {protection.delta:g} [for {who.name or 'unknown'} of {who.org or 'unknown'}]",
             fl_ctx,
         )
-        return Disclosed.of(protection, spent, asked.plan.privacy.epsilon if asked else None)
+        to_come = max(0, asked.rounds - asked.round - 1) if asked else 0
+        whole = cost([*of_job, *[entry] * to_come], protection.delta)  # when a bound on part of it grows tells more
+        return Disclosed.of(protection, whole, asked.plan.privacy.epsilon if asked else None)
 
 
 class EgressFilter(Filter):

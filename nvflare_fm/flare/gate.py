@@ -61,7 +61,7 @@ class Gate:
             decision = accept(decide(plan, self.config, who, self.processes, task_name == AppConstants.TASK_TRAIN))
             _hand_over(decision, model, task)
             names = frozenset(name for name in model.params or {} if isinstance(name, str))
-            of_round = Asked(decision.plan, model.current_round or 0, names)
+            of_round = Asked(decision.plan, model.current_round or 0, model.total_rounds or 1, names)
             fl_ctx.set_prop(egress.ASKED, of_round, private=True, sticky=False)
             said = str(decision)
         except FmError as error:

@@ -20,31 +20,35 @@ class Disclosed:
     mechanism: Literal["dp_sgd"]
     unit: Unit
     delta: Delta
-    epsilon: Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]  # at most; of the job so far
+    epsilon: Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]  # at most; of the whole job
 
     @classmethod
-    def of(cls, protection: Protection, spent: float, asked: float | None) -> "Disclosed":
+    def of(cls, protection: Protection, epsilon: float, asked: float | None) -> "Disclosed":
         """Make the public part.
 
         Args:
-            spent: what the job has cost so far at this site.
+            epsilon: what all rounds of the job cost at this site, those to come included.
             asked: the plan's `privacy.epsilon`.
         """
-        return cls(protection.mechanism, protection.unit, protection.delta, told(spent, asked))
+        return cls(protection.mechanism, protection.unit, protection.delta, told(epsilon, asked))
 
 
 _DISCLOSED = TypeAdapter(Disclosed)
 
 
 def told(epsilon: float, asked: float | None) -> float:
-    """Round ε up to 1, 2 or 5 times a power of ten: the exact one tells how many rows the site has.
+    """Bound ε by what tells little or nothing of the site: the exact one follows from its number of rows.
 
     Args:
-        asked: what the plan asks for at most, which tells nothing of the site.
+        asked: what the plan asks for at most.
+
+    Returns:
+        `asked`, where that is a bound, and else ε rounded up to 1, 2 or 5 times a power of ten.
     """
+    if asked is not None and epsilon <= asked:
+        return asked
     power = 10.0 ** math.floor(math.log10(max(epsilon, 1e-3)))
-    step = next((step for step in _STEPS if step * power >= epsilon), 10.0) * power
-    return asked if asked is not None and epsilon <= asked < step else step
+    return next((step for step in _STEPS if step * power >= epsilon), 10.0) * power
 
 
 def read_disclosed(value: object, site: str) -> Disclosed:

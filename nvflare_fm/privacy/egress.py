@@ -59,6 +59,7 @@ class Asked:
 
     plan: TaskPlan
     round: int
+    rounds: int = 1  # of the whole job
     names: frozenset[str] = frozenset()  # of the tensors that came with it
 
 
