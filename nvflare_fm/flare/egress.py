@@ -80,7 +80,7 @@ class Egress:
         if "protection" not in _content(dxo.meta):
             return result
         model = FLModelUtils.from_shareable(result)
-        protection = wire.read_protection(model)
+        protection = wire.read_protection(model, "the site's trainer")
         wire.write_disclosed(model, self._paid(protection, model, fl_ctx) if protection else None)
         dxo.meta = {**dxo.meta, wire.KEY: model.meta[wire.KEY]}
         return dxo.update_shareable(result)

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from torch import distributed
 from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
+from ..privacy.egress import public_report
 from ..site.offer.site_config import load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
@@ -126,6 +128,8 @@ class Post:
                     _report(f"before/{metric}", value, task.round)
             return wire.write_metrics(metrics)
         update = worker.train(task)
+        if worker.config.privacy.floor:
+            update = replace(update, report=public_report(update.report, task.plan))
         self._asked = wire.read_task(message).plan
         packed = worker.packed(update, task.plan)
         for event in packed.events:

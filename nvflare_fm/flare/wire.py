@@ -22,7 +22,7 @@ from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
 from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
 from ..privacy.disclosed import Disclosed, read_disclosed
-from ..privacy.protection import Protection
+from ..privacy.protection import PROTECTION, Protection
 from ..transforms import Chain, Parcel
 from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
@@ -38,7 +38,6 @@ _DTYPES = {  # as safetensors calls them
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SCALES = TypeAdapter(dict[str, Annotated[float, Field(strict=True, gt=0, le=1e6)]])
 _MANIFEST, _REPORT, _METRICS = TypeAdapter(Manifest), TypeAdapter(Report), TypeAdapter(Metrics)
-_PROTECTION = TypeAdapter(Protection)
 _DECIDED = TypeAdapter(dict[str, Any])
 _LOWERED = TypeAdapter(Annotated[tuple[Text, ...], Field(max_length=16)])
 _BY = TypeAdapter(Rules)
@@ -177,6 +176,8 @@ def write_update(update: AdapterUpdate, packed: Packed | None = None) -> FLModel
     """
     packed = packed or _plainly(update.adapter)
     meta = _described(packed, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
+    if update.protection is not None:
+        meta["protection"] = plain(asdict(update.protection))
     return _model(packed, meta, metrics=dict(update.report.before) or None)
 
 
@@ -216,19 +217,14 @@ def read_update(
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
 
 
-def read_protection(model: FLModel) -> Protection | None:
-    """What the trainer states about an update at its own site; None: nothing.
+def read_protection(model: FLModel, sender: str) -> Protection | None:
+    """What a trainer states about the protection of an update, for its own site; None: it states none.
 
     Raises:
-        WireError: it is not as a trainer writes it.
+        WireError: it states what is no protection.
     """
-    content = model.meta.get(KEY) if isinstance(model.meta, Mapping) else None
-    if not isinstance(content, Mapping) or "protection" not in content:
-        return None
-    said = content["protection"]
-    if isinstance(said, Mapping) and isinstance(said.get("events"), list):
-        content = {"protection": {**said, "events": tuple(said["events"])}}
-    return _typed(_PROTECTION, content, "protection", "the site's trainer")
+    content = _content(model.meta, sender)
+    return _typed(PROTECTION, content, "protection", sender) if "protection" in content else None
 
 
 def write_disclosed(model: FLModel, disclosed: Disclosed | None) -> None:
@@ -261,7 +257,7 @@ def read_outgoing(model: FLModel) -> Outgoing | None:
         _packed(model.params, content, "the site's trainer"),
         _typed(_MANIFEST, content, "manifest", "the site's trainer"),
         _typed(_REPORT, content, "report", "the site's trainer"),
-        read_protection(model),
+        read_protection(model, "the site's trainer"),
     )
 
 

@@ -24,8 +24,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..errors import PolicyError
 from ..files import open_file, read_object, sync, write_text
 from ..untrusted import Count, Digest, Word
+from .disclosed import Delta, Unit
 from .events import Event, together
-from .protection import Delta, Unit
 
 NAME, HEAD = "fm_privacy.jsonl", "fm_privacy.head"
 ROW = "row"  # the smallest unit: whoever protects a patient protects each row

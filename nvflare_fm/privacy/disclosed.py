@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import WireError
-from .protection import Delta, Protection, Unit
+from .protection import Protection
 
+Delta = Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)]
+Unit = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 _STEPS = (1.0, 2.0, 5.0)
 
 

@@ -1,25 +1,27 @@
-"""What a site's trainer states about an update that it made under differential privacy. It never leaves the site: the
-share of rows in a step tells how many there are.
-"""
+"""What a site's trainer states about an update that it made under differential privacy."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
-from ..untrusted import Word
 from .events import Event
 
-Delta = Annotated[float, Field(strict=True, gt=0, le=0.5, allow_inf_nan=False)]
-Unit = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
+_Text = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 
 
 @dataclass(frozen=True)
 class Protection:
-    """How one round's update was protected."""
+    """How an update is protected, and what it cost. It stays at the site: a sampling rate tells how many rows it has.
+
+    A record is protected as the accountant counts it: neighbouring data sets differ by one record, there or not.
+    """
 
     mechanism: Literal["dp_sgd"]
-    data: Word  # alias of the data set
-    unit: Unit  # row, or the column that says whose row it is
-    delta: Delta
+    data: _Text  # alias of the data set whose records are protected
+    unit: _Text  # what a record is: "row", or the column that says whose row it is
+    delta: Annotated[float, Field(strict=True, gt=0, lt=1)]
     events: Annotated[tuple[Event, ...], Field(min_length=1, max_length=1000)]  # of this round
+
+
+PROTECTION = TypeAdapter(Protection)  # reads it from a message

@@ -18,7 +18,6 @@ from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
-from ..privacy.egress import public_report
 from ..transforms.packed import Packed, pack
 from .data import loading as data
 from .data.loading import SiteData
@@ -80,11 +79,12 @@ class Worker:
         kept: KeptState | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
-        self.should_stop, self.own, self.secret = should_stop, own or OwnAdapter(), secret
-        self.log = None if config.privacy.floor else log
+        self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self.kept = kept or KeptState()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
+        if config.privacy.floor:  # the loss follows from the rows
+            self.log = None
         quiet()
         distributed.join()
         if config.limits.threads:
@@ -293,7 +293,7 @@ class Worker:
             "bad_rows": job.data.bad_rows,
         }
         told, different = self._told(job.plan), len({job.data.contents[0][row] for row in job.chosen})
-        report = Report(
+        return Report(
             **{name: count for name, count in counts.items() if name in told},
             loss=done.loss if different >= self.config.privacy.min_metric_rows else math.nan,
             seconds=done.seconds,
@@ -306,7 +306,6 @@ class Worker:
             max_weight=self.config.limits.max_weight,
             lowered=job.lowered,
         )
-        return public_report(report, job.plan) if self.config.privacy.floor else report
 
     def _told(self, plan: RoundPlan) -> set[str]:
         """The counts that may leave. Steps are no count of the site's where the plan itself says how many."""
