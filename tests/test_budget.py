@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from nvflare_fm.errors import PolicyError
 from nvflare_fm.privacy import budget as budgets
@@ -70,7 +71,7 @@ def test_a_job_of_another_delta_is_counted_at_the_sites(tmp_path: Path):
 
 @pytest.mark.parametrize("noise", [0.0, -1.0, float("nan"), float("inf")])
 def test_what_is_no_event_is_never_written(tmp_path: Path, noise: float):
-    with pytest.raises(ValueError, match="noise_multiplier"):
+    with pytest.raises(ValidationError):
         budget(tmp_path).charge(entry(0, Event(noise, 0.5, 1)), "row", DELTA, None)
     assert not (tmp_path / NAME).exists()
 

@@ -102,8 +102,10 @@ class Egress:
         if (reason := wire.refused(model)) is not None:
             return _refusal(egress.public_reason(reason))
         if (update := wire.read_outgoing(model)) is None:
-            code = "submission_withheld" if model.params else "metrics_withheld"
-            raise PolicyError("this site has a privacy floor, and nothing but updates leaves it", code=code)
+            raise PolicyError(
+                "this site has a privacy floor, and nothing but updates leaves it",
+                code="submission_withheld" if model.params else "metrics_withheld",
+            )
         asked, adapter = fl_ctx.get_prop(ASKED), update.packed.adapter()
         encrypts = any(each.stage == "encrypt" for each in update.packed.chain.transforms.values())
         ranks = {adapter.lora[layer].rank for layer in adapter.lora}

@@ -26,6 +26,7 @@ from nvflare_fm.flare.kit.privacy_scope import (
     with_ours,
     without_ours,
 )
+from tests.codes import refused
 
 THEIRS = {"path": "nvflare.app_common.filters.exclude_vars.ExcludeVars", "args": {"exclude_vars": ["a"]}}
 OWN: dict[str, Any] = {
@@ -90,9 +91,8 @@ def test_a_sites_own_scopes_stay_and_each_ends_with_our_filter(kit: Path):
 def test_scopes_without_a_default_one_are_refused_with_what_to_do(kit: Path):
     for wrong in ({}, {"default_scope": "gone"}):
         (kit / "local" / FILE).write_text(json.dumps({"scopes": OWN["scopes"]} | wrong))
-        with pytest.raises(ConfigError, match="set default_scope") as error:
+        with refused("no_default_scope", ConfigError, "set default_scope"):
             install(kit / "local")
-        assert error.value.code == "no_default_scope"
         assert faults(kit / "local")
 
 

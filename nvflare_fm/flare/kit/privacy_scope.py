@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, FmError
+from ...errors import ConfigError, FmError, PolicyError
 from ...site.offer.site_config import FILE_NAME, load_site
 from .. import components
 from . import allow_list
@@ -104,27 +104,33 @@ def has_floor(local: Path) -> bool:
         return True
 
 
-def refused(local: Path, scope: str, brings_code: bool, client: Mapping[str, Any]) -> str:
-    """Why a site does not even deploy a job; empty where it does. Only a site with a floor refuses here.
+def check_job(local: Path, scope: str, brings_code: bool, client: Mapping[str, Any]) -> None:
+    """Refuse to deploy a job that could go around the filter, where the site file states a floor.
 
     Args:
         scope: of the job; empty: it names none.
         brings_code: whether it brings any.
         client: the configuration of its client.
+
+    Raises:
+        PolicyError: names what the job must leave out, or the site's admin mend.
     """
     if not has_floor(local):
-        return ""
+        return
     if said := fault(local, scope):
-        return f"this site has a privacy floor and its egress filter is not in force: {said} [no_egress]"
-    if brings_code:
-        return "this site has a privacy floor and runs no code of a job; leave custom/ out [brings_code]"
-    if others := sorted({*_built(client)} - {*components.SITE, *components.NVFLARE_SITE}):
-        listed = ", ".join(components.SITE)
-        return (
-            f"this site has a privacy floor, and a job may build only {listed} here; {len(others)} others are in it "
-            "[other_components]"
+        raise PolicyError(
+            f"this site has a privacy floor and its egress filter is not in force: {said}", code="no_egress"
         )
-    return ""
+    if brings_code:
+        raise PolicyError(
+            "this site has a privacy floor and runs no code of a job; leave custom/ out", code="brings_code"
+        )
+    if others := {*_built(client)} - {*components.SITE, *components.NVFLARE_SITE}:
+        raise PolicyError(
+            f"this site has a privacy floor, and a job may build only {', '.join(components.SITE)} here; leave the "
+            f"{len(others)} others out",
+            code="other_components",
+        )
 
 
 def _load(local: Path) -> dict[str, Any]:
