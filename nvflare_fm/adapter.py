@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import TaskPlan
 from .errors import WireError
+from .privacy.protection import Protection
 from .record.site_report import Report as Report
 from .untrusted import Digest, Word
 
@@ -280,6 +281,7 @@ class AdapterUpdate:
     report: Report
     began: Adapter | None = None  # the global adapter it was trained from, where that is an earlier round's
     staleness: int = 0  # rounds since that one was sent
+    protection: Protection | None = None  # how it is protected; None: it is not
 
 
 @dataclass(frozen=True)

@@ -138,14 +138,15 @@ class Post:
             from ..site.model.own_adapter import OwnAdapter
             from ..site.offer import secret
             from ..site.offer.confine import confine
+            from ..site.training.job_events import JobEvents
             from ..site.training.kept_state import KeptState
             from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state = KeptState(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
+            state, events = KeptState(self.job_folder), JobEvents(self.job_folder)
+            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state, events)
         return self._worker
 
 

@@ -21,6 +21,7 @@ from ..adapter import Adapter, AdapterUpdate, Described, Description, Lazy, Mani
 from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
 from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
+from ..privacy.protection import PROTECTION, Protection
 from ..transforms import Chain, Parcel
 from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
@@ -174,6 +175,8 @@ def write_update(update: AdapterUpdate, packed: Packed | None = None) -> FLModel
     """
     packed = packed or _plainly(update.adapter)
     meta = _described(packed, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
+    if update.protection is not None:
+        meta["protection"] = plain(asdict(update.protection))
     return _model(packed, meta, metrics=dict(update.report.before) or None)
 
 
@@ -209,6 +212,16 @@ def read_update(
             code="other_layers",
         )
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
+
+
+def read_protection(model: FLModel, sender: str) -> Protection | None:
+    """What a trainer states about the protection of an update, for its own site; None: it states none.
+
+    Raises:
+        WireError: it states what is no protection.
+    """
+    content = _content(model.meta, sender)
+    return _typed(PROTECTION, content, "protection", sender) if "protection" in content else None
 
 
 def write_submission(
