@@ -42,6 +42,11 @@ class AdapterShape:
     def numbers(self, rank: int) -> int:
         return sum(self.dense) + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
 
+    def trained(self, rank: int, factors: str) -> int:
+        """How many numbers are trained at once, where of each pair only `factors` are."""
+        sides = [("A" in factors) * fan_in + ("B" in factors) * fan_out for fan_out, fan_in in self.layers.values()]
+        return sum(self.dense) + rank * sum(sides)
+
     def size(self, rank: int, chain: Chain | None = None, shares: str = "AB") -> int:
         """Bytes of its tensors in a message.
 
@@ -133,8 +138,8 @@ def trained_bytes(shape: AdapterShape, plan: TaskPlan, rank: int, widest: int) -
     """
     state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
     beside = {"none": 0, "tail": max(0, widest - rank), "all": widest}[plan.rest]
-    if plan.privacy.asked:  # a gradient for each row of a batch, their sum, and noise in float64
-        state += FLOAT32 * (plan.training.batch_size * promises(plan.task).texts_per_row + _NOISED)
+    if plan.privacy.asked:  # a gradient for each row of two batches of short texts, their sum, and noise in float64
+        state += FLOAT32 * (2 * plan.training.batch_size * promises(plan.task).texts_per_row + _NOISED)
     return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - sum(shape.dense))
 
 

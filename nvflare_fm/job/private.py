@@ -71,6 +71,20 @@ def check(plan: TaskPlan) -> None:
             raise ConfigError(f"privacy does not go with {unfit.that}: {unfit.why}; {unfit.remedy}", code=unfit.code)
 
 
+def check_delta(plan: TaskPlan, records: int) -> None:
+    """Refuse a δ at which one of the records could be published as it is.
+
+    Raises:
+        ConfigError: δ is one in the number of records, or more.
+    """
+    if plan.privacy.delta * records >= 1:
+        raise ConfigError(
+            "privacy.delta must be less than one in the number of the site's records, or it would allow one of them to "
+            "be published; lower it",
+            code="delta_too_large",
+        )
+
+
 def rows_per_step(plan: TaskPlan, processes: int = 1) -> int:
     """How many records a step is to see, where a site has enough."""
     return plan.training.batch_size * plan.training.gradient_accumulation_steps * processes

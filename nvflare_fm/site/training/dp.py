@@ -5,6 +5,7 @@ record's rows, clips it, adds all up, adds Gaussian noise once, and divides by t
 step that draws no record is noise alone. The order of a plan's rows, and its seed, play no part (see `chance`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ...adapter import RoundTask
-from ...errors import ConfigError
-from ...job.private import rows_per_step, sample_rate
+from ...job.private import check_delta, rows_per_step, sample_rate
 from ...privacy import accountant
 from ...privacy.events import Event
 from ...privacy.protection import Protection
@@ -64,12 +64,7 @@ def settle(task: RoundTask, units: tuple[int, ...], world: int) -> Private:
     rows: dict[int, list[int]] = {}
     for row, unit in enumerate(units):
         rows.setdefault(unit, []).append(row)
-    if settings.delta * len(rows) >= 1:
-        raise ConfigError(
-            "privacy.delta must be less than one in the number of the site's records, or it would allow one of them to "
-            "be published; lower it",
-            code="delta_too_large",
-        )
+    check_delta(plan, len(rows))
     rate, steps = sample_rate(plan, len(rows), world), plan.training.local_steps
     noise = settings.noise_multiplier
     if noise is None:
@@ -162,12 +157,21 @@ class PrivateTrainer(LocalTrainer):
             return gradients
 
         start = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
-        summed = clipped_sum(take, inputs, self.task.plan.training.batch_size, self.private.clip_norm, start)
+        summed = clipped_sum(take, inputs, self._at_once(inputs), self.private.clip_norm, start)
         mean = sum_once(torch.cat([each.flatten() for each in summed]), partial(noised_mean, private=self.private))
         for parameter, gradient in zip(trained, mean.split([p.numel() for p in trained]), strict=True):
             parameter.grad = gradient.view_as(parameter).clone()
         self.last_loss = sum(losses) / len(losses) if losses else self.last_loss  # a step without a row has none
         return torch.tensor(self.last_loss, device=self.args.device)
+
+    def _at_once(self, records: list[tuple[int, ...]]) -> int:
+        """How many rows are taken at a time: a batch, and up to twice as many where their texts are so short that they
+        take no more memory. Half of all steps draw more than a batch.
+        """
+        plan = self.task.plan
+        longest = max((len(self.train_dataset[row]["input_ids"]) for rows in records for row in rows), default=1)
+        positions = plan.training.batch_size * plan.max_length * self.base.task.promises.texts_per_row
+        return max(plan.training.batch_size, min(2 * plan.training.batch_size, positions // longest))
 
 
 class _Steps:
@@ -201,14 +205,15 @@ def clipped_sum(
         For each parameter, the sum: no record has moved it by more than `clip_norm`, over all parameters together.
     """
     rows = [(record, row) for record, its_rows in enumerate(records) for row in its_rows]
+    at_once = math.ceil(len(rows) / max(1, math.ceil(len(rows) / batch_size)))  # batches alike, no last one of a few
     summed, begun = start, None  # begun: the gradient of a record whose other rows come in the next batch
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
+    for first in range(0, len(rows), max(1, at_once)):
+        batch = rows[first : first + at_once]
         places = [record for record, _ in batch]
         found = _by_record(take([row for _, row in batch]), places, [1 / len(records[place]) for place in places])
         if begun is not None:
             found = [torch.cat([each[:1] + more, each[1:]]) for each, more in zip(found, begun, strict=True)]
-        goes_on = first + batch_size < len(rows) and rows[first + batch_size][0] == places[-1]
+        goes_on = first + at_once < len(rows) and rows[first + at_once][0] == places[-1]
         whole = len(found[0]) - goes_on
         begun = [each[whole:] for each in found] if goes_on else None
         more = clipped([each[:whole] for each in found], clip_norm)

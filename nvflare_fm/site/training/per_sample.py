@@ -3,16 +3,17 @@
 Opacus' hooks (arXiv:2109.12298) read them off one backward pass. That needs every trained layer to be one that Opacus
 knows and to see the rows along its first dimension, which DoRA, IA³, VeRA, prompts, and a language model's own head
 do not. And a row's numbers must not depend on its neighbours, as they do in int8: there the values of a whole batch
-decide which columns are computed in 16 bits. Hooks are tried against single rows before they are used. Never ghost clipping: of
-a prompt it silently computes one norm for a whole batch.
+decide which columns are computed in 16 bits. Hooks are tried against single rows before they are used. Never ghost
+clipping: of a prompt it silently computes one norm for a whole batch.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from opacus.grad_sample import GradSampleHooks
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config import RoundPlan
 from ..model.base_model import BaseModel
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 _FP16_SCALE = 2.0**10  # of the loss, for gradients in fp16; those that overflow all the same are left out
 _CLOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}  # of a gradient's norm: rounding, no more
+
+_tried: WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[str, ...]], bool]] = WeakKeyDictionary()  # by base model
 
 
 class PerSample:
@@ -40,7 +43,10 @@ class PerSample:
         self.last_loss = 0.0  # the mean over all that was learned of the last rows
         if len(tried) > 1 and base.quantization != "int8" and self._known():
             self.hooks = GradSampleHooks(model, loss_reduction="sum")
-            if not self._agrees(tried):
+            known, case = _tried.setdefault(base.model, {}), (plan.task, self._names())
+            if case not in known:
+                known[case] = self._agrees(tried)
+            if not known[case]:
                 self.close()
 
     def close(self) -> None:
@@ -52,14 +58,18 @@ class PerSample:
     def __call__(self, rows: Rows) -> list[Tensor]:
         """The gradient of each row's mean loss: for each trained parameter, (rows, *its shape), in float32."""
         items = torch.tensor([self.base.task.items(self._batch([row])) for row in rows])
-        if self.hooks is not None:
-            summed, nats = self._by_hooks(rows)
-        else:
+        try:
+            summed, nats = self._by_hooks(rows) if self.hooks is not None else self._one_by_one(rows)
+        except _OtherRows:
+            self.close()
             summed, nats = self._one_by_one(rows)
         self.last_loss = float(nats) / int(items.sum())
         for gradients in summed:
             gradients /= items.to(gradients).view(-1, *[1] * (gradients.ndim - 1))
         return summed
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(name for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
     def _known(self) -> bool:
         """Whether Opacus knows every layer that holds something trained, and none shares it."""
