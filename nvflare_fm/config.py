@@ -28,6 +28,7 @@ LENGTH, LABELS, ROWS = 2**20, 10_000, 2**16  # no plan asks for more tokens in a
 WIDEST = 2**16  # no adapter has a larger rank or a longer prompt
 STEPS, MANY = 10**6, 10**9  # no round has more steps, no site more rows
 SITES = 100_000  # no federation has more
+ROW = "row"  # the unit of privacy that is no column
 A_YEAR = 366 * 24 * 3600.0  # seconds
 
 one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
@@ -267,8 +268,8 @@ class PrivacySettings(Settings):
     max_grad_norm: float = Field(
         1.0, gt=0, le=1e6, description="ℓ₂ norm to which the gradient of one record is clipped."
     )
-    unit: Text = Field(
-        "row",
+    unit: Annotated[Text, StringConstraints(min_length=1)] = Field(
+        ROW,
         description="Record that is protected: row, or the column that says whose row it is. Rows of one patient "
         "are clipped as one.",
         examples=["patient_id"],

@@ -13,6 +13,7 @@ from .aggregation.late import trained_from
 from .aggregation.step import Memory
 from .config import Aggregation, RoundPlan, TaskPlan
 from .job.settle import settle
+from .site.training.job_events import JobEvents
 from .site.worker import Worker
 from .transforms.packed import pack
 
@@ -60,6 +61,8 @@ def federate(
         FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
     settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
+    for worker in workers.values():
+        worker.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
@@ -94,5 +97,6 @@ def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifes
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds
     training = plan.training.model_copy(update={"local_steps": steps, "local_epochs": epochs})
+    worker.events = JobEvents()
     update = worker.train(RoundTask(plan.model_copy(update={"training": training})))
     return *worker.submit(), update.report

@@ -15,6 +15,7 @@ from nvflare_fm.job.settle import settle
 
 CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}
+PRIVATE = {"epsilon": 8.0}
 REFUSED = [
     ("rank_is_fixed", {"negotiable": "rank"}, {"merge": "factor_mean"}),
     ("rank_is_fixed", {"negotiable": "rank", "peft": DORA}, {}),
@@ -43,6 +44,15 @@ REFUSED = [
     ("no_head", {"training": {"head_lr_ratio": 2.0}}, {}),
     ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
     ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
+    ("private_steps", {"privacy": PRIVATE, "training": {"local_steps": 0}}, {}),
+    ("private_checkpointing", {"privacy": PRIVATE, "training": {"gradient_checkpointing": True}}, {}),
+    ("private_max_grad_norm", {"privacy": PRIVATE, "training": {"max_grad_norm": 0.5}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"logit_adjustment": 1.0}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"logit_calibration": 1.0}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"restricted_softmax": 0.5}}, {}),
+    ("private_counts", {"privacy": {"noise_multiplier": 1.0}}, {"weigh": ["examples"]}),
+    ("private_counts", {**CLASSIFY, "privacy": PRIVATE}, {"weigh": ["skew"]}),
+    ("private_loss", {"privacy": PRIVATE}, {"weigh": [{"rule": "loss", "q": 2}]}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
 ]
 

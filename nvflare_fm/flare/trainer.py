@@ -30,8 +30,10 @@ from torch import distributed
 from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
+from ..privacy.budget import Budget
 from ..privacy.egress import public_report
-from ..site.offer.site_config import load_site
+from ..privacy.protection import Protection
+from ..site.offer.site_config import FILE_NAME, load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
@@ -146,14 +148,21 @@ class Post:
                 from ..site.model.own_adapter import OwnAdapter
                 from ..site.offer import secret
                 from ..site.offer.confine import confine
+                from ..site.training.job_events import JobEvents
                 from ..site.training.kept_state import KeptState
                 from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state = KeptState(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
+            state, events = KeptState(self.job_folder), JobEvents(self.job_folder)
+            budget, privacy = Budget.beside(self.site_file, FILE_NAME), config.privacy
+
+            def may_spend(cost: Protection) -> None:
+                budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
+
+            site = flare.get_site_name()
+            self._worker = Worker(site, config, None, should_stop, _report, own, kept, state, events, may_spend)
         return self._worker
 
 

@@ -26,6 +26,7 @@ _PER_LOGIT, _PER_PICKED_LOGIT = 3, 7  # copies a loss makes, and one that picks 
 _MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 12, 2, 2.5  # copies held at once where none is kept
 LOGITS_AT_ONCE = 2**26  # of a language model whose head can answer for some positions at a time
 MEASURED_AT_ONCE = 2**13  # positions of texts that are measured
+_NOISED = 7  # numbers of four bytes beside a gradient: sums, and noise in float64
 _OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
 
 
@@ -40,6 +41,11 @@ class AdapterShape:
 
     def numbers(self, rank: int) -> int:
         return sum(self.dense) + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
+
+    def trained(self, rank: int, factors: str) -> int:
+        """How many numbers are trained at once, where of each pair only `factors` are."""
+        sides = [("A" in factors) * fan_in + ("B" in factors) * fan_out for fan_out, fan_in in self.layers.values()]
+        return sum(self.dense) + rank * sum(sides)
 
     def size(self, rank: int, chain: Chain | None = None, shares: str = "AB") -> int:
         """Bytes of its tensors in a message.
@@ -127,11 +133,13 @@ def number_width(plan: RoundPlan) -> int:
 
 
 def trained_bytes(shape: AdapterShape, plan: TaskPlan, rank: int, widest: int) -> int:
-    """Memory of what is trained: its values, gradients and optimizer state, what FedProx keeps, and the directions
-    of the global adapter that ride along frozen.
+    """Memory of what is trained: its values, gradients and optimizer state, what FedProx and differential privacy keep,
+    and the directions of the global adapter that ride along frozen.
     """
     state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
     beside = {"none": 0, "tail": max(0, widest - rank), "all": widest}[plan.rest]
+    if plan.privacy.asked:  # a gradient for each row of two batches of short texts, their sum, and noise in float64
+        state += FLOAT32 * (2 * plan.training.batch_size * promises(plan.task).texts_per_row + _NOISED)
     return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - sum(shape.dense))
 
 

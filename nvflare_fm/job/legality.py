@@ -5,11 +5,13 @@ Rules state promises and needs; no rule is known here by its name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ..aggregation.asked import Needs, named
 from ..aggregation.merge import MergeRule
-from ..config import Aggregation, RoundPlan, TrainingSettings
+from ..config import Aggregation, TaskPlan, TrainingSettings
 from ..errors import ConfigError
+from . import private
 from .peft import PeftMethod
 from .tasks import Promises, promises
 
@@ -20,7 +22,7 @@ _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it
 class Job:
     """What of a job decides whether its parts go together."""
 
-    plan: RoundPlan  # with the PEFT method's defaults written out
+    plan: TaskPlan  # with the PEFT method's defaults written out
     how: Aggregation
     rule: MergeRule
     method: PeftMethod
@@ -50,6 +52,10 @@ class Clash:
 
 def _shifts_classes(training: TrainingSettings) -> bool:
     return training.restricted_softmax != 1 or bool(training.logit_calibration or training.logit_adjustment)
+
+
+def _unfit(each: private.Unfit, job: Job) -> bool:
+    return job.plan.privacy.asked and each.holds(job.plan)
 
 
 CLASHES = (
@@ -184,6 +190,15 @@ CLASHES = (
         "no site measures it",
         "set evaluation.before",
     ),
+    Clash(
+        "private_loss",
+        "a rule that needs the loss of the received adapter",
+        "`privacy`",
+        lambda job: job.needs.loss and job.plan.privacy.asked,
+        "no noise covers the loss on a site's own rows",
+        "leave weigh out, which is uniform",
+    ),
+    *(Clash(each.code, "`privacy`", each.that, partial(_unfit, each), each.why, each.remedy) for each in private.UNFIT),
 )
 
 

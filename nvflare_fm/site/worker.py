@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
+from ..job import private
 from ..job.peft import check_training
+from ..privacy.protection import Protection
 from ..transforms.packed import Packed, pack
 from .data import loading as data
 from .data.loading import SiteData
@@ -32,8 +35,10 @@ from .offer.site_config import ModelSource, SiteConfig
 from .peft_methods import Attachment, attachment_of
 from .tasks import Task, label_skew
 from .tasks import registry as tasks
-from .training import distributed, evaluation, memory
+from .training import distributed, dp, evaluation, memory
 from .training import fit as training
+from .training.dp import Private, PrivateTrainer
+from .training.job_events import JobEvents
 from .training.kept_state import KeptState
 
 
@@ -45,7 +50,8 @@ class Job:
     attachment: Attachment  # how the plan's PEFT method is put on the base model
     base: BaseModel
     data: SiteData
-    chosen: list[int]  # the rows to train on, in their order; of a task that only measures, none
+    chosen: list[int]  # the rows to train on, in their order; none where nothing is trained, or chance draws them
+    private: Private | None  # how the round is protected; None: it is not
     measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
 
@@ -65,6 +71,9 @@ class Worker:
         secret: known to the site alone; the order of its rows follows from it. Empty, in simulations: the order follows
             from the plan's seed.
         kept: what transforms keep at the site from round to round.
+        events: what the job has cost in privacy so far.
+        may_spend: is told what a round under differential privacy will cost, before it begins, and raises a PolicyError
+            where that is too much.
     """
 
     def __init__(
@@ -77,10 +86,12 @@ class Worker:
         own: OwnAdapter | None = None,
         secret: bytes = b"",
         kept: KeptState | None = None,
+        events: JobEvents | None = None,
+        may_spend: Callable[[Protection], None] = lambda _: None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
-        self.kept = kept or KeptState()
+        self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
@@ -103,6 +114,7 @@ class Worker:
         job = self._job(task, trains=True)
         plan, attachment, base = job.plan, job.attachment, job.base
         task = replace(task, plan=plan)
+        protection = self._begun(job)
         with base.lent(), self._within_time() as stop:
             model, before = self._attached(job, task), {}
             if plan.evaluation.before:
@@ -120,6 +132,7 @@ class Worker:
                 self.log if "steps" in self._told(plan) else None,
                 self._steps_between_logs(job),
                 attachment.method.scale,
+                partial(PrivateTrainer, private=job.private) if job.private else None,
             )
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
@@ -136,7 +149,20 @@ class Worker:
             self.own.keep(adapter, manifest, task)
             adapter = whole = shared_half(adapter)
         self._last = whole, manifest
-        return AdapterUpdate(self.site, adapter, manifest, self._report(job, done, before, after))
+        report = self._report(job, done, before, after)
+        return AdapterUpdate(self.site, adapter, manifest, report, protection=protection)
+
+    def _begun(self, job: Job) -> Protection | None:
+        """How the round is protected, once all who must know what it costs have agreed.
+
+        Raises:
+            PolicyError: it costs more than is left.
+        """
+        if job.private is None:
+            return None
+        self.may_spend(job.private.protection)
+        self.events.begin(job.private.protection, job.plan.privacy.epsilon)
+        return job.private.protection
 
     def validate(self, task: RoundTask) -> dict[str, float]:
         """Measure the task's whole adapter on this site's validation rows.
@@ -248,6 +274,8 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft)
         check_training(attachment.method, plan.training)
+        if trains:
+            private.check(plan)
         if len(plan.labels) < kind.promises.least_labels:
             least = kind.promises.least_labels
             raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")
@@ -258,7 +286,9 @@ class Worker:
         to_train, to_measure = found.contents
         if len(set(to_train)) < privacy.min_examples:
             raise few_examples(privacy)
-        chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
+        told = replace(task, plan=plan)
+        protected = dp.settle(told, found.train_units, world) if trains and plan.privacy.asked else None
+        chosen = self._chosen(told, found, world, protected) if trains else []
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
@@ -266,10 +296,11 @@ class Worker:
         base = base_model.load(source, plan, kind, attachment.method.trained_whole)
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
-        return Job(plan, attachment, base, found, chosen, measured, (*task.lowered, *decision.lowered, *withheld))
+        lowered = *task.lowered, *decision.lowered, *withheld
+        return Job(plan, attachment, base, found, chosen, protected, measured, lowered)
 
-    def _chosen(self, task: RoundTask, found: SiteData, world: int) -> list[int]:
-        """The rows to train on in this round.
+    def _chosen(self, task: RoundTask, found: SiteData, world: int, protected: Private | None) -> list[int]:
+        """The rows to train on in this round; none where chance draws them in each step.
 
         Raises:
             PolicyError: too many steps, or too few different rows.
@@ -281,10 +312,16 @@ class Worker:
                 "allows (max_steps_per_round); ask for local_steps",
                 code="above_limit",
             )
-        chosen = training.rows_of_round(task, examples, self.site, self.secret, world)
-        if len({found.contents[0][row] for row in chosen}) < privacy.min_update_rows:
+        chosen = [] if protected else training.rows_of_round(task, examples, self.site, self.secret, world)
+        if self._different(found, chosen, task.plan, protected) < privacy.min_update_rows:
             raise few_update_rows(privacy)
         return chosen
+
+    def _different(self, found: SiteData, chosen: list[int], plan: RoundPlan, protected: Private | None) -> int:
+        """How many different rows a round sees; where chance draws them, how many it is to see."""
+        if protected:
+            return protected.seen(len(set(found.contents[0])), plan.training.local_steps)
+        return len({found.contents[0][row] for row in chosen})
 
     def _report(self, job: Job, done: training.Trained, before: dict[str, float], after: dict[str, float]) -> Report:
         """What is told of a round: no count that the site keeps, and no loss of fewer rows than metrics may be of."""
@@ -294,7 +331,7 @@ class Worker:
             "steps": done.steps,
             "bad_rows": job.data.bad_rows,
         }
-        told, different = self._told(job.plan), len({job.data.contents[0][row] for row in job.chosen})
+        told, different = self._told(job.plan), self._different(job.data, job.chosen, job.plan, job.private)
         return Report(
             **{name: count for name, count in counts.items() if name in told},
             loss=done.loss if different >= self.config.privacy.min_metric_rows else math.nan,
@@ -314,6 +351,8 @@ class Worker:
         return {*self.config.privacy.counts, *(["steps"] if plan.training.local_steps else [])}
 
     def _steps_between_logs(self, job: Job) -> int:
+        if job.private:  # nothing but the protected update tells of single steps
+            return 0
         steps = training.steps_per_round(job.plan, len(job.data.train), distributed.processes()[1])
         least = self.config.privacy.min_metric_rows
         return training.steps_between_logs(job.chosen, job.data.contents[0], steps, least)
@@ -339,7 +378,8 @@ class Worker:
                 )
 
     def _tokenized(self, plan: RoundPlan, kind: Task, source: ModelSource, folder: Path) -> SiteData:
-        key = (plan.data, plan.task, plan.labels, plan.max_length, source)
+        unit = plan.privacy.unit if plan.privacy.asked else ""
+        key = (plan.data, plan.task, plan.labels, plan.max_length, source, unit)
         if key not in self._data:
             tokenizer, rows = base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
             self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer, rows)
@@ -356,5 +396,6 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Specified to not load vera_A and vera_B")  # they follow from a number
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hooks on the lowest layers
     for name in ("bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...config import RoundPlan
+from ...config import ROW, RoundPlan
 from ...errors import DataError
 from ..offer.site_config import DataSource, held_in
 from ..tasks import BadRow, Cut, Task, counted
@@ -40,6 +40,7 @@ class SiteData:
     Args:
         train_rows: for each example in `train`, the number of its row.
         validation_rows: likewise.
+        train_units: for each example in `train`, the number of the record that the plan's privacy protects.
         cut: what is not learned because texts are too long. It stays at the site, as do the remarks.
         remarks: what was taken otherwise than written, with how many rows it was, most rows first.
     """
@@ -48,6 +49,7 @@ class SiteData:
     validation: Dataset
     train_rows: tuple[int, ...]
     validation_rows: tuple[int, ...]
+    train_units: tuple[int, ...]
     bad_rows: int
     cut: Cut = field(default_factory=Cut)
     remarks: tuple[str, ...] = ()
@@ -82,7 +84,7 @@ def load(
     train = _read(source, source.train, "train", plan, task, tokenizer, vocabulary)
     if source.validation:
         validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary)
-        return _site_data(train.good, validation.good, [train, validation])
+        return _site_data(train.good, validation.good, train.units, [train, validation])
     if len(train.good) < 2:
         raise DataError(
             f"data {plan.data!r} has no row to hold out and no validation file; add rows or name a validation file",
@@ -90,16 +92,21 @@ def load(
         )
     held = set(random.Random(0).sample(range(len(train.good)), max(1, round(_HELD_OUT * len(train.good)))))
     kept = [row for i, row in enumerate(train.good) if i not in held]
-    return _site_data(kept, [row for i, row in enumerate(train.good) if i in held], [train])
+    units = [unit for i, unit in enumerate(train.units) if i not in held]
+    return _site_data(kept, [row for i, row in enumerate(train.good) if i in held], units, [train])
 
 
-def _site_data(train: list[Examples], validation: list[Examples], files: list["_File"]) -> SiteData:
+def _site_data(
+    train: list[Examples], validation: list[Examples], units: list[Hashable], files: list["_File"]
+) -> SiteData:
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     remarks = sum((file.remarks for file in files), Counter[str]())
     return SiteData(
         Dataset.from_list([example for row in train for example in row]),
         Dataset.from_list([example for row in validation for example in row]),
         tuple(number for number, row in enumerate(train) for _ in row),
         tuple(number for number, row in enumerate(validation) for _ in row),
+        tuple(numbers[unit] for unit, row in zip(units, train, strict=True) for _ in row),
         sum(file.bad.count for file in files),
         sum((file.cut for file in files), Cut()),
         tuple(f"{counted(count, 'row', 'rows')}: {remark}" for remark, count in remarks.most_common()),
@@ -142,10 +149,13 @@ def _read(
             if isinstance(row, BadRow):
                 raise row
             found.columns.add(row)
-            encoded = task.encode(mapped(row, source), tokenizer, plan)
+            named = mapped(row, source)
+            unit = _unit(named, plan) if split == "train" else None
+            encoded = task.encode(named, tokenizer, plan)
             if vocabulary is not None and max(max(each["input_ids"]) for each in encoded.examples) >= vocabulary:
                 raise BadRow("it has a token that the base model has no row for", code="token_without_row")
             found.good.append(encoded.examples)
+            found.units.append(len(found.units) if unit is None else unit)
             found.cut += encoded.cut
             found.remarks.update(encoded.remarks)
             examples += len(encoded.examples)
@@ -160,6 +170,25 @@ def _read(
             raise DataError(f"{where} has more than {ROWS_LIMIT} answers; offer fewer rows", code="too_many_examples")
     _report(where, found, source, plan, task)
     return found
+
+
+def _unit(row: Mapping[str, Any], plan: RoundPlan) -> str | None:
+    """Whose row it is, where the plan protects more than a row; it stays in this process, and is no part of a text.
+
+    Raises:
+        BadRow: the row does not say so.
+    """
+    unit = plan.privacy.unit
+    if not plan.privacy.asked or unit == ROW:
+        return None
+    value = row.get(unit)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise BadRow(
+            f"{unit!r}, the plan's privacy.unit, is missing or neither a text nor a whole number; the site file says "
+            "under columns which column of the file it is",
+            code="no_unit",
+        )
+    return str(value).strip()
 
 
 @dataclass
@@ -187,6 +216,7 @@ class _File:
     """What is read of a file."""
 
     good: list[Examples] = field(default_factory=list)
+    units: list[Hashable] = field(default_factory=list)  # of each good row, what tells whose it is
     bad: _BadRows = field(default_factory=_BadRows)
     cut: Cut = field(default_factory=Cut)
     remarks: Counter[str] = field(default_factory=Counter)
