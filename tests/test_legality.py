@@ -15,6 +15,7 @@ from nvflare_fm.job.settle import settle
 
 CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}
+FROZEN = {"merge": "freeze_a", "guard": []}
 REFUSED = [
     ("rank_is_fixed", {"negotiable": "rank"}, {"merge": "factor_mean"}),
     ("rank_is_fixed", {"negotiable": "rank", "peft": DORA}, {}),
@@ -44,6 +45,17 @@ REFUSED = [
     ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
     ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
+    ("no_linear_sum", {"uplink": "ckks"}, {"guard": []}),
+    *(("no_linear_sum", {"uplink": "ckks"}, {"guard": [], "merge": rule}) for rule in ("svd", "zero_pad", "alternate")),
+    ("nothing_readable", {"uplink": "ckks"}, {"merge": "freeze_a"}),
+    ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["examples", "agreement"]}),
+    ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["norm"]}),
+    ("nothing_readable", {"uplink": "ckks", "peft": {"method": "ia3"}}, {}),
+    ("step_needs_canonical", {"uplink": "ckks"}, FROZEN | {"step": "momentum"}),
+    ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"normalize_steps": True}),
+    ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"max_staleness": 1}),
+    ("encrypted_downlink", {"uplink": "ckks", "downlink": "int8"}, FROZEN),
+    ("uplink_only", {"downlink": "ckks"}, {}),
 ]
 
 
@@ -100,6 +112,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({"peft": {"method": "lora", "use_dora": True}}, {"merge": "exact"}),
         ({}, {"keep_energy": 0.9, "max_weight": 0.4}),
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
+        ({"uplink": "ckks", "negotiable": "rank"}, FROZEN | {"weigh": ["examples", "loss"], "max_weight": 0.4}),
+        ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
     ],
 )
 def test_what_goes_together_is_let_through(plan, how):

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from datasets import Dataset
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
+from ..encryption.keys import Keys
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
-from ..transforms.packed import Packed, pack
+from ..transforms.packed import Packed, Sealed, pack
 from .data import loading as data
 from .data.loading import SiteData
 from .model import base_model
@@ -26,6 +28,7 @@ from .model.attach import base_class, trained_modules
 from .model.base_model import BaseModel
 from .model.fingerprint import read_config
 from .model.own_adapter import OwnAdapter, shared_half
+from .model.sealed import padded, unsealed
 from .model.shapes import shapes
 from .offer.policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
 from .offer.site_config import ModelSource, SiteConfig
@@ -65,6 +68,8 @@ class Worker:
         secret: known to the site alone; the order of its rows follows from it. Empty, in simulations: the order follows
             from the plan's seed.
         kept: what transforms keep at the site from round to round.
+        keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
+        opened: keeps the global adapter where only the sites can read it.
     """
 
     def __init__(
@@ -77,10 +82,12 @@ class Worker:
         own: OwnAdapter | None = None,
         secret: bytes = b"",
         kept: KeptState | None = None,
+        keys: Callable[[], Keys | None] = lambda: None,
+        opened: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
-        self.kept = kept or KeptState()
+        self.kept, self._read_keys, self.opened = kept or KeptState(), keys, opened or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         quiet()
@@ -100,7 +107,7 @@ class Worker:
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
         plan, attachment, base = job.plan, job.attachment, job.base
-        task = replace(task, plan=plan)
+        task = self._opened(replace(task, plan=plan))
         with base.lent(), self._within_time() as stop:
             model, before = self._attached(job, task), {}
             if plan.evaluation.before:
@@ -121,6 +128,8 @@ class Worker:
             )
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
+            if plan.padded_to:
+                adapter = whole = padded(whole, plan)
             manifest = Manifest(
                 base.fingerprint,
                 plan.task,
@@ -149,6 +158,7 @@ class Worker:
 
     def _validate(self, task: RoundTask) -> dict[str, float]:
         job = self._job(task, trains=False)
+        task = self._opened(task)
         if job.measured is None:
             raise few_metric_rows(self.config.privacy)
         plan = job.plan.model_copy(update={"rest": "tail"})  # the whole adapter, whatever of it is trained
@@ -183,10 +193,34 @@ class Worker:
             ModelError: what is kept for the next round cannot be read or written.
         """
         chain = transforms.read(plan.uplink, "uplink")
+        chain = chain.keyed(self.keys) if chain.encrypts else chain
         packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
         if chain:
             self.kept.keep(packed.kept)
         return packed
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The site's keys, read when a plan first needs them.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        return self._read_keys()
+
+    def _opened(self, task: RoundTask) -> RoundTask:
+        """The task with its adapter decrypted, where it came encrypted. It is kept as PEFT loads it.
+
+        Raises:
+            ConfigError: the site has no keys.
+            WireError: it is no sum of updates under them, or belongs to another model.
+        """
+        if not isinstance(task.adapter, Sealed):
+            return task
+        adapter = unsealed(task.adapter, self.keys, task.plan)
+        if task.manifest and task.round:  # another site's adapter that is to be measured has none
+            self.opened.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
+        return replace(task, adapter=adapter)
 
     @contextmanager
     def _within_time(self) -> Iterator[Callable[[], bool]]:
