@@ -153,6 +153,11 @@ class Adapter:
     def __bool__(self) -> bool:
         return bool(self.lora or self.dense)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether only a site can read its values."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Collect all tensors as `{PEFT name: tensor}`, without the scales."""
         flat = dict(self.dense)

@@ -32,8 +32,8 @@ from nvflare_fm.site.check.rehearsal import seconds_per_step
 from nvflare_fm.site.model.shapes import shapes
 from nvflare_fm.site.tasks import registry as tasks
 from nvflare_fm.transforms.packed import pack
-from tests.flare.messages import LAYERS, MANIFEST, adapter
 from tests.encryption import kits
+from tests.flare.messages import LAYERS, MANIFEST, adapter
 from tests.site import tiny
 
 BASE = BaseShape(quantized=64 * 64 * 8, rows=64 * 8, kept=5000, depth=2, hidden=64, inner=96, heads=0, answers=320)

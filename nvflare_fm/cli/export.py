@@ -78,6 +78,31 @@ def export(
         typer.echo(one_line(f"there is no folder {base}: its weights were not compared with the adapter's base model"))
 
 
+def decrypt(
+    adapter: Annotated[Path, typer.Argument(help="folder of an encrypted adapter, such as RESULT/adapters/best")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not exist yet")],
+    kit: Annotated[Path, typer.Option("--kit", help="the site's startup kit, which holds the key")] = Path("."),
+) -> None:
+    """Write an adapter that only the sites can read as a PEFT folder, at a site.
+
+    The server of a job that encrypts what sites send keeps its adapters encrypted. Each site writes the last one it
+    received by itself, into global_adapter in the job's folder.
+    """
+    from ..export.folder import Provenance, write_adapter
+    from ..flare.encryption import site_keys
+    from ..flare.sealed import read_sealed
+    from ..site.model.sealed import unsealed
+
+    if output.exists():
+        raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
+    keys, saved = site_keys(kit / "startup"), read_sealed(adapter)
+    if saved.plan is None or saved.manifest is None:
+        raise ConfigError("the encrypted adapter does not say how it was trained; take another copy", code="no_plan")
+    values = unsealed(saved.adapter, keys, saved.plan)
+    write_adapter(output, values, saved.manifest, Provenance(saved.round, saved.plan))
+    typer.echo(one_line(f"wrote {output}, as PEFT loads it; do not give it to the server's operator"))
+
+
 def _layers(adapter: "Adapter") -> dict[str, list[str]]:
     """Each layer by its full name: PEFT then stops on a class that names them otherwise, where it would only warn."""
     names = [layer.removeprefix("base_model.model.") for layer in sorted(adapter.lora)]

@@ -24,6 +24,8 @@ from ..export.folder import WEIGHTS, Provenance, read_adapter, read_tensors, wri
 from ..files import write_text
 from . import wire
 from .arguments import Arguments
+from .sealed import WEIGHTS as SEALED_WEIGHTS
+from .sealed import is_sealed, read_sealed, sealed_tensors, write_sealed
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
 REMEMBERED = "nvflare_fm.step"  # in the FLContext: the server step, and what it remembers after the round
@@ -83,11 +85,12 @@ class AdapterPersistor(ModelPersistor):
         if self.keep_rounds:
             self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx, step, memory)
         if weights := model[ModelLearnableKey.WEIGHTS]:
-            weights.update(read_tensors(_adapters(fl_ctx) / LAST))  # mapped, not copied
+            last = _adapters(fl_ctx) / LAST
+            weights.update(sealed_tensors(last) if is_sealed(last) else read_tensors(last))  # mapped, not copied
 
     def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
         """The adapters saved in this job, and the one it brought."""
-        folders = sorted(f for f in _adapters(fl_ctx).glob("[!.]*") if (f / WEIGHTS).is_file())
+        folders = sorted(f for f in _adapters(fl_ctx).glob("[!.]*") if (f / WEIGHTS).is_file() or is_sealed(f))
         if self.initial_adapter:
             folders = [self._brought(fl_ctx), *folders]
         return {f.name: ModelDescriptor(name=f.name, location=str(f), model_format="peft") for f in folders}
@@ -115,13 +118,16 @@ class AdapterPersistor(ModelPersistor):
         if saved.manifest is None:
             return
         folder = _adapters(fl_ctx) / name
-        write_adapter(
-            folder, saved.adapter, saved.manifest, Provenance(saved.round, saved.plan, step, memory or Memory())
-        )
+        if saved.adapter.sealed:
+            write_sealed(folder, model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META])
+        else:
+            provenance = Provenance(saved.round, saved.plan, step, memory or Memory())
+            write_adapter(folder, saved.adapter, saved.manifest, provenance)
         self.logger.info(f"saved adapter {name} of round {saved.round}")
         best = folder.with_name(BEST)
         chosen = best if best.exists() else folder.with_name(LAST)
-        listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{WEIGHTS}"}}
+        file = SEALED_WEIGHTS if saved.adapter.sealed else WEIGHTS
+        listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{file}"}}
         write_text(folder.parent.parent / MANIFEST, json.dumps(listed, indent=2) + "\n")
 
 
@@ -130,6 +136,8 @@ def _adapters(fl_ctx: FLContext) -> Path:
 
 
 def _read(folder: Path) -> tuple[wire.Saved, tuple[Rule | None, Memory]]:
+    if is_sealed(folder):
+        return read_sealed(folder), (None, Memory())
     adapter, manifest, provenance = read_adapter(folder)
     saved = wire.Saved(adapter, manifest, provenance.round, provenance.plan)
     return saved, (provenance.step, provenance.memory)

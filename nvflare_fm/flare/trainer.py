@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,13 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
-from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
 from ..site.offer.site_config import load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
+from .encryption import site_keys
 
 if TYPE_CHECKING:
     from ..site.worker import Worker
@@ -115,7 +116,7 @@ class Post:
         worker = self._hire()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            chain = transforms.read(self._asked.uplink, "uplink") if self._asked else Chain()
+            chain = worker.chain(self._asked) if self._asked else Chain()
             return wire.write_submission(adapter, manifest, self._asked, pack(adapter, chain, worker.site))
         task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
@@ -135,7 +136,7 @@ class Post:
     def _hire(self) -> "Worker":
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
-            from ..site.model.own_adapter import OwnAdapter
+            from ..site.model.own_adapter import GLOBAL, OwnAdapter
             from ..site.offer import secret
             from ..site.offer.confine import confine
             from ..site.training.kept_state import KeptState
@@ -144,8 +145,11 @@ class Post:
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state = KeptState(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
+            state, opened = KeptState(self.job_folder), OwnAdapter(self.job_folder, GLOBAL)
+            startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
+            keys = partial(site_keys, startup)
+            name = flare.get_site_name()
+            self._worker = Worker(name, config, None, should_stop, _report, own, kept, state, keys, opened)
         return self._worker
 
 

@@ -43,6 +43,11 @@ class SettledPlan:
     rule: MergeRule
     global_rank: int
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server adds what sites send without reading it."""
+        return transforms.read(self.plan.uplink, "uplink").encrypts
+
     def of_round(self, number: int) -> TaskPlan:
         """Make the plan that round `number` sends, with the factors that it trains."""
         turns = self.rule.factors

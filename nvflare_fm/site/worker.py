@@ -20,7 +20,8 @@ from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..encryption.keys import Keys
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
-from ..transforms.packed import Packed, Sealed, pack
+from ..transforms import Chain
+from ..transforms.packed import Packed, pack
 from .data import loading as data
 from .data.loading import SiteData
 from .model import base_model
@@ -192,12 +193,20 @@ class Worker:
             WireError: a tensor cannot be sent.
             ModelError: what is kept for the next round cannot be read or written.
         """
-        chain = transforms.read(plan.uplink, "uplink")
-        chain = chain.keyed(self.keys) if chain.encrypts else chain
+        chain = self.chain(plan)
         packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
         if chain:
             self.kept.keep(packed.kept)
         return packed
+
+    def chain(self, plan: RoundPlan) -> Chain:
+        """The transforms of what this site sends, with its keys where they need any.
+
+        Raises:
+            ConfigError: an unknown transform, or the site has no keys.
+        """
+        chain = transforms.read(plan.uplink, "uplink")
+        return chain.keyed(self.keys) if chain.encrypts else chain
 
     @cached_property
     def keys(self) -> Keys | None:
@@ -215,7 +224,7 @@ class Worker:
             ConfigError: the site has no keys.
             WireError: it is no sum of updates under them, or belongs to another model.
         """
-        if not isinstance(task.adapter, Sealed):
+        if not task.adapter.sealed:
             return task
         adapter = unsealed(task.adapter, self.keys, task.plan)
         if task.manifest and task.round:  # another site's adapter that is to be measured has none
@@ -278,6 +287,7 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft)
         check_training(attachment.method, plan.training)
+        self.chain(plan)  # before a round is lost
         if len(plan.labels) < kind.promises.least_labels:
             least = kind.promises.least_labels
             raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")

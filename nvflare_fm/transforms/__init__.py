@@ -102,7 +102,11 @@ class Encryption(Transform):
     needs_linear: ClassVar[bool] = True
 
     def keyed(self, keys: Keys | None) -> "Encryption":
-        """The same transform with the keys of this end; with none it only describes what travels."""
+        """The same transform with the keys of this end; without any it only describes what travels.
+
+        Raises:
+            ConfigError: there are no keys here.
+        """
         raise NotImplementedError
 
     def summed(self, before: Mapping[str, Description]) -> Mapping[str, Description]:
@@ -184,7 +188,11 @@ class Chain:
         return self.encryption is not None
 
     def keyed(self, keys: Keys | None) -> "Chain":
-        """The same chain with the keys of this end."""
+        """The same chain with the keys of this end.
+
+        Raises:
+            ConfigError: the chain encrypts, and there are no keys here.
+        """
         found = self.transforms.items()
         return Chain(self.entries, {n: t.keyed(keys) if isinstance(t, Encryption) else t for n, t in found})
 

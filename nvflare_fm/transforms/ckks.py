@@ -36,7 +36,7 @@ class Ckks(Encryption):
 
     def keyed(self, keys: Keys | None) -> "Ckks":
         copy = self.model_copy()
-        copy._keys = keys
+        copy._keys = _found(keys)
         return copy
 
     def described(self, before: Mapping[str, Description]) -> Mapping[str, Description]:

@@ -79,6 +79,10 @@ class Sealed(Adapter):
 
     packed: Packed = field(default_factory=lambda: Packed(Chain(), Parcel("", {}, {}), Described({}, {})))
 
+    @property
+    def sealed(self) -> bool:
+        return True
+
 
 def added(keys: Keys, adapters: Sequence[Adapter], shares: Sequence[float]) -> Sealed:
     """Σ shareₖ · adapterₖ of encrypted adapters of the same tensors, without reading one.

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from nvflare_fm.adapter import Adapter, RoundTask
+from nvflare_fm.adapter import Adapter
 from nvflare_fm.algebra.lora import stack
 from nvflare_fm.config import Aggregation, SiteOverrides
-from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.errors import WireError
 from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model.own_adapter import GLOBAL, OwnAdapter

@@ -28,10 +28,11 @@ def padded(whole: Adapter, plan: TaskPlan) -> Adapter:
     return Adapter({n: refill(pair, plan.padded_to, n, plan.seed) for n, pair in ones.items()}, whole.dense)
 
 
-def unsealed(sealed: Sealed, keys: Keys | None, plan: TaskPlan) -> Adapter:
+def unsealed(adapter: Adapter, keys: Keys | None, plan: TaskPlan) -> Adapter:
     """Decrypt the global adapter. Its A is not in it and follows from the seed.
 
     Args:
+        adapter: encrypted; any other is given back as it is.
         keys: the site's.
         plan: by which the sites have trained it.
 
@@ -39,10 +40,11 @@ def unsealed(sealed: Sealed, keys: Keys | None, plan: TaskPlan) -> Adapter:
         ConfigError: the site has no keys.
         WireError: it is no sum of updates under them, or of another rank than the plan says.
     """
-    found = sealed.packed.opened(keys)
-    lora = {}
-    for layer in sealed.lora:
-        b, fan_in = found[layer + LORA_B], sealed.lora[layer].shape[1]
+    if not isinstance(adapter, Sealed):
+        return adapter
+    found, lora = adapter.packed.opened(keys), {}
+    for layer in adapter.lora:
+        b, fan_in = found[layer + LORA_B], adapter.lora[layer].shape[1]
         if b.shape[1] != plan.padded_to:
             raise WireError(
                 f"the global adapter has rank {b.shape[1]} in {layer!r}, the plan says {plan.padded_to}; update "
