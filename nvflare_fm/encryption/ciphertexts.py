@@ -7,6 +7,7 @@ The server multiplies by the sites' shares, which it knows, and adds. TenSEAL th
 the last prime off, so a sum has about half the bytes of what a site sends, and needs no division at the sites.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,13 +88,24 @@ def decrypted(keys: Keys, row: bytes | memoryview, count: int) -> Numbers:
 
 
 def check(keys: Keys, row: bytes | memoryview, count: int) -> None:
-    """Read every ciphertext of a site's row, and forget it.
+    """Do with every ciphertext of a site's row what a sum will, and forget it.
+
+    TenSEAL keeps a scale and sizes of its own beside those of the ciphertext, and goes by them when it adds: they are
+    checked as it writes them out again.
 
     Raises:
         WireError: it is not `count` fresh numbers under these parameters.
     """
-    for _ in read(keys, row, count, keys.primes):
-        pass
+    tail = b"\x19" + struct.pack("<d", keys.context.global_scale)
+    for vector, size in zip(read(keys, row, count, keys.primes), chunks(keys, count), strict=True):
+        said, number = vector.serialize(), _varint(size)
+        head = b"\x0a" + _varint(len(number)) + number + b"\x12"
+        if not (said.startswith(head) and said.endswith(tail)):
+            raise _other()
+        try:
+            vector * 0.5
+        except Exception as error:  # TenSEAL and SEAL have errors of many kinds
+            raise WireError("what came cannot be added", f"{error!r:.500}", code="no_ciphertext") from None
 
 
 def read(keys: Keys, row: bytes | memoryview, count: int, primes: int) -> Iterator[Any]:
@@ -115,12 +127,24 @@ def read(keys: Keys, row: bytes | memoryview, count: int, primes: int) -> Iterat
         except Exception as error:  # TenSEAL and SEAL have errors of many kinds
             raise WireError("what came is no ciphertext", f"{error!r:.500}", code="no_ciphertext") from None
         if not sound:
-            raise WireError(
-                "a ciphertext is of another size, scale or level than asked for; provision all kits at once, and "
-                "update nvflare_fm everywhere",
-                code="other_ciphertext",
-            )
+            raise _other()
         yield vector
+
+
+def _other() -> WireError:
+    return WireError(
+        "a ciphertext is of another size, scale or level than asked for; provision all kits at once, and update "
+        "nvflare_fm everywhere",
+        code="other_ciphertext",
+    )
+
+
+def _varint(number: int) -> bytes:
+    """A whole number as protobuf writes it."""
+    made = b""
+    while number > 127:
+        made, number = made + bytes([number & 127 | 128]), number >> 7
+    return made + bytes([number])
 
 
 def _is_sound(ciphertext: Any, keys: Keys, primes: int) -> bool:
