@@ -34,7 +34,7 @@ class Terms:
     pairs: bool = True  # whether LoRA pairs are sent
     ranks: range = range(0)  # of them
     scale: Callable[[int], float] = lambda rank: 1.0  # of a pair, by its rank
-    padded_to: int = 0  # the rank at which pairs of any rank are sent; 0: each at its own
+    padded_to: int = 0  # the rank at which pairs of any rank are sent, at scale 1; 0: each at its own
     steps: range | None = None  # none: as many as it likes
 
 
@@ -110,7 +110,7 @@ def _check_pairs(update: AdapterUpdate, terms: Terms) -> None:
             "controller's `sites`",
             code="rank_not_in_plan",
         )
-    asked = terms.scale(rank)
+    asked = 1.0 if terms.padded_to else terms.scale(rank)
     for layer, scale in update.adapter.scales().items():
         if not math.isclose(scale, asked, rel_tol=1e-6):
             raise WireError(

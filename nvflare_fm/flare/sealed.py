@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import at_rest
+from ..adapter import Adapter, Manifest
 from ..errors import FmError, ModelError
+from ..export import folder as export
+from ..export.folder import Provenance, read_adapter
 from ..export.step_file import check_header
 from ..files import read_object
 from ..transforms.packed import Sealed
@@ -69,6 +72,25 @@ def read_sealed(folder: Path) -> wire.Saved:
             code="adapter_unreadable",
         ) from None
     return saved
+
+
+def read_any(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
+    """Read an adapter's folder, encrypted or not.
+
+    Raises:
+        ModelError: it cannot be read, or does not say what it belongs to.
+    """
+    if not is_sealed(folder):
+        return read_adapter(folder)
+    saved = read_sealed(folder)
+    if saved.manifest is None:
+        raise ModelError(f"encrypted adapter {folder.name!r} belongs to no base model", code="adapter_unreadable")
+    return saved.adapter, saved.manifest, Provenance(saved.round, saved.plan)
+
+
+def files_of(folder: Path) -> list[str]:
+    """List the files of an adapter's folder, encrypted or not: all of them must go with a copy of it."""
+    return [WEIGHTS, KNOWN, at_rest.SUMS] if is_sealed(folder) else export.files_of(folder)
 
 
 def sealed_tensors(folder: Path) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class SettledPlan:
             base=self.plan.fingerprint,
             pairs=self.method.factored and self.plan.shares == "AB",
             ranks=self._ranks(mine, bool(listed)) if self.method.factored else range(0),
-            scale=(lambda rank: 1.0) if self.plan.padded_to else lambda rank: read(at_rank(mine.peft, rank)).scale,
+            scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
             padded_to=self.plan.padded_to,
             steps=_up_to(steps, "local_steps" in self.plan.negotiable) if held else None,
         )
