@@ -22,7 +22,6 @@ from nvflare_fm.encryption.keys import read_keys
 from nvflare_fm.encryption.reader import check_apart
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.transforms import Parcel
-from nvflare_fm.transforms.ckks import NAME
 from nvflare_fm.transforms.packed import Sealed, added, check_sealed, pack
 
 from .encryption import contexts, kits
@@ -31,6 +30,7 @@ from .strategies import MANIFEST, make_pair
 pytestmark = pytest.mark.usefixtures("malformed_allowed")  # the checks of a test run would read values to look at them
 SERVER, SITE = kits()
 SLOTS = SITE.slots
+NAME = "ciphertexts.00000"  # of the first tensor that travels
 few = settings(max_examples=15)
 
 
@@ -60,6 +60,11 @@ def test_a_sum_has_half_the_bytes_and_the_same_numbers_encrypt_to_other_bytes_ea
     assert row != encrypted(SITE, vector)
     assert len(weighted_sum(SERVER, [row, row], [0.5, 0.5], 2 * SLOTS)) < 0.6 * len(row)
     assert vector.tobytes()[:64] not in row
+
+
+def test_a_site_reads_what_another_has_encrypted() -> None:
+    vector = numbers(9, 0, 0.01)
+    assert numpy.linalg.norm(decrypted(SITE, encrypted(SITE, vector), 9) - vector) <= 1e-5 * numpy.linalg.norm(vector)
 
 
 def test_whoever_has_another_key_or_none_reads_nothing() -> None:
@@ -200,16 +205,16 @@ def test_damage_that_can_be_added_is_found_by_who_can_read_it() -> None:
 
 
 def test_another_process_reads_what_a_stranger_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_apart(SERVER, ROW, 9, "alder")
+    check_apart(SERVER, [ROW], [9], "alder")
     for name in ("short", "its own scale"):
         row, code = DAMAGED[name]
         with pytest.raises(WireError) as refused:
-            check_apart(SERVER, row, 9, "alder")
+            check_apart(SERVER, [ROW, row], [9, 9], "alder")
         assert refused.value.code == code
         assert refused.value.message.startswith("alder")
     monkeypatch.setattr("nvflare_fm.encryption.reader.sys.executable", "/bin/false")
     with pytest.raises(WireError) as refused:
-        check_apart(SERVER, ROW, 9, "alder")
+        check_apart(SERVER, [ROW], [9], "alder")
     assert refused.value.code == "ciphertext_crash"
 
 
@@ -266,6 +271,17 @@ def test_what_travels_is_one_tensor_of_bytes_and_is_counted_as_sent() -> None:
     assert sent.packed.chain.fits(sent.packed.parcel.described, adapter.descriptions())
 
 
+def test_a_large_adapter_travels_in_parts_that_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nvflare_fm.transforms.ckks._PART", SLOTS)
+    adapter = Adapter(dense={"head": torch.linspace(-1, 1, 2 * SLOTS + 3), "tail": torch.ones(5)})
+    sent = without_keys(sealed(adapter))
+    assert list(sent.packed.parcel.tensors) == [f"ciphertexts.0000{i}" for i in range(3)]
+    check_sealed(SERVER, sent, "alder", apart=True)
+    opened = without_keys(added(SERVER, [sent, sent], [0.3, 0.7])).packed.opened(SITE)
+    for name, tensor in adapter.dense.items():
+        assert (opened[name] - tensor).norm() <= 1e-5 * tensor.norm()
+
+
 @pytest.mark.parametrize(
     "came",
     [
@@ -276,6 +292,7 @@ def test_what_travels_is_one_tensor_of_bytes_and_is_counted_as_sent() -> None:
         {NAME: Description((2**20 + 1,), torch.uint8)},
         {NAME: Description((9,), torch.uint8), "l" + LORA_B: Description((9,), torch.uint8)},
         {"other": Description((9,), torch.uint8)},
+        {NAME: Description((9,), torch.uint8), "ciphertexts.00001": Description((9,), torch.uint8)},
     ],
 )
 def test_what_came_is_bounded_by_what_it_is_said_to_hold(came: dict[str, Description]) -> None:

@@ -37,10 +37,16 @@ def export(
     from ..export import card
     from ..export.folder import CONFIG, PROVENANCE, WEIGHTS, read_adapter
     from ..export.peft_config import adapter_config
+    from ..flare.sealed import is_sealed
     from ..record.round import FILE_NAME, read_rounds
 
     if output.exists():
         raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
+    if is_sealed(adapter):
+        raise ConfigError(
+            f"{adapter} is encrypted; a site makes a folder of it that can be exported: nvflare-fm decrypt",
+            code="sealed",
+        )
     here = bool(base) and Path(base).is_dir()
     if merge and not here:
         raise ConfigError("--merge needs the base model's folder: --base FOLDER", code="no_base")
@@ -95,7 +101,7 @@ def decrypt(
 
     if output.exists():
         raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
-    keys, saved = site_keys(kit / "startup"), read_sealed(adapter)
+    saved, keys = read_sealed(adapter), site_keys(kit / "startup")
     if saved.plan is None or saved.manifest is None:
         raise ConfigError("the encrypted adapter does not say how it was trained; take another copy", code="no_plan")
     values = unsealed(saved.adapter, keys, saved.plan)

@@ -8,7 +8,7 @@ the last prime off, so a sum has about half the bytes of what a site sends, and 
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -19,6 +19,7 @@ from .keys import LARGEST, Keys, tenseal
 
 Numbers = NDArray[numpy.float64]
 _LENGTH = numpy.dtype("<u4")
+FRESH, SUMMED = (0,), (1,)  # primes of a ciphertext that are used up
 _TINY = 2.0**-30  # of a share: the scale has no room for less
 
 
@@ -61,7 +62,7 @@ def weighted_sum(keys: Keys, rows: Sequence[bytes | memoryview], shares: Sequenc
     """
     counted = [(row, share) for row, share in zip(rows, shares, strict=True) if share > _TINY]
     made = []
-    for parts in zip(*(read(keys, row, count, keys.primes) for row, _ in counted), strict=True):
+    for parts in zip(*(read(keys, row, count, FRESH) for row, _ in counted), strict=True):
         products = [part * share for part, (_, share) in zip(parts, counted, strict=True)]
         total = products[0]
         for product in products[1:]:
@@ -71,12 +72,12 @@ def weighted_sum(keys: Keys, rows: Sequence[bytes | memoryview], shares: Sequenc
 
 
 def decrypted(keys: Keys, row: bytes | memoryview, count: int) -> Numbers:
-    """Decrypt a sum of `count` numbers with the secret key.
+    """Decrypt a sum of `count` numbers, or what one site has encrypted, with the secret key.
 
     Raises:
         WireError: it holds no such sum, or was encrypted under another key.
     """
-    found = [numpy.array(part.decrypt()) for part in read(keys, row, count, keys.primes - 1)]
+    found = [numpy.array(part.decrypt()) for part in read(keys, row, count, (*FRESH, *SUMMED))]
     numbers: Numbers = numpy.concatenate(found) / keys.factor
     if not (numpy.abs(numbers) <= 2 * LARGEST).all():
         raise WireError(
@@ -97,7 +98,7 @@ def check(keys: Keys, row: bytes | memoryview, count: int) -> None:
         WireError: it is not `count` fresh numbers under these parameters.
     """
     tail = b"\x19" + struct.pack("<d", keys.context.global_scale)
-    for vector, size in zip(read(keys, row, count, keys.primes), chunks(keys, count), strict=True):
+    for vector, size in zip(read(keys, row, count, FRESH), chunks(keys, count), strict=True):
         said, number = vector.serialize(), _varint(size)
         head = b"\x0a" + _varint(len(number)) + number + b"\x12"
         if not (said.startswith(head) and said.endswith(tail)):
@@ -108,12 +109,12 @@ def check(keys: Keys, row: bytes | memoryview, count: int) -> None:
             raise WireError("what came cannot be added", f"{error!r:.500}", code="no_ciphertext") from None
 
 
-def read(keys: Keys, row: bytes | memoryview, count: int, primes: int) -> Iterator[Any]:
+def read(keys: Keys, row: bytes | memoryview, count: int, used: Collection[int]) -> Iterator[Any]:
     """Read the ciphertexts of a row one after the other.
 
     Args:
         count: numbers that the row must hold.
-        primes: of each ciphertext.
+        used: primes that each ciphertext may have used up.
 
     Raises:
         WireError: it is another row.
@@ -123,7 +124,7 @@ def read(keys: Keys, row: bytes | memoryview, count: int, primes: int) -> Iterat
         try:
             vector = library.ckks_vector_from(keys.context, part)
             inside = vector.ciphertext()
-            sound = vector.size() == size and len(inside) == 1 and _is_sound(inside[0], keys, primes)
+            sound = vector.size() == size and len(inside) == 1 and _is_sound(inside[0], keys, used)
         except Exception as error:  # TenSEAL and SEAL have errors of many kinds
             raise WireError("what came is no ciphertext", f"{error!r:.500}", code="no_ciphertext") from None
         if not sound:
@@ -147,11 +148,11 @@ def _varint(number: int) -> bytes:
     return made + bytes([number])
 
 
-def _is_sound(ciphertext: Any, keys: Keys, primes: int) -> bool:
+def _is_sound(ciphertext: Any, keys: Keys, used: Collection[int]) -> bool:
     return (
         ciphertext.size() == 2
         and ciphertext.poly_modulus_degree() == 2 * keys.slots
-        and ciphertext.coeff_modulus_size() == primes
+        and keys.primes - ciphertext.coeff_modulus_size() in used
         and ciphertext.scale == keys.context.global_scale
         and ciphertext.is_ntt_form()
         and not ciphertext.is_transparent()  # no secret is in it, and SEAL refuses to go on with it

@@ -26,7 +26,7 @@ class Keys:
     Args:
         context: TenSEAL's.
         slots: numbers in a ciphertext.
-        primes: that a fresh ciphertext has; a sum has one less.
+        primes: that a fresh ciphertext has; a sum has used up one.
         factor: by which numbers are multiplied before they are encrypted, so that small ones are exact, too.
         secret: whether the secret key is there.
         data: the context as it was read, for another process.

@@ -1,11 +1,13 @@
 """A process that reads a stranger's ciphertexts once: TenSEAL and SEAL parse them in C++, and a crash ends it alone.
 
-`python -m nvflare_fm.encryption.reader COUNT CONTEXT_BYTES` takes a context and a row of ciphertexts on its standard
-input. It may take a little more memory than both. What it has read to the end, its caller reads again for the sum.
+`python -m nvflare_fm.encryption.reader CONTEXT_BYTES COUNT …` takes on its standard input a context, and for each COUNT
+the length of a row of ciphertexts as eight bytes, and the row. It may take a little more memory than a row. What it has
+read to the end, its caller reads again for the sum.
 """
 
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from ..errors import FmError, WireError
@@ -13,28 +15,31 @@ from .ciphertexts import check
 from .keys import Keys, read_keys
 
 SPARE_BYTES = 2**30
-_LONGEST_S, _LONGEST_S_OF_A_MIB = 60.0, 0.5
+_LONGEST_S = 120.0  # after it has taken the last row; it takes the next one when it has read the one before
 _CODES = {3: "no_ciphertext", 4: "other_ciphertext"}  # by what the process ends with
 
 
-def check_apart(keys: Keys, row: bytes | memoryview, count: int, site: str) -> None:
+def check_apart(keys: Keys, rows: Iterable[bytes | memoryview], counts: Sequence[int], site: str) -> None:
     """Have another process read what a site sent.
 
     Args:
         keys: the server's.
-        count: numbers that were to be sent.
+        rows: of ciphertexts, one in memory at a time.
+        counts: numbers that were to be in each.
 
     Raises:
         WireError: names the site; it sent no such ciphertexts, or reading them ended the process.
     """
-    command = [sys.executable, "-m", __name__, str(count), str(len(keys.data))]
+    command = [sys.executable, "-m", __name__, str(len(keys.data)), *map(str, counts)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert process.stdin
     with suppress(BrokenPipeError), process.stdin as pipe:
         pipe.write(keys.data)
-        pipe.write(row)
+        for row in rows:
+            pipe.write(len(row).to_bytes(8, "little"))
+            pipe.write(row)
     try:
-        code = process.wait(_LONGEST_S + _LONGEST_S_OF_A_MIB * len(row) / 2**20)
+        code = process.wait(_LONGEST_S)
     except subprocess.TimeoutExpired:
         process.kill()
         code = process.wait()
@@ -48,12 +53,13 @@ def check_apart(keys: Keys, row: bytes | memoryview, count: int, site: str) -> N
 
 def main() -> int:
     """Read the ciphertexts on the standard input; 0 if they are what they should be."""
-    count, size = int(sys.argv[1]), int(sys.argv[2])
-    keys = read_keys(sys.stdin.buffer.read(size), secret=False, whose="the server")
-    row = sys.stdin.buffer.read()
+    size, *counts = map(int, sys.argv[1:])
+    pipe = sys.stdin.buffer
+    keys = read_keys(pipe.read(size), secret=False, whose="the server")
     _limit_memory()
     try:
-        check(keys, row, count)
+        for count in counts:
+            check(keys, pipe.read(int.from_bytes(pipe.read(8), "little")), count)
     except FmError as error:
         return next((number for number, code in _CODES.items() if code == error.code), 1)
     return 0

@@ -108,6 +108,12 @@ class Worker:
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
         plan, attachment, base = job.plan, job.attachment, job.base
+        if plan.padded_to and task.adapter and not task.adapter.sealed:
+            raise WireError(
+                "the server sent an adapter that it can read, where its plan says that only sites can; start the job "
+                "afresh, or from an encrypted adapter",
+                code="not_encrypted",
+            )
         task = self._opened(replace(task, plan=plan))
         with base.lent(), self._within_time() as stop:
             model, before = self._attached(job, task), {}

@@ -26,7 +26,6 @@ from nvflare_fm.flare.sealed import KNOWN, WEIGHTS, read_sealed
 from nvflare_fm.job.settle import settle
 from nvflare_fm.site.model.sealed import padded, unsealed
 from nvflare_fm.transforms import read
-from nvflare_fm.transforms.ckks import NAME
 from nvflare_fm.transforms.packed import Sealed, pack
 from tests.deployment.system import SERVER as SERVER_NAME
 from tests.deployment.system import project
@@ -42,6 +41,7 @@ HOW: dict[str, Any] = {"merge": "freeze_a", "guard": [], "max_rank": 4}
 SETTLED = settle(RoundPlan.read(ASKED, "plan"), Aggregation.read(HOW, "how"), {"birch": SiteOverrides(rank=2)})
 PLAN = SETTLED.plan
 SITE_KEYS, SERVER_KEYS = keys()[1], keys()[0]
+NAME = "ciphertexts.00000"  # of the one tensor that travels
 
 
 def trained(seed: int, rank: int) -> Adapter:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_fm.adapter import Adapter
+from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.algebra.lora import stack
-from nvflare_fm.config import Aggregation, SiteOverrides
-from nvflare_fm.errors import WireError
+from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
+from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.export.folder import read_adapter
+from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model.own_adapter import GLOBAL, OwnAdapter
 from nvflare_fm.site.model.sealed import unsealed
@@ -73,10 +74,26 @@ def test_at_mixed_ranks_the_sum_is_the_mean_of_whole_trained_adapters_and_nobody
     assert off(kept, unsealed(rounds[0].combined.adapter, site, rounds_plan(workers))) <= 1e-6
 
 
-def rounds_plan(workers: dict[str, Worker]):
-    from nvflare_fm.job.settle import settle
-
+def rounds_plan(workers: dict[str, Worker]) -> TaskPlan:
     return settle(PLAN, HOW, {site: worker.overrides for site, worker in workers.items()}).plan
+
+
+def test_a_site_trains_from_no_adapter_that_the_server_can_read(llama: Path, tmp_path: Path) -> None:
+    workers, (server, _) = sites(tmp_path, llama, (2, 4)), kits()
+    list(federate(workers, PLAN, HOW, 1, keys=server))
+    readable, manifest = workers["site-0"].submit()
+    task = RoundTask(rounds_plan(workers), readable, manifest, 1, 2)
+    with pytest.raises(WireError) as refused:
+        workers["site-1"].train(task)
+    assert refused.value.code == "not_encrypted"
+    assert workers["site-1"].validate(task)  # a decrypted adapter may be measured
+
+
+def test_a_site_without_keys_refuses_before_it_trains(llama: Path, tmp_path: Path) -> None:
+    worker = tiny.worker(tmp_path, llama, "causal_lm")
+    with pytest.raises(ConfigError) as refused:
+        worker.train(RoundTask(PLAN))
+    assert refused.value.code == "no_context"
 
 
 def test_at_one_rank_it_is_what_the_server_makes_of_what_it_can_read(llama: Path, tmp_path: Path) -> None:
