@@ -377,6 +377,12 @@ class TaskPlan(RoundPlan):
         (), description="What a site must report about how often its labels occur."
     )
     counts: Counts = Field((), description="What a site must report about how many rows and steps it has.")
+    padded_to: int = Field(
+        0,
+        ge=0,
+        le=WIDEST,
+        description="Rank at which each site sends its pairs, at scale 1, so that they add up unread; 0: its own.",
+    )
 
 
 class Aggregation(Settings):

@@ -43,6 +43,7 @@ app.command()(cli_simulate.simulate)
 app.command()(cli_job.resume)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
+app.command()(cli_export.decrypt)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 
@@ -124,6 +125,7 @@ def _findings(kit: Path, plan: "TaskPlan") -> "Iterator[Finding]":
     yield from machine(kit)
     yield from _certificates(kit)
     yield from _kit(kit)
+    yield _encryption(kit)
     yield from checkup(kit / "local" / FILE_NAME, plan)
 
 
@@ -173,6 +175,18 @@ def _kit(kit: Path) -> "list[Finding]":
         Finding("egress filter", not (floor and open_ways), "; ".join([*open_ways, remedy]) if open_ways else kept),
         Finding("error logs", True, "go to the server: allow_log_streaming is on" if streams else "stay here"),
     ]
+
+
+def _encryption(kit: Path) -> "Finding":
+    from ..flare.encryption import SITE, site_keys
+    from ..site.check.finding import Finding
+
+    if not (kit / "startup" / SITE).exists():
+        return Finding("encryption", True, "the kit has no context: jobs that encrypt what sites send are refused")
+    try:
+        return Finding("encryption", True, f"{2 * site_keys(kit / 'startup').slots} coefficients, exact enough")
+    except FmError as error:
+        return Finding("encryption", False, str(error))
 
 
 def _show(finding: "Finding") -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
-from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
 from ..privacy.budget import Budget
@@ -37,6 +37,7 @@ from ..site.offer.site_config import FILE_NAME, load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
+from .encryption import site_keys
 
 if TYPE_CHECKING:
     from ..site.worker import Worker
@@ -122,7 +123,7 @@ class Post:
         worker = self._hire()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            chain = transforms.read(self._asked.uplink, "uplink") if self._asked else Chain()
+            chain = worker.chain(self._asked) if self._asked else Chain()
             return wire.write_submission(adapter, manifest, self._asked, pack(adapter, chain, worker.site))
         task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
@@ -145,7 +146,7 @@ class Post:
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
             with _importing():
-                from ..site.model.own_adapter import OwnAdapter
+                from ..site.model.own_adapter import GLOBAL, OwnAdapter
                 from ..site.offer import secret
                 from ..site.offer.confine import confine
                 from ..site.training.job_events import JobEvents
@@ -161,8 +162,12 @@ class Post:
             def may_spend(cost: Protection) -> None:
                 budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
 
+            startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
+            keys, opened = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
             site = flare.get_site_name()
-            self._worker = Worker(site, config, None, should_stop, _report, own, kept, state, events, may_spend)
+            self._worker = Worker(
+                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, opened
+            )
         return self._worker
 
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from datasets import Dataset
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
+from ..encryption.keys import Keys
 from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
 from ..job import private
 from ..job.peft import check_training
 from ..privacy.protection import Protection
+from ..transforms import Chain
 from ..transforms.packed import Packed, pack
 from .data import loading as data
 from .data.loading import SiteData
@@ -29,6 +31,7 @@ from .model.attach import base_class, trained_modules
 from .model.base_model import BaseModel
 from .model.fingerprint import read_config
 from .model.own_adapter import OwnAdapter, shared_half
+from .model.sealed import padded, unsealed
 from .model.shapes import shapes
 from .offer.policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
 from .offer.site_config import ModelSource, SiteConfig
@@ -74,6 +77,8 @@ class Worker:
         events: what the job has cost in privacy so far.
         may_spend: is told what a round under differential privacy will cost, before it begins, and raises a PolicyError
             where that is too much.
+        keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
+        opened: keeps the global adapter where only the sites can read it.
     """
 
     def __init__(
@@ -88,10 +93,13 @@ class Worker:
         kept: KeptState | None = None,
         events: JobEvents | None = None,
         may_spend: Callable[[Protection], None] = lambda _: None,
+        keys: Callable[[], Keys | None] = lambda: None,
+        opened: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
+        self._read_keys, self.opened = keys, opened or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
@@ -113,7 +121,13 @@ class Worker:
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
         plan, attachment, base = job.plan, job.attachment, job.base
-        task = replace(task, plan=plan)
+        if plan.padded_to and task.adapter and not task.adapter.sealed:
+            raise WireError(
+                "the server sent an adapter that it can read, where its plan says that only sites can; start the job "
+                "afresh, or from an encrypted adapter",
+                code="not_encrypted",
+            )
+        task = self._opened(replace(task, plan=plan))
         protection = self._begun(job)
         with base.lent(), self._within_time() as stop:
             model, before = self._attached(job, task), {}
@@ -136,6 +150,8 @@ class Worker:
             )
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
+            if plan.padded_to:
+                adapter = whole = padded(whole, plan)
             manifest = Manifest(
                 base.fingerprint,
                 plan.task,
@@ -177,6 +193,7 @@ class Worker:
 
     def _validate(self, task: RoundTask) -> dict[str, float]:
         job = self._job(task, trains=False)
+        task = self._opened(task)
         if job.measured is None:
             raise few_metric_rows(self.config.privacy)
         plan = job.plan.model_copy(update={"rest": "tail"})  # the whole adapter, whatever of it is trained
@@ -212,11 +229,43 @@ class Worker:
             WireError: a tensor cannot be sent.
             ModelError: what is kept for the next round cannot be read or written.
         """
-        chain = transforms.read(plan.uplink, "uplink")
+        chain = self.chain(plan)
         packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
         if chain:
             self.kept.keep(packed.kept)
         return packed
+
+    def chain(self, plan: RoundPlan) -> Chain:
+        """The transforms of what this site sends, with its keys where they need any.
+
+        Raises:
+            ConfigError: an unknown transform, or the site has no keys.
+        """
+        chain = transforms.read(plan.uplink, "uplink")
+        return chain.keyed(self.keys) if chain.encrypts else chain
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The site's keys, read when a plan first needs them.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        return self._read_keys()
+
+    def _opened(self, task: RoundTask) -> RoundTask:
+        """The task with its adapter decrypted, where it came encrypted. It is kept as PEFT loads it.
+
+        Raises:
+            ConfigError: the site has no keys.
+            WireError: it is no sum of updates under them, or belongs to another model.
+        """
+        if not task.adapter.sealed:
+            return task
+        adapter = unsealed(task.adapter, self.keys, task.plan)
+        if task.manifest and task.round:  # another site's adapter that is to be measured has none
+            self.opened.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
+        return replace(task, adapter=adapter)
 
     @contextmanager
     def _within_time(self) -> Iterator[Callable[[], bool]]:
@@ -276,6 +325,7 @@ class Worker:
         check_training(attachment.method, plan.training)
         if trains:
             private.check(plan)
+        self.chain(plan)  # before a round is lost
         if len(plan.labels) < kind.promises.least_labels:
             least = kind.promises.least_labels
             raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")

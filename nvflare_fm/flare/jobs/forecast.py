@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,8 @@ def _starts_at(job: Job) -> int:
     """Bytes of the adapter that the job brings, as it goes to each site; to be measured only, it travels as it is."""
     chain = transforms.read(job.plan.downlink if job.rounds else (), "downlink")
     found = job.adapter.descriptions() if job.adapter else {}
+    if job.adapter and job.adapter.sealed:
+        return job.adapter.bytes_sent()
     return sum(chain.encoded(name, tensor).bytes for name, tensor in found.items())
 
 
@@ -154,7 +157,8 @@ def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, 
         return shapes(model, job.sites[site].overrides.applied(job.plan))
     if job.adapter:
         sizes = {layer: job.adapter.lora[layer].shape for layer in job.adapter.lora}
-        return None, AdapterShape(sizes, tuple(tensor.numel() for tensor in job.adapter.dense.values()))
+        found = job.adapter.descriptions()
+        return None, AdapterShape(sizes, tuple(prod(found[name].shape) for name in job.adapter.dense))
     return None, None
 
 

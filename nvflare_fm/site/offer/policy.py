@@ -218,7 +218,7 @@ def check_shapes(
     """
     limits, rank = site.limits, plan.rank
     check_trained(adapter.whole, adapter.embeddings, limits)
-    if adapter.size(rank) > limits.max_adapter_mib * 2**20:
+    if adapter.size(plan.padded_to or rank) > limits.max_adapter_mib * 2**20:
         raise PolicyError(
             f"the adapter is larger than the {limits.max_adapter_mib:g} MiB this site allows (max_adapter_mib); lower "
             "peft.rank, or adapt fewer modules",
