@@ -122,6 +122,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("resume",): [str(place / "empty")],
         ("explain",): [str(place / "empty")],
         ("export",): [str(place / "adapter"), "-o", str(place / "exported")],
+        ("audit",): [str(place / "adapter"), "--kit", str(place / "kit"), "-o", str(place / "audit.html")],
         ("data", "check"): [str(place / "notes.jsonl"), "--task", "sequence_classification"],
         ("compare", "run"): ["clinics", "--folder", str(place / "empty")],
         ("compare", "report"): ["clinics", "--folder", str(place / "empty")],
@@ -130,6 +131,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("compare", "overview"): [],
         ("compare", "data"): ["medquad-lm", str(place / "sets")],
         ("site", "allow"): ["--kit", str(place / "kit")],
+        ("site", "canaries"): ["--data", "notes", "--task", "causal_lm", "--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],
     }[words]
 
@@ -160,6 +162,9 @@ def test_no_file_ends_in_a_traceback_whatever_is_in_it(name: str, place: Path) -
         ["new", "continue_from_adapter", "-o", place / "made", f"adapter={saved}"],
         ["export", saved, "-o", place / "made"],
         ["export", place / "adapter", "-o", place / "made", "--merge", "--base", model],
+        ["audit", saved, "--kit", place / "kit", "-o", place / "report"],
+        ["audit", place / "adapter", "--kit", kit, "-o", place / "report"],
+        ["site", "canaries", "--data", "notes", "--task", "causal_lm", "--kit", kit],
         ["explain", place / "results" / name],
         ["resume", place / "results" / name],
         ["site", "check", "--kit", kit],

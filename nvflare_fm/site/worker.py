@@ -16,9 +16,11 @@ from datasets import Dataset
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
-from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
+from ..errors import ModelError, PolicyError, TrainingError, WireError
 from ..job.peft import check_training
 from ..transforms.packed import Packed, pack
+from .audit import gate
+from .audit.gate import Compared
 from .data import loading as data
 from .data.loading import SiteData
 from .model import base_model
@@ -48,6 +50,7 @@ class Job:
     chosen: list[int]  # the rows to train on, in their order; of a task that only measures, none
     measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
+    compared: Compared | None = None  # the rows by which the update is held back, where the site asks for it
 
 
 class Worker:
@@ -102,6 +105,7 @@ class Worker:
         plan, attachment, base = job.plan, job.attachment, job.base
         task = replace(task, plan=plan)
         with base.lent(), self._within_time() as stop:
+            reference = gate.reference(job, stop)
             model, before = self._attached(job, task), {}
             if plan.evaluation.before:
                 before = self._measured("before", task, self._evaluate(model, job, stop))
@@ -119,6 +123,7 @@ class Worker:
                 self._steps_between_logs(job),
                 attachment.method.scale,
             )
+            gate.check(model, job, reference, stop)
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
             manifest = Manifest(
@@ -155,6 +160,14 @@ class Worker:
         with job.base.lent(), self._within_time() as stop:
             model = job.attachment.attach(job.base, task.adapter, plan, own=self.own.read())
             return self._evaluate(model, job, stop)
+
+    def opened(self, task: RoundTask) -> Job:
+        """Find all that a task to measure names, within this site's limits: for audits.
+
+        Raises:
+            FmError: the site does not offer it, does not allow it, or its base model is another one.
+        """
+        return self._job(task, trains=False)
 
     def rows(self, plan: RoundPlan) -> SiteData:
         """Read the site's rows under the plan's alias as token ids, once. They never leave the site.
@@ -244,9 +257,7 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft)
         check_training(attachment.method, plan.training)
-        if len(plan.labels) < kind.promises.least_labels:
-            least = kind.promises.least_labels
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")
+        kind.check_labels(plan)
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
@@ -255,6 +266,7 @@ class Worker:
         if len(set(to_train)) < privacy.min_examples:
             raise few_examples(privacy)
         chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
+        compared = gate.compared(found, chosen, privacy.max_membership_auc) if trains else None
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
@@ -262,7 +274,8 @@ class Worker:
         base = base_model.load(source, plan, kind, attachment.method.trained_whole)
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
-        return Job(plan, attachment, base, found, chosen, measured, (*task.lowered, *decision.lowered, *withheld))
+        lowered = (*task.lowered, *decision.lowered, *withheld)
+        return Job(plan, attachment, base, found, chosen, measured, lowered, compared)
 
     def _chosen(self, task: RoundTask, found: SiteData, world: int) -> list[int]:
         """The rows to train on in this round.

@@ -187,6 +187,14 @@ class Privacy(Settings):
         (),
         description="Protection of every update: clip, noise, encryption. No job offers any yet: one here refuses all.",
     )
+    max_membership_auc: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="Largest AUC with which an update may tell rows it was trained on from validation rows; 1: not "
+        "measured. The upper end of its 95 % interval counts, on up to 200 rows of either side. An update above it is "
+        "refused, and the refusal tells one bit about the rows that no ε covers.",
+    )
 
 
 class Welcome(Settings):

@@ -1,13 +1,14 @@
 """Measuring an adapter on the site's validation rows, exactly: the batch size does not show."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from ...config import RoundPlan
-from ...errors import TrainingError
+from ...errors import ModelError, TrainingError
 from ...job.cost import texts_at_once
 from ..model.base_model import BaseModel
 from .distributed import any_process, gather, processes
@@ -40,6 +41,32 @@ def evaluate(
     everyone = [part for share in gather(parts) for part in share]
     columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
     return base.task.metrics(columns, plan)
+
+
+def losses(
+    model: Any,
+    base: BaseModel,
+    rows: Dataset,
+    groups: Sequence[Sequence[int]],
+    plan: RoundPlan,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """The task's loss of each row by itself.
+
+    Args:
+        groups: of each row, the places of its examples in `rows`.
+
+    Raises:
+        TrainingError: it was told to stop.
+        ModelError: a loss is not a finite number.
+    """
+    found = [evaluate(model, base, rows.select(group), plan, should_stop)["loss"] for group in groups]
+    if not all(map(math.isfinite, found)):
+        raise ModelError(
+            "the loss of a row is not a finite number, so nothing can be told of it; is the adapter damaged?",
+            code="loss_not_finite",
+        )
+    return found
 
 
 @torch.inference_mode()
