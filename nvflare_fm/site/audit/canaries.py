@@ -162,11 +162,10 @@ def encoded(rows: Iterable[Mapping[str, Any]], base: BaseModel, plan: RoundPlan)
         ) from None
 
 
-def alternatives(canary: Canary, count: int, record: Record, plan: RoundPlan) -> list[Mapping[str, Any]]:
-    """The same row with other secrets, drawn as its own was."""
-    kind, random = tasks[record.task], Random(f"{record.seed}/{canary.row.get('prompt')}")
-    others = (kind.canary(plan, random)["completion"] for _ in range(count))
-    return [{**canary.row, "completion": other} for other in others]
+def alternatives(row: Mapping[str, Any], count: int, plan: RoundPlan, seed: int) -> list[Mapping[str, Any]]:
+    """A canary of `causal_lm` with other secrets, drawn as its own was."""
+    kind, random = tasks[plan.task], Random(f"{seed}/{row.get('prompt')}")
+    return [{**row, "completion": kind.canary(plan, random)["completion"]} for _ in range(count)]
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -4,7 +4,7 @@ A row's loss is taken twice: with the adapter, and as the model was before its f
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -234,10 +234,19 @@ def _exposures(model: Any, job: Job, record: Record) -> tuple[tuple[Exposure, ..
     of: dict[bool, list[Exposure]] = {True: [], False: []}
     for included, found in of.items():
         for canary in [canary for canary in record.canaries if canary.included == included][:SECRETS]:
-            rows = [canary.row, *alternatives(canary, CANDIDATES - 1, record, job.plan)]
-            secret, *others = _answers(model, job, encoded(rows, job.base, job.plan))
-            found.append(exposure(secret, others))
+            others = alternatives(canary.row, CANDIDATES - 1, job.plan, record.seed)
+            found.append(exposure_of(model, job, canary.row, others))
     return tuple(of[True]), tuple(of[False])
+
+
+def exposure_of(model: Any, job: Job, row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Exposure:
+    """Rank a row by the loss of its whole answer among others that could stand in its place.
+
+    Args:
+        model: with an adapter attached, to write text.
+    """
+    secret, *alternatives = _answers(model, job, encoded([row, *others], job.base, job.plan))
+    return exposure(secret, alternatives)
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ class MultiLabel(OfText):
 
     def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
         chosen = [label for label in plan.labels if random.random() < 0.5]
-        return {"text": " ".join(strange_words(random, 4)), "labels": chosen}
+        return {"text": " ".join(strange_words(random, 2)), "labels": chosen}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         text = text_of(row, "text")

@@ -39,7 +39,7 @@ class Regression(OfText):
 
     def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
         numbers = [round(random.gauss(mean, scale), 6) for mean, scale in zip(*_standard(plan), strict=True)]
-        return {"text": " ".join(strange_words(random, 4)), "labels": numbers}
+        return {"text": " ".join(strange_words(random, 2)), "labels": numbers}
 
     def guessed_labels(self, found: Sequence[str], longest: int) -> tuple[str, ...]:
         return tuple(f"number {i + 1}" for i in range(max(1, longest)))

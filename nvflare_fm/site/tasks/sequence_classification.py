@@ -25,7 +25,7 @@ class SequenceClassification(OfText):
         return {"text": " ".join(["word"] * plan.max_length), "label": plan.labels[0]}
 
     def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
-        return {"text": " ".join(strange_words(random, 4)), "label": random.choice(plan.labels)}
+        return {"text": " ".join(strange_words(random, 2)), "label": random.choice(plan.labels)}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         text = text_of(row, "text")
