@@ -69,6 +69,9 @@ def canaries(
     labels: Annotated[str, typer.Option(help="labels of the jobs, separated by commas")] = "",
     model: Annotated[str, typer.Option(help="alias of the base model, for its tokenizer")] = "base",
     max_length: Annotated[int, typer.Option(help="tokens at which the jobs cut a text")] = 512,
+    unit: Annotated[
+        str, typer.Option(help="the jobs' privacy.unit: row, or a column that says whose a row is")
+    ] = "row",
     count: Annotated[int, typer.Option(help="canaries to make, 20 to 5000; about half are trained on")] = 100,
     kit: Kit = Path("."),
     output: Annotated[
@@ -87,7 +90,7 @@ def canaries(
 
     known = [label.strip() for label in labels.split(",") if label.strip()]
     asked = {"task": task, "labels": known, "model": model, "data": data, "max_length": max_length}
-    plan, site = RoundPlan.read(asked, "nvflare-fm site canaries"), _site(kit)
+    plan, site = RoundPlan.read(asked | {"privacy": {"unit": unit}}, "nvflare-fm site canaries"), _site(kit)
     site.data_set(data)  # of a wrong alias no folder is made
     made = plant(site, plan, count, output or kit / "local" / FOLDER / data)
     folder = made.folder.absolute()

@@ -66,11 +66,11 @@ def trained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
 
 
 def untrained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
-    job = Worker("alder", site).opened(RoundTask(plan))
+    job = Worker("alder", site).opened(RoundTask(plan.model_copy(update={"counts": ()})))
     with job.base.lent():
         values = job.attachment.extract(job.attachment.attach(job.base, Adapter(), job.plan))
     manifest = Manifest(job.base.fingerprint, plan.task, str(plan.peft["method"]), "", plan.labels)
-    return write_adapter(folder, values, manifest, Provenance(0, plan))
+    return write_adapter(folder, values, manifest, Provenance(0, plan))  # as a job's, whose weights may need counts
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,17 @@ def test_an_adapter_that_was_not_trained_tells_nothing(site: SiteConfig, fresh: 
     assert found.canaries.epsilon == 0.0
 
 
+@pytest.mark.parametrize("method", ["ia3", "prompt_tuning", "prefix_tuning"])
+def test_every_kind_of_adapter_writes_and_is_audited_whatever_its_job_told_the_server(
+    method: str, site: SiteConfig, tmp_path: Path
+):
+    plan = plan_of("causal_lm", peft={"method": method}, counts=["tokens"])
+    found = audit(site, untrained(site, plan, tmp_path / "adapter"))
+    assert {*found.scores[0], *found.scores[1]} == {0.0}
+    assert found.copies
+    assert len(found.copies[0].longest) == 6
+
+
 def rows_of(site: SiteConfig, plan: TaskPlan) -> SiteData:
     return Worker("alder", site).rows(plan)
 
@@ -159,6 +170,11 @@ def test_coins_are_fair_and_independent_of_the_rows():
         coins = [canary.included for canary in made if canary.row["label"] == label]
         assert 0.4 < sum(coins) / len(coins) < 0.6
     assert len({canary.row["text"] for canary in made}) > 1990
+
+
+def test_a_canary_is_a_patient_of_its_own_where_patients_are_protected():
+    made = canaries.made_up(plan_of("causal_lm", privacy={"unit": "patient_id"}), 50, Random(0))
+    assert len({canary.row["patient_id"] for canary in made}) == 50
 
 
 # --- as a site's admin types it

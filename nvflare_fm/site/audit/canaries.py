@@ -31,6 +31,7 @@ from ..tasks import BadRow, Cut, Task
 from ..tasks import registry as tasks
 
 FOLDER, TRAIN, VALIDATION, RECORD = "fm_canaries", "train.jsonl", "validation.jsonl", "canaries.json"
+ROW = "row"  # the unit of privacy that is no column
 _RECORD_LIMIT = 64 * MIB
 
 
@@ -114,9 +115,13 @@ def _is_whole(canary: Canary, kind: Task, tokenizer: PreTrainedTokenizerBase, pl
 
 
 def made_up(plan: RoundPlan, count: int, random: Random) -> tuple[Canary, ...]:
-    """Make canaries, and toss a coin for each."""
-    kind = tasks[plan.task]
-    return tuple(Canary(row=kind.canary(plan, random), included=random.random() < 0.5) for _ in range(count))
+    """Make canaries, and toss a coin for each. Each is a record of its own, whatever column says whose a row is."""
+    kind, unit = tasks[plan.task], plan.privacy.unit
+    made = []
+    for _ in range(count):
+        owner = {} if unit == ROW else {unit: f"canary {random.getrandbits(64):016x}"}
+        made.append(Canary(row={**owner, **kind.canary(plan, random)}, included=random.random() < 0.5))
+    return tuple(made)
 
 
 def record_of(train: str) -> Record | None:

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 from ...adapter import Adapter, Manifest, RoundTask
+from ...at_rest import standing
 from ...config import TaskPlan
 from ...errors import ConfigError, DataError, ModelError
 from ...export.folder import WEIGHTS, Provenance, read_adapter
@@ -100,7 +101,8 @@ def audit(site: SiteConfig, folder: Path, data: str = "", model: str = "", most:
     values, manifest, provenance = read_adapter(folder)
     plan = _plan(values, manifest, provenance)
     aliases = {name: alias for name, alias in (("data", data), ("model", model)) if alias}
-    task = RoundTask(plan.model_copy(update={"rest": "tail", **aliases}), values, manifest)
+    whole: dict[str, Any] = {"rest": "tail", "counts": (), "label_statistics": ()}  # and nothing is told to a server
+    task = RoundTask(plan.model_copy(update=whole | aliases), values, manifest)
     here = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1)  # what is measured stays here
     with memory.given_back(), memory.explained(task.plan):
         job = Worker("this site", site.model_copy(update={"privacy": here})).opened(task)
@@ -119,7 +121,7 @@ def audit(site: SiteConfig, folder: Path, data: str = "", model: str = "", most:
     )
     return Audit(
         adapter=folder.resolve().name,
-        digest=_digest(folder / WEIGHTS),
+        digest=_digest(standing(folder) / WEIGHTS),
         manifest=manifest,
         provenance=provenance,
         plan=job.plan,

@@ -29,6 +29,7 @@ CANNOT = (
     "false alarms, and plant canaries.",
     "The comparison needs rows to train on and rows held out of the same kind, and no row held out may be known to the "
     "adapter. Rows of other years, wards or patients in one of the two are told apart without any leak.",
+    "All rows to train on count as members, those that the job's steps did not reach among them.",
     "The interval takes rows for independent. Where several rows are of one patient, the true interval is wider.",
     "Canaries show what one training leaks of rows as unusual as they are. Their bound counts only if the adapter was "
     "trained on the data set that holds them, and the coins were secret until then.",
