@@ -5,7 +5,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -203,6 +203,7 @@ TOKENS = st.lists(st.integers(0, 3), max_size=10)
 
 
 @given(written=TOKENS, texts=st.lists(TOKENS, max_size=4))
+@example(written=[0, 1], texts=[[0], [1]])
 def test_the_longest_run_is_that_of_trying_all(written: list[int], texts: list[list[int]]):
     parts = {tuple(text[i:j]) for text in texts for i in range(len(text)) for j in range(i + 1, len(text) + 1)}
     runs = [j - i for i in range(len(written)) for j in range(i + 1, len(written) + 1) if tuple(written[i:j]) in parts]

@@ -3,6 +3,7 @@
 import shutil
 import stat
 from dataclasses import replace
+from datetime import date
 from html import escape
 from pathlib import Path
 from random import Random
@@ -30,7 +31,7 @@ from tests.codes import refused
 from tests.site import tiny
 
 QUIET = {"before": False, "after": False}
-MEMBERS, HELD_OUT, CANARIES = 24, 16, 40
+MEMBERS, HELD_OUT, CANARIES = 24, 16, 30
 SECRET_WORDS = ("walks", "patient", "how is", "calm", "ill", "well")  # of the rows
 
 
@@ -76,6 +77,7 @@ def untrained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SECRETS", 1)
+    monkeypatch.setattr(measure, "CANDIDATES", 100)
     monkeypatch.setattr(measure, "PREFIXES", 6)
 
 
@@ -118,6 +120,11 @@ def test_an_adapter_that_was_not_trained_tells_nothing(site: SiteConfig, fresh: 
     assert found.membership.low < 0.5 < found.membership.high
     assert found.canaries
     assert found.canaries.epsilon == 0.0
+    text = report.html(found, {"torch": "2"}, date(2026, 1, 2))
+    assert all(escape(said) in text for said in report.CANNOT)
+    assert "do not tell rows" in text
+    assert found.digest in text
+    assert "2026-01-02" in text
 
 
 @pytest.mark.parametrize("method", ["ia3", "prompt_tuning", "prefix_tuning"])
@@ -233,15 +240,12 @@ def test_a_claim_that_the_canaries_contradict_is_said_and_sets_the_exit_status(
 ):
     values, manifest, provenance = read_adapter(overfit)
     assert provenance.plan
-    for epsilon, contradicted in ((0.05, True), (50.0, False)):
-        claims = provenance.plan.model_copy(
-            update={"privacy": provenance.plan.privacy.model_copy(update={"epsilon": epsilon})}
-        )
-        folder = write_adapter(tmp_path / f"{epsilon}", values, manifest, replace(provenance, plan=claims))
-        kit = kit_of(tmp_path / f"kit {epsilon}", site)
-        done = typed("audit", folder, "--kit", kit, "-o", tmp_path / f"{epsilon}.html")
-        assert done.exit_code == int(contradicted), done.output
-        assert ("The canaries contradict" in done.output) == contradicted
+    privacy = provenance.plan.privacy.model_copy(update={"epsilon": 0.05})
+    claims = replace(provenance, plan=provenance.plan.model_copy(update={"privacy": privacy}))
+    folder = write_adapter(tmp_path / "claims", values, manifest, claims)
+    done = typed("audit", folder, "--kit", kit_of(tmp_path / "kit", site), "-o", tmp_path / "a.html")
+    assert done.exit_code == 1, done.output
+    assert "The canaries contradict the ε of 0.05" in done.output
 
 
 # --- what cannot be audited
@@ -332,12 +336,17 @@ def test_an_update_that_tells_its_rows_does_not_leave(llama: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_an_update_that_tells_little_leaves_as_it_would_without_the_gate(
-    task: str, llama: Path, bert: Path, tmp_path: Path
-):
-    model, plan = llama if TASKS[task].learns_text else bert, plan_of(task, 2)
-    updates = [gated(tmp_path, model, task, largest).train(RoundTask(plan)) for largest in (0.999, 1.0)]
-    ours, theirs = (update.adapter.tensors() for update in updates)
+def test_an_update_that_tells_little_leaves(task: str, llama: Path, bert: Path, tmp_path: Path):
+    model = llama if TASKS[task].learns_text else bert
+    assert gated(tmp_path, model, task, 0.999).train(RoundTask(plan_of(task, 2))).adapter
+
+
+def test_an_update_leaves_as_it_would_without_the_gate(llama: Path, tmp_path: Path):
+    plan = plan_of("causal_lm", 2)
+    ours, theirs = (
+        gated(tmp_path, llama, "causal_lm", largest).train(RoundTask(plan)).adapter.tensors()
+        for largest in (0.999, 1.0)
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -345,14 +354,3 @@ def test_rows_too_few_for_the_limit_are_refused_before_training(llama: Path, tmp
     with refused("few_rows", PolicyError) as reason:
         gated(tmp_path, llama, "causal_lm", 0.6).train(RoundTask(plan_of("causal_lm", 10**4)))
     assert not any(character.isdigit() for character in reason.value.message)
-
-
-def test_the_report_says_what_it_cannot_show(site: SiteConfig, fresh: Path):
-    from datetime import date
-
-    found = audit(site, fresh)
-    text = report.html(found, {"torch": "2"}, date(2026, 1, 2))
-    assert all(escape(said) in text for said in report.CANNOT)
-    assert "do not tell rows" in text
-    assert found.digest in text
-    assert "2026-01-02" in text

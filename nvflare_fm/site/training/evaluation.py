@@ -34,13 +34,8 @@ def evaluate(
         if any_process(should_stop()):
             raise TrainingError("stopped while evaluating, as told")
         if chosen := order[start : start + settings.batch_size]:
-            longest = len(rows[chosen[-1]]["input_ids"])
-            at_once = texts_at_once(len(chosen), longest)
-            for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
-                parts.append(_measured(model, base, [rows[i] for i in some], plan))
-    everyone = [part for share in gather(parts) for part in share]
-    columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
-    return base.task.metrics(columns, plan)
+            parts += _parts(model, base, [rows[i] for i in chosen], plan)
+    return _metrics(base, [part for share in gather(parts) for part in share], plan)
 
 
 def losses(
@@ -60,13 +55,34 @@ def losses(
         TrainingError: it was told to stop.
         ModelError: a loss is not a finite number.
     """
-    found = [evaluate(model, base, rows.select(group), plan, should_stop)["loss"] for group in groups]
+    model.eval()
+    rank, world = processes()
+    mine: dict[int, float] = {}
+    for start in range(0, len(groups), world):  # each process measures one of so many rows
+        if any_process(should_stop()):
+            raise TrainingError("stopped while evaluating, as told")
+        if start + rank < len(groups):
+            parts = _parts(model, base, [rows[i] for i in groups[start + rank]], plan)
+            mine[start + rank] = _metrics(base, parts, plan)["loss"]
+    everyone = {place: loss for share in gather(mine) for place, loss in share.items()}
+    found = [everyone[place] for place in range(len(groups))]
     if not all(map(math.isfinite, found)):
         raise ModelError(
             "the loss of a row is not a finite number, so nothing can be told of it; is the adapter damaged?",
             code="loss_not_finite",
         )
     return found
+
+
+def _parts(model: Any, base: BaseModel, rows: list[dict[str, Any]], plan: RoundPlan) -> list[dict[str, torch.Tensor]]:
+    """What the metrics need of some rows, as many at a time as fit into memory."""
+    at_once = texts_at_once(len(rows), max(len(row["input_ids"]) for row in rows))
+    return [_measured(model, base, rows[i : i + at_once], plan) for i in range(0, len(rows), at_once)]
+
+
+def _metrics(base: BaseModel, parts: list[dict[str, torch.Tensor]], plan: RoundPlan) -> dict[str, float]:
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return base.task.metrics(columns, plan)
 
 
 @torch.inference_mode()
