@@ -119,17 +119,17 @@ def _explained(cls: type[BaseModel], error: Any) -> tuple[str, str]:
 
 
 def _along(cls: Any, path: Sequence[Any]) -> tuple[list[str], Any]:
-    """The names of the settings on the way from `cls`, with * for an alias, and the type the way ends at. Beyond a
-    setting, pydantic's path goes on with names of types and keys of the job.
+    """The names of the settings on the way from `cls`, with * for an alias or a place in a list, and the type the way
+    ends at. Beyond a setting, pydantic's path goes on with names of types and keys of the job.
     """
     names: list[str] = []
     for part in path:
         if isinstance(cls, type) and issubclass(cls, BaseModel) and part in cls.model_fields:
             names.append(str(part))
             cls = _present(cls.model_fields[part].annotation)
-        elif (inside := get_args(cls)) and isinstance(inside[-1], type) and issubclass(inside[-1], BaseModel):
+        elif groups := [kind for kind in get_args(cls) if isinstance(kind, type) and issubclass(kind, BaseModel)]:
             names.append("*")
-            cls = inside[-1]
+            cls = groups[-1]
         else:
             break
     return names, cls

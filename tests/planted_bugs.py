@@ -1128,6 +1128,45 @@ BUGS = [
         "    except FmError:\n        return False",
         "flare/test_deployment",
     ),
+    # audit: members, canaries, the gate
+    Bug(
+        "privacy/audit/membership.py",
+        'np.searchsorted(ranked, ours, "right")) / (2',
+        'np.searchsorted(ranked, ours, "left")) / (2',
+        "test_audit",
+    ),
+    Bug("privacy/audit/membership.py", "min(below, found - spread)", "below", "test_audit"),
+    Bug("privacy/audit/membership.py", "min(below, found - spread)", "found - spread", "test_audit"),
+    Bug("privacy/audit/membership.py", "members) > falling[allowed]", "members) >= falling[allowed]", "test_audit"),
+    Bug(
+        "privacy/audit/one_run.py",
+        "beta + alpha * 2 * canaries * delta",
+        "beta + alpha * canaries * delta",
+        "test_audit",
+    ),
+    Bug("privacy/audit/one_run.py", "(1 - confidence) / len(TRIES)", "(1 - confidence) * len(TRIES)", "test_audit"),
+    Bug(
+        "privacy/audit/one_run.py", "ranked[high] > ranked[half - 1]", "ranked[high] >= ranked[half - 1]", "test_audit"
+    ),
+    Bug("privacy/audit/one_run.py", "probability[right:]", "probability[right + 1 :]", "test_audit"),
+    Bug("privacy/audit/exposure.py", "below + ties / 2", "below", "test_audit"),
+    Bug("privacy/audit/copying.py", "for token in (*text, _END)", "for token in text", "test_audit"),
+    Bug("site/audit/measure.py", "not in {*told, *in_both}", "not in in_both", "site/test_adapter_audit"),
+    Bug("site/audit/measure.py", "if content not in in_both]", "]", "site/test_adapter_audit"),
+    Bug(
+        "site/audit/measure.py",
+        "attach(job.base, Adapter(), job.plan)",
+        "attach(job.base, values, job.plan)",
+        "site/test_adapter_audit",
+    ),
+    Bug("site/audit/canaries.py", "if canary.included)", ")", "site/test_adapter_audit"),
+    Bug("site/audit/canaries.py", "stat.S_IRWXG | stat.S_IRWXO", "0", "site/test_adapter_audit"),
+    Bug("site/audit/canaries.py", "os.O_CLOEXEC, 0o600)", "os.O_CLOEXEC, 0o644)", "site/test_adapter_audit"),
+    Bug("site/audit/gate.py", "found.high > job.compared.largest", "found.high > 1", "site/test_adapter_audit"),
+    Bug("site/audit/gate.py", "0.5 + by_chance(len(some), len(others)) > largest", "False", "site/test_adapter_audit"),
+    Bug(
+        "site/audit/report.py", "escape(one_line(audit.adapter))", "one_line(audit.adapter)", "site/test_adapter_audit"
+    ),
 ]
 
 

@@ -127,6 +127,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("explain",): [str(place / "empty")],
         ("export",): [str(place / "adapter"), "-o", str(place / "exported")],
         ("decrypt",): [str(place / "adapter"), "-o", str(place / "decrypted"), "--kit", str(place / "kit")],
+        ("audit",): [str(place / "adapter"), "--kit", str(place / "kit"), "-o", str(place / "audit.html")],
         ("data", "check"): [str(place / "notes.jsonl"), "--task", "sequence_classification"],
         ("compare", "run"): ["clinics", "--folder", str(place / "empty")],
         ("compare", "report"): ["clinics", "--folder", str(place / "empty")],
@@ -135,6 +136,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("compare", "overview"): [],
         ("compare", "data"): ["medquad-lm", str(place / "sets")],
         ("site", "allow"): ["--kit", str(place / "kit")],
+        ("site", "canaries"): ["--data", "notes", "--task", "causal_lm", "--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],
     }[words]
 
@@ -167,6 +169,9 @@ def test_no_file_ends_in_a_traceback_whatever_is_in_it(name: str, place: Path) -
         ["export", place / "adapter", "-o", place / "made", "--merge", "--base", model],
         ["export", place / "sealed" / name, "-o", place / "made"],
         ["decrypt", place / "sealed" / name, "-o", place / "made", "--kit", place / "kit"],
+        ["audit", saved, "--kit", place / "kit", "-o", place / "report"],
+        ["audit", place / "adapter", "--kit", kit, "-o", place / "report"],
+        ["site", "canaries", "--data", "notes", "--task", "causal_lm", "--kit", kit],
         ["explain", place / "results" / name],
         ["resume", place / "results" / name],
         ["site", "check", "--kit", kit],

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import FmError
 from ..untrusted import one_line
+from . import audit as cli_audit
 from . import budget as cli_budget
 from . import compare as cli_compare
 from . import data as cli_data
@@ -44,6 +45,8 @@ app.command()(cli_job.resume)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
 app.command()(cli_export.decrypt)
+app.command()(cli_audit.audit)
+site.command()(cli_audit.canaries)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 

@@ -62,7 +62,7 @@ def export(
         base_checked=here,
         merged=merge,
         one_rank=not (config.get("rank_pattern") or config.get("alpha_pattern")),
-        versions=_versions(),
+        versions=versions(),
         exported=datetime.now(UTC).date(),
     )
     with replacing(output) as folder:
@@ -115,7 +115,8 @@ def _layers(adapter: "Adapter") -> dict[str, list[str]]:
     return {"target_modules": names} if names else {}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages on which an adapter depends, with their versions here."""
     found = {"nvflare_fm": __version__}
     for name in _SHOWN:
         with suppress(metadata.PackageNotFoundError):

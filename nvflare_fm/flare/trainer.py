@@ -163,10 +163,10 @@ class Post:
                 budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
 
             startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
-            keys, opened = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
+            keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
             site = flare.get_site_name()
             self._worker = Worker(
-                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, opened
+                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole
             )
         return self._worker
 

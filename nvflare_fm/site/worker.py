@@ -18,12 +18,14 @@ from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..encryption.keys import Keys
-from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
+from ..errors import ModelError, PolicyError, TrainingError, WireError
 from ..job import private
 from ..job.peft import check_training
 from ..privacy.protection import Protection
 from ..transforms import Chain
 from ..transforms.packed import Packed, pack
+from .audit import gate
+from .audit.gate import Compared
 from .data import loading as data
 from .data.loading import SiteData
 from .model import base_model
@@ -57,6 +59,7 @@ class Job:
     private: Private | None  # how the round is protected; None: it is not
     measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
+    compared: Compared | None = None  # the rows by which the update is held back, where the site asks for it
 
 
 class Worker:
@@ -78,7 +81,7 @@ class Worker:
         may_spend: is told what a round under differential privacy will cost, before it begins, and raises a PolicyError
             where that is too much.
         keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
-        opened: keeps the global adapter where only the sites can read it.
+        global_adapter: keeps the global adapter where only the sites can read it.
     """
 
     def __init__(
@@ -94,12 +97,12 @@ class Worker:
         events: JobEvents | None = None,
         may_spend: Callable[[Protection], None] = lambda _: None,
         keys: Callable[[], Keys | None] = lambda: None,
-        opened: OwnAdapter | None = None,
+        global_adapter: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
-        self._read_keys, self.opened = keys, opened or OwnAdapter()
+        self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
@@ -130,6 +133,7 @@ class Worker:
         task = self._opened(replace(task, plan=plan))
         protection = self._begun(job)
         with base.lent(), self._within_time() as stop:
+            reference = gate.reference(job, stop)
             model, before = self._attached(job, task), {}
             if plan.evaluation.before:
                 before = self._measured("before", task, self._evaluate(model, job, stop))
@@ -148,6 +152,7 @@ class Worker:
                 attachment.method.scale,
                 partial(PrivateTrainer, private=job.private) if job.private else None,
             )
+            gate.check(model, job, reference, stop)
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
             if plan.padded_to:
@@ -200,6 +205,14 @@ class Worker:
         with job.base.lent(), self._within_time() as stop:
             model = job.attachment.attach(job.base, task.adapter, plan, own=self.own.read())
             return self._evaluate(model, job, stop)
+
+    def opened(self, task: RoundTask) -> Job:
+        """Find all that a task to measure names, within this site's limits: for audits.
+
+        Raises:
+            FmError: the site does not offer it, does not allow it, or its base model is another one.
+        """
+        return self._job(task, trains=False)
 
     def rows(self, plan: RoundPlan) -> SiteData:
         """Read the site's rows under the plan's alias as token ids, once. They never leave the site.
@@ -264,7 +277,7 @@ class Worker:
             return task
         adapter = unsealed(task.adapter, self.keys, task.plan)
         if task.manifest and task.round:  # another site's adapter that is to be measured has none
-            self.opened.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
+            self.global_adapter.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
         return replace(task, adapter=adapter)
 
     @contextmanager
@@ -326,9 +339,7 @@ class Worker:
         if trains:
             private.check(plan)
         self.chain(plan)  # before a round is lost
-        if len(plan.labels) < kind.promises.least_labels:
-            least = kind.promises.least_labels
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")
+        kind.check_labels(plan)
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
@@ -339,6 +350,9 @@ class Worker:
         told = replace(task, plan=plan)
         protected = dp.settle(told, found.train_units, world) if trains and plan.privacy.asked else None
         chosen = self._chosen(told, found, world, protected) if trains else []
+        compared = (
+            gate.compared(found, chosen or range(len(found.train)), privacy.max_membership_auc) if trains else None
+        )
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
@@ -347,7 +361,7 @@ class Worker:
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
         lowered = *task.lowered, *decision.lowered, *withheld
-        return Job(plan, attachment, base, found, chosen, protected, measured, lowered)
+        return Job(plan, attachment, base, found, chosen, protected, measured, lowered, compared)
 
     def _chosen(self, task: RoundTask, found: SiteData, world: int, protected: Private | None) -> list[int]:
         """The rows to train on in this round; none where chance draws them in each step.

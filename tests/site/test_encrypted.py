@@ -34,7 +34,7 @@ def sites(folder: Path, model: Path, ranks: tuple[int, ...], task: str = "causal
             shift=i,
             overrides=SiteOverrides(rank=rank),
             keys=lambda: site,
-            opened=OwnAdapter(folder / f"job-{i}", GLOBAL),
+            global_adapter=OwnAdapter(folder / f"job-{i}", GLOBAL),
         )
         for i, rank in enumerate(ranks)
     }
