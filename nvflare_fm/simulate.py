@@ -3,18 +3,22 @@
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from . import transforms
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from .aggregation.admit import check_values
 from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
+from .aggregation.encrypted import combine_unread
 from .aggregation.late import trained_from
 from .aggregation.step import Memory
 from .config import Aggregation, RoundPlan, TaskPlan
+from .encryption.keys import Keys
 from .job.settle import settle
+from .site.training.job_events import JobEvents
 from .site.worker import Worker
-from .transforms.packed import pack
+from .transforms.packed import added, check_sealed, pack
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def federate(
     manifest: Manifest | None = None,
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
+    keys: Keys | None = None,
 ) -> Iterator[SimulatedRound]:
     """Run a federation in this process, and yield each round as it ends.
 
@@ -53,6 +58,7 @@ def federate(
         sites_per_round: sites drawn for each round; 0: all.
         takes: site → rounds that its answer takes, if more than one. An answer that is more than
             `aggregation.max_staleness` rounds late does not count.
+        keys: the server's, where the plan encrypts what sites send.
 
     Yields:
         The rounds, in order.
@@ -60,6 +66,8 @@ def federate(
         FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
     settled = settle(plan, aggregation, {site: worker.overrides for site, worker in workers.items()})
+    for worker in workers.values():
+        worker.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
@@ -72,9 +80,15 @@ def federate(
         tasks = {site: at.pop(site) for site in due}
         updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
         for update in updates:
-            check_values(update)
+            if keys:
+                check_sealed(keys, update.adapter, update.site, apart=False)
+            else:
+                check_values(update)
         whole = adapter if down.chain else None
-        combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
+        if keys:
+            combined = combine_unread(received, manifest, updates, settled.aggregation, partial(added, keys))
+        else:
+            combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
         at = {
             site: sent for site, sent in at.items() if sent.adapter and number - sent.round < aggregation.max_staleness
@@ -96,5 +110,6 @@ def train_alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, M
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds
     training = plan.training.model_copy(update={"local_steps": steps, "local_epochs": epochs})
+    worker.events = JobEvents()
     update = worker.train(RoundTask(plan.model_copy(update={"training": training})))
     return *worker.submit(), update.report

@@ -14,7 +14,7 @@ from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.flare.jobs.job import read_job
-from nvflare_fm.flare.kit import job_check
+from nvflare_fm.flare.kit import job_check, privacy_scope
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.job import templates
 from nvflare_fm.site.model.fingerprint import fingerprint
@@ -106,6 +106,23 @@ def test_error_logs_stay_at_the_site_and_the_check_says_when_they_do_not(kit: Pa
     own = kit / "local" / "resources.json"
     own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
     assert checked(kit)[1]["error logs"]["text"].startswith("go to the server")
+
+
+def test_a_site_with_a_floor_is_ready_only_where_the_egress_filter_is_in_its_kit(kit: Path):
+    file, filtered = kit / "local" / "fm_site.yaml", kit / "local" / privacy_scope.FILE
+    assert checked(kit)[1]["egress filter"]["text"] == "no floor is stated in the site file"
+    file.write_text(file.read_text().replace("# max_epsilon: 8.0", "max_epsilon: 8.0"))
+    status, found = checked(kit)
+    assert status == 0, found  # rows and model are tried without the protection that only jobs ask for
+    assert found["egress filter"]["text"] == "under a floor: only protected updates leave"
+    filtered.unlink()
+    status, found = checked(kit)
+    assert (status, found["egress filter"]["good"]) == (1, False)
+    assert found["egress filter"]["text"].endswith("run nvflare-fm site allow")
+    assert typed("site", "allow", "--kit", kit).exit_code == 0
+    own = kit / "local" / "resources.json"
+    own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
+    assert "allow_log_streaming" in checked(kit)[1]["egress filter"]["text"]
 
 
 def test_a_package_that_fetches_code_is_found_before_it_can(kit: Path, monkeypatch: pytest.MonkeyPatch):

@@ -49,6 +49,20 @@ def test_each_site_is_told_how_often_it_counted_and_why_not(tmp_path: Path) -> N
     ]
 
 
+def test_what_a_job_has_cost_a_site_in_privacy_is_told_at_last(tmp_path: Path) -> None:
+    for number, spent in enumerate((0.5, 2.0)):
+        ledger = Ledger(number, 2, ["alder", "birch"], 0)
+        ledger.result = {"sites": {"alder": Contribution(weight=0.5, epsilon=spent), "birch": Contribution(weight=0.5)}}
+        assert ledger.progress({})["epsilon"] == f"alder: at most {spent:g}"
+        ledger.write(tmp_path)
+    lines = list(explanation(read_result(tmp_path)))
+    assert lines[2:] == [
+        "alder: counted in 2 of 2 rounds",
+        "  ε of the job at this site: at most 2",
+        "birch: counted in 2 of 2 rounds",
+    ]
+
+
 def test_a_job_in_which_all_refuse_says_so_at_once(tmp_path: Path) -> None:
     lines = list(explanation(read_result(write(tmp_path, [dict.fromkeys(["alder", "birch", "cedar"], "refused: no")]))))
     assert lines[0] == "after 0 of 1 rounds: not measured; no site gave a usable answer"

@@ -73,15 +73,15 @@ def combine(
     rule = merge.choose(aggregation.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
-        raise _nothing_left(refused)
-    accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(aggregation))
+        raise nothing_left(refused)
+    accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], weighed_by(aggregation))
     asked = aggregation.step or "plain"  # a settled plan names one
     everyone = Cohort(accepted, state, rule.rest, (needed(aggregation) | step.registry.needs([asked])).reads)
     verdicts = guard.judge(aggregation.guard, everyone)
     refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
     cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
     if not cohort.updates:
-        raise _nothing_left(refused)
+        raise nothing_left(refused)
     accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
     weights = weigh.weigh(aggregation.weigh, cohort, aggregation.max_weight)
     shares = list(weights.shares.values())
@@ -126,12 +126,13 @@ def combine(
     )
 
 
-def _nothing_left(refused: Mapping[str, Reason]) -> WireError:
+def nothing_left(refused: Mapping[str, Reason]) -> WireError:
+    """Make the error of a round of which nothing counts."""
     why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items())) or "no site answered"
     return WireError(f"no update can be merged: {why}", code="nothing_to_merge")
 
 
-def _weighed_by(aggregation: Aggregation) -> set[str]:
+def weighed_by(aggregation: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
     needs = needed(aggregation)
     return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if aggregation.normalize_steps else [])}

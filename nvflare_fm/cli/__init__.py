@@ -10,6 +10,8 @@ import typer
 
 from ..errors import FmError
 from ..untrusted import one_line
+from . import audit as cli_audit
+from . import budget as cli_budget
 from . import compare as cli_compare
 from . import data as cli_data
 from . import explain as cli_explain
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 site = typer.Typer(no_args_is_help=True, help="Prepare a site, and check that it is ready.")
 app.add_typer(site, name="site")
+site.command()(cli_budget.budget)
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_compare.compare, name="compare")
 app.command()(cli_job.templates)
@@ -41,6 +44,9 @@ app.command()(cli_simulate.simulate)
 app.command()(cli_job.resume)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
+app.command()(cli_export.decrypt)
+app.command()(cli_audit.audit)
+site.command()(cli_audit.canaries)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 
@@ -122,6 +128,7 @@ def _findings(kit: Path, plan: "TaskPlan") -> "Iterator[Finding]":
     yield from machine(kit)
     yield from _certificates(kit)
     yield from _kit(kit)
+    yield _encryption(kit)
     yield from checkup(kit / "local" / FILE_NAME, plan)
 
 
@@ -147,7 +154,7 @@ def _no_kit(kit: Path) -> str:
 
 def _kit(kit: Path) -> "list[Finding]":
     from ..flare import components, provision
-    from ..flare.kit import allow_list, job_check
+    from ..flare.kit import allow_list, job_check, privacy_scope
     from ..site.check.finding import Finding
 
     try:
@@ -160,12 +167,29 @@ def _kit(kit: Path) -> "list[Finding]":
     besides = f"{len(others)} other classes; site allow --only-ours takes out NVFlare's" if others else "no class"
     checked, streams = job_check.installed(kit / "local", is_site=True), provision.streams_logs(resources)
     remedy = "run nvflare-fm site allow"
+    floor, open_ways = privacy_scope.has_floor(kit / "local"), privacy_scope.faults(kit / "local")
+    if floor and streams:
+        open_ways.append("set allow_log_streaming to false in resources.json")
+    kept = "under a floor: only protected updates leave" if floor else "no floor is stated in the site file"
     return [
         Finding("allow list", not faults, "; ".join([*faults, remedy]) if faults else f"jobs may build {listed}"),
         Finding("allowed besides", True, besides),
         Finding("job files", checked, "are checked before they are parsed" if checked else remedy),
+        Finding("egress filter", not (floor and open_ways), "; ".join([*open_ways, remedy]) if open_ways else kept),
         Finding("error logs", True, "go to the server: allow_log_streaming is on" if streams else "stay here"),
     ]
+
+
+def _encryption(kit: Path) -> "Finding":
+    from ..flare.encryption import SITE, site_keys
+    from ..site.check.finding import Finding
+
+    if not (kit / "startup" / SITE).exists():
+        return Finding("encryption", True, "the kit has no context: jobs that encrypt what sites send are refused")
+    try:
+        return Finding("encryption", True, f"{2 * site_keys(kit / 'startup').slots} coefficients, exact enough")
+    except FmError as error:
+        return Finding("encryption", False, str(error))
 
 
 def _show(finding: "Finding") -> None:

@@ -89,6 +89,9 @@ def plan(
     memory: Annotated[
         list[str], typer.Option(help="GiB that a site has for training, 24, or SITE=24 for one site")
     ] = [],  # noqa: B006
+    records: Annotated[
+        list[str], typer.Option(help="records a site trains on, 1000, or SITE=1000: for the noise of a job's privacy")
+    ] = [],  # noqa: B006
     measure: Annotated[
         bool,
         typer.Option(
@@ -99,12 +102,14 @@ def plan(
 ) -> None:
     """Estimate what a job costs each site, before it runs.
 
-    The command prints memory, seconds per round, and bytes per round up and down. It also checks the job.
+    The command prints memory, seconds per round, and bytes per round up and down. Of a job with privacy it also prints
+    the noise, and what all rounds together cost. It also checks the job.
     """
     from ..flare.jobs.forecast import forecast
 
     rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
-    told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
+    has = dict(_by_site("--memory", text) for text in memory)
+    told = forecast(job, model, rates, measure, has, dict(_by_site("--records", text) for text in records))
     if as_json:
         typer.echo(json.dumps(told.plain(), indent=2))
     else:
@@ -184,8 +189,30 @@ def _show(told: "Forecast") -> None:
         add_row(table, cells)
     screen = console()
     screen.print(table)
+    if told.noise:
+        screen.print(_noise_table(told))
     for note in told.notes:
         screen.print(plain(f"- {note}"))
+
+
+def _noise_table(told: "Forecast") -> Table:
+    table = Table(title="privacy", show_edge=False)
+    names = ["site", "records", "in a step", "steps in all", "σ", "ε (RDP)", "ε (PRV)", "noise : clip"]
+    for name in names:
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=name == "site")
+    for each in told.noise:
+        cells = (
+            each.site,
+            each.records,
+            f"{each.records_per_step:g}",
+            each.steps,
+            f"{each.noise_multiplier:.3g}",
+            f"{each.epsilon_rdp:.3g}",
+            f"{each.epsilon_prv:.3g}",
+            _known(each.ratio, f"{each.ratio or 0:.3g} : 1"),
+        )
+        add_row(table, cells)
+    return table
 
 
 def _known(value: object, text: str) -> str:

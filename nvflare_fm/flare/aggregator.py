@@ -4,6 +4,7 @@ The same for every merge and weight rule. It loads neither the base model nor tr
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pydantic import Field
 from ..adapter import Adapter, AdapterUpdate, RoundTask
 from ..aggregation.admit import check_terms, check_values
 from ..aggregation.combine import Combined, combine, per_step
+from ..aggregation.encrypted import combine_unread
 from ..aggregation.late import trained_from
 from ..aggregation.metrics import mean
 from ..aggregation.salvage import without_the_largest
@@ -26,9 +28,11 @@ from ..aggregation.step import Memory
 from ..aggregation.weigh import check
 from ..algebra.lora import effective_rank
 from ..config import Aggregation
+from ..encryption.keys import Keys
 from ..errors import FmError
 from ..export.folder import Saved
 from ..job.settle import SettledPlan
+from ..transforms.packed import added, check_sealed
 from ..untrusted import printable
 from . import wire
 from .arguments import Arguments
@@ -57,6 +61,7 @@ class AdapterAggregator(ModelAggregator):
         self.aggregation = Aggregation.read(self.settings, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.memory = Memory()  # of the server step
+        self.keys: Keys | None = None  # of the server, where it adds what it cannot read
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -85,10 +90,13 @@ class AdapterAggregator(ModelAggregator):
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
         sent = sent or self.task
-        names = sent.adapter.descriptions()
+        names = () if self.keys else sent.adapter.descriptions()  # what is encrypted travels under other names
         update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, sent.plan.uplink)
         check_terms(update, self.settled.terms(update.site), sent.adapter, self.task.manifest)
-        check_values(update)
+        if self.keys:
+            check_sealed(self.keys, update.adapter, update.site, apart=True)
+        else:
+            check_values(update)
         check(self.aggregation.weigh, update)
         if self.aggregation.normalize_steps:
             per_step([1.0], [update])
@@ -109,6 +117,8 @@ class AdapterAggregator(ModelAggregator):
         task, aggregation, rank = self.task, self.settled.aggregation, self.settled.global_rank
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
+            if self.keys:
+                return combine_unread(task.adapter, task.manifest, updates, aggregation, partial(added, self.keys))
             return combine(task.adapter, task.manifest, updates, aggregation, rank, self.memory, self.whole)
 
         try:

@@ -45,6 +45,7 @@ from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
+from .encryption import server_keys
 from .ledger import Ledger
 from .persistor import REMEMBERED
 from .standing import SentTask, StandingTasks, call_offs
@@ -146,6 +147,9 @@ class FedPEFT(ModelController):
             cleanup_tensor_disk_offload(self.engine, offload)
 
     def _run_rounds(self) -> None:
+        if self.settled.encrypts:
+            startup = Path(self.engine.get_workspace().get_startup_kit_dir())
+            self.aggregator.keys = server_keys(startup)
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
@@ -165,6 +169,12 @@ class FedPEFT(ModelController):
     def _first_round(self, model: FLModel) -> int:
         """The round after the one that made `model`, where the job resumes; what the step remembered comes with it."""
         saved = wire.read_saved(model.params, model.meta, "the persistor")
+        if saved and saved.adapter.sealed != self.settled.encrypts:
+            raise ConfigError(
+                "a job that encrypts what sites send starts afresh or from an encrypted adapter, and no other job does "
+                "from one that is encrypted; leave initial_adapter out, or change uplink",
+                code="other_start",
+            )
         made_by = saved.round if saved else None
         first = 0 if made_by is None else made_by + 1
         if first >= self.num_rounds:
@@ -186,10 +196,13 @@ class FedPEFT(ModelController):
         super().save_model(model)
 
     def _free_sites(self, number: int) -> list[str]:
-        """The connected sites of a round that are not at an earlier one, in the order of their names."""
+        """The sites of a round: of those that are free, all or as many as are drawn; in the order of their names."""
+        return drawn(self._free(), self.sites_per_round, self.settled.plan.seed, number)
+
+    def _free(self) -> set[str]:
+        """The connected sites that are not at an earlier round."""
         there = {client.name for client in self.engine.get_clients()}
-        free = {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
-        return drawn(free, self.sites_per_round, self.settled.plan.seed, number)
+        return {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
 
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
@@ -376,10 +389,13 @@ class FedPEFT(ModelController):
         return value < than if self.key_metric_mode == "min" else value > than
 
     def _evaluate_last(self) -> None:
-        """The adapter of the last round has not been measured yet: it may be the best."""
+        """The adapter of the last round has not been measured yet: it may be the best. Where only the sites can read
+        it, they are sent it for good.
+        """
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
-        if not (self.key_metric and self.settled.plan.evaluation.before and saved):
+        measures = bool(self.key_metric) and self.settled.plan.evaluation.before
+        if not saved or not (measures or saved.adapter.sealed):
             return
         weights = self.aggregator.combined.weights
         task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
@@ -394,12 +410,18 @@ class FedPEFT(ModelController):
             self.ledger.answered.append(site)
             return True
 
-        sites = sorted(weights) if self.sites_per_round else self._free_sites(self.num_rounds)
+        all_sites = saved.adapter.sealed or not self.sites_per_round
+        sites = sorted(self._free() if all_sites else weights)
         self._ask(*self._encoded(task), AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.measured(measured, weights)
         self._close()
-        self._consider(self.ledger.line.medians)
+        if measures:
+            self._consider(self.ledger.line.medians)
         self._tell_widgets()
+        if self.best is None:
+            self.info(
+                f"no site tells {self.key_metric}, so no round was chosen as the best: the last adapter is the result"
+            )
 
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""

@@ -23,6 +23,7 @@ from nvflare.private.fed.utils.app_deployer import AppDeployer
 
 from ..errors import ConfigError, FmError
 from ..job import job_files
+from .kit import privacy_scope
 
 ACTION = "nvflare_fm.job"  # of the lines in the audit log
 _NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError)
@@ -44,6 +45,7 @@ class SiteDeployer(AppDeployer):
         """Check, deploy and put on record; returns why the site refuses, or nothing. The server hears the reason."""
         try:
             check_archive(app_data, job_files.CLIENT)
+            _check_floor(Path(workspace.get_site_config_dir()), job_meta, app_data)
             refused = super().deploy(workspace, job_id, job_meta, app_name, app_data, fl_ctx) or ""
         except FmError as error:
             refused = error.message
@@ -78,6 +80,21 @@ def check_archive(data: bytes, needs: str = "") -> None:
             job_files.check_app(archive.namelist(), lambda name: _head(archive, name), needs)
     except _NO_ARCHIVE as error:
         raise ConfigError(f"the app is no archive: {type(error).__name__}", code="no_archive") from None
+
+
+def _check_floor(local: Path, job_meta: Mapping[str, Any], data: bytes) -> None:
+    """Check a job whose files have been checked against the site's privacy floor.
+
+    Raises:
+        PolicyError: as `privacy_scope.check_job`.
+    """
+    scope = job_meta.get(JobMetaKey.SCOPE.value) or ""
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        names = archive.namelist()
+        (config,) = [name for name in names if name.startswith(f"config/{job_files.CLIENT}.")]
+        client = job_files.parse_config(config, _head(archive, config))
+    brings_code = any(name.split("/")[0] == "custom" for name in names)
+    privacy_scope.check_job(local, scope if isinstance(scope, str) else repr(scope), brings_code, client)
 
 
 def _head(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nvflare.apis.dxo import DXO
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_constant import FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
@@ -31,6 +32,7 @@ from ..site.offer import secret
 from ..site.offer.site_config import FILE_NAME
 from . import wire
 from .arguments import Arguments
+from .egress import Egress, in_force
 from .gate import Gate
 
 TRAINER = "nvflare_fm.flare.trainer"
@@ -85,6 +87,7 @@ class PeftExecutor(ClientAPIExecutor):
             job_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
             self._command = self._argv(str(site_file), job_folder)
             self._gate = Gate(site_file, self.overrides, self.processes)
+            self._egress = Egress(site_file, lambda: self._gate.config)
             _limit_threads(self._gate)
             with contextlib.suppress(FmError):  # a site without a secret is the trainer's to report
                 secret.make(site_file)
@@ -98,7 +101,13 @@ class PeftExecutor(ClientAPIExecutor):
             return refusal
         result = super().execute(task_name, shareable, fl_ctx, abort_signal)
         self._gate.note(result, fl_ctx)
-        return result
+        return result if in_force(fl_ctx) else self._egress.process(result, fl_ctx)
+
+    def fire_log_analytics(self, fl_ctx: FLContext, dxo: DXO) -> None:
+        """Metrics that are streamed while a trainer works pass no filter: at a site with a floor they stay here."""
+        with contextlib.suppress(FmError):
+            if self._gate.config.privacy.floor is None:
+                super().fire_log_analytics(fl_ctx, dxo)
 
     def _call_off(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         """The server has ended a round: if we are still at its task, we stop.

@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from nvflare.apis.dxo import from_shareable
-from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from nvflare.apis.utils.fl_context_utils import add_job_audit_event
 from nvflare.app_common.abstract.fl_model import FLModel
@@ -13,10 +11,12 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from ..config import SiteOverrides
-from ..errors import FmError
-from ..site.offer.policy import Decision, Submitter, accept, decide
-from ..site.offer.site_config import SiteConfig, load_site
-from . import wire
+from ..errors import FmError, PolicyError
+from ..privacy.egress import Asked
+from ..site.offer.policy import Decision, accept, decide
+from ..site.offer.site_config import FILE_NAME, SiteConfig, load_site
+from . import egress, wire
+from .submitter import submitter
 
 
 class Gate:
@@ -53,11 +53,16 @@ class Gate:
         try:
             model = FLModelUtils.from_shareable(task)
             if (asked := wire.read_plan(model)) is None:
+                self._keep_submission()
                 return None
+            self._need_egress(fl_ctx)
             plan = self.overrides.applied(asked)
             about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
             decision = accept(decide(plan, self.config, who, self.processes, task_name == AppConstants.TASK_TRAIN))
             _hand_over(decision, model, task)
+            names = frozenset(name for name in model.params or {} if isinstance(name, str))
+            of_round = Asked(decision.plan, model.current_round or 0, model.total_rounds or 1, names)
+            fl_ctx.set_prop(egress.ASKED, of_round, private=True, sticky=False)
             said = str(decision)
         except FmError as error:
             said, reply = f"refused: {error}", _reply(error.message)
@@ -66,6 +71,32 @@ class Gate:
             reply = _reply(f"internal error: {type(error).__name__}; see the site's audit log")
         self._audit(f"{said} [{about}, for {who.name or 'unknown'} of {who.org or 'unknown'}]", fl_ctx)
         return reply
+
+    def _need_egress(self, fl_ctx: FLContext) -> None:
+        """A site with a floor works only where its filter looks at what leaves; simulated sites have no kit for one.
+
+        Raises:
+            PolicyError: it does not.
+        """
+        if self.config.privacy.floor and self.site_file.name == FILE_NAME and not egress.in_force(fl_ctx):
+            raise PolicyError(
+                "this site has a privacy floor, and its egress filter is not in force; its admin must run nvflare-fm "
+                "site allow and restart the site",
+                code="no_egress",
+            )
+
+    def _keep_submission(self) -> None:
+        """Of submit_model, whose task holds no plan.
+
+        Raises:
+            PolicyError: the adapter that the trainer holds may be one that was not let out.
+        """
+        if self.config.privacy.floor:
+            raise PolicyError(
+                "this site has a privacy floor and submits no adapter of its own for others to measure; leave "
+                "submit_model out, and measure the global adapter",
+                code="submission_withheld",
+            )
 
     def note(self, result: Shareable, fl_ctx: FLContext) -> None:
         """Puts on record what the trainer itself refused."""
@@ -83,12 +114,6 @@ def written_out(text: str, most: int = 2000) -> str:
     """`text` without anything that is no printable character, and no longer than `most`."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
     return shown if len(shown) <= most else f"{shown[: most - 1]}…"
-
-
-def submitter(fl_ctx: FLContext) -> Submitter:
-    """Who submitted the job, as NVFlare's server authenticated them; nobody in the simulator."""
-    meta = fl_ctx.get_prop(FLContextKey.JOB_META) or {}
-    return Submitter(meta.get(JobMetaKey.SUBMITTER_NAME.value, ""), meta.get(JobMetaKey.SUBMITTER_ORG.value, ""))
 
 
 def _hand_over(decision: Decision, model: FLModel, task: Shareable) -> None:

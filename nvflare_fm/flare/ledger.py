@@ -118,6 +118,7 @@ class Ledger:
             scaled: sites of which a part counts in the round that was merged last.
         """
         error = self.result.get("error")
+        spent = {site: f"at most {its.epsilon:g}" for site, its in self.result.get("sites", {}).items() if its.epsilon}
         return {
             **latest,
             "round": self.round,
@@ -126,6 +127,7 @@ class Ledger:
             "sites_out": self.reasons(),
             "late": ", ".join(sorted(self.late)) or "none",
             **({"scaled": _listed(scaled)} if scaled else {}),
+            **({"epsilon": _listed(spent)} if spent else {}),
             **({"error": error} if error else {}),
         }
 

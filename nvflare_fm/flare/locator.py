@@ -47,7 +47,8 @@ class Measurement(Settings):
 
     def applied(self, plan: TaskPlan | None) -> TaskPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
-        what a site does not hold as trained rides along frozen. Limits on training do not bite.
+        what a site does not hold as trained rides along frozen. Limits on training do not bite, and nothing is sent
+        that could be encrypted.
 
         Raises:
             ConfigError: the adapter does not say how it was trained.
@@ -61,7 +62,9 @@ class Measurement(Settings):
         given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
         evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)
         idle = TrainingSettings(local_steps=1, batch_size=1)
-        return plan.model_copy(update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",)})
+        return plan.model_copy(
+            update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",), "uplink": ()}
+        )
 
 
 class _Arguments(Arguments):

@@ -25,7 +25,7 @@ from ..site.offer import secret, site_file
 from ..site.offer.policy import BOUNDS
 from ..site.offer.site_config import FILE_NAME, SiteConfig, load_site
 from . import components
-from .kit import allow_list, job_check
+from .kit import allow_list, job_check, privacy_scope
 
 PROPERTY, README, CAPABILITIES = "fm_site", "readme_nvflare_fm.txt", "nvflare_fm"
 
@@ -41,6 +41,8 @@ This kit lets jobs fine-tune language models here with adapters (LoRA and its ki
   local/{check}
                         checks a job's files before anything parses them, and writes a line about every job to
                         audit.log: who submitted it, and whether it was accepted or why not.
+  local/{scope}        the filter through which each answer leaves, for every job: it keeps the privacy budget,
+                        and under a floor (privacy.max_epsilon in the site file) lets nothing else out.
   local/{site_file}       which models and data exist here under which alias, limits, who is welcome. Yours to edit.
 
 Before the first job
@@ -87,6 +89,7 @@ class FmBuilder(Builder):
             self._prepare_local(client, ctx, {PropKey.ALLOW_LOG_STREAMING: bool(streaming)})
             local = Path(ctx.get_local_dir(client))
             prepare_site(local, client.get_prop(PROPERTY) or {}, client.name)
+            privacy_scope.install(local)
             write_readme(local.parent / README, client.name)
 
     def _prepare_local(
@@ -161,6 +164,7 @@ def write_readme(file: Path, name: str) -> None:
             listed="\n".join(f"                          {entry}" for entry in components.SITE),
             besides=beside,
             check=job_check.FILE,
+            scope=privacy_scope.FILE,
             site_file=FILE_NAME,
             secret=secret.NAME,
             streaming="on: they go to the server" if streams_logs(resources) else "off: they stay here",
@@ -186,13 +190,14 @@ def allow(kit: Path, only_ours: bool = False) -> list[Path]:
     if is_site and CAPABILITIES not in before:
         before[PropKey.ALLOW_LOG_STREAMING] = False
     check = job_check.install(local, is_site)
+    scope = [privacy_scope.install(local)] if is_site else []
     written = allow_list.write(local / allow_list.OWN, _allowing(before, is_site, only_ours))
     if not is_site:
         return [written, check]
     prepare_site(local, {}, kit.name)
     write_readme(kit / README, kit.name)
     secret.make(local / FILE_NAME)  # here and not by the builder: whoever makes the kits would know it
-    return [written, check, local / FILE_NAME, local / secret.NAME, kit / README]
+    return [written, check, *scope, local / FILE_NAME, local / secret.NAME, kit / README]
 
 
 def is_of_site(kit: Path) -> bool:
@@ -210,6 +215,8 @@ def remove(kit: Path) -> list[Path]:
     """
     local = _local(kit)
     changed = allow_list.disallow(local)
+    if scope := privacy_scope.remove(local):
+        changed.append(scope)
     came_with = allow_list.load(local / allow_list.DEFAULT).get(PropKey.ALLOW_LOG_STREAMING)
     for file in (local / allow_list.OWN, local / allow_list.DEFAULT):
         resources = allow_list.load(file)

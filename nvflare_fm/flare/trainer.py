@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +28,16 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
-from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
-from ..site.offer.site_config import load_site
+from ..privacy.budget import Budget
+from ..privacy.egress import public_report
+from ..privacy.protection import Protection
+from ..site.offer.site_config import FILE_NAME, load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
+from .encryption import site_keys
 
 if TYPE_CHECKING:
     from ..site.worker import Worker
@@ -116,7 +121,7 @@ class TaskHandler:
         worker = self._loaded()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            chain = transforms.read(self._requested.uplink, "uplink") if self._requested else Chain()
+            chain = worker.chain(self._requested) if self._requested else Chain()
             return wire.write_submission(adapter, manifest, self._requested, pack(adapter, chain, worker.site))
         task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
@@ -127,6 +132,8 @@ class TaskHandler:
                     _report(f"before/{metric}", value, task.round)
             return wire.write_metrics(metrics)
         update = worker.train(task)
+        if worker.config.privacy.floor:
+            update = replace(update, report=public_report(update.report, task.plan))
         self._requested = wire.read_task(message).plan
         packed = worker.packed(update, task.plan)
         for event in packed.events:
@@ -137,17 +144,28 @@ class TaskHandler:
         """On the first task: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
             with _importing():
-                from ..site.model.own_adapter import OwnAdapter
+                from ..site.model.own_adapter import GLOBAL, OwnAdapter
                 from ..site.offer import secret
                 from ..site.offer.confine import confine
+                from ..site.training.job_events import JobEvents
                 from ..site.training.kept_state import KeptState
                 from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state = KeptState(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
+            state, events = KeptState(self.job_folder), JobEvents(self.job_folder)
+            budget, privacy = Budget.beside(self.site_file, FILE_NAME), config.privacy
+
+            def may_spend(cost: Protection) -> None:
+                budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
+
+            startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
+            keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
+            site = flare.get_site_name()
+            self._worker = Worker(
+                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole
+            )
         return self._worker
 
 

@@ -22,6 +22,8 @@ from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
 from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
 from ..export.folder import Saved
+from ..privacy.disclosed import Disclosed, read_disclosed
+from ..privacy.protection import PROTECTION, Protection
 from ..transforms import Chain, Parcel
 from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
@@ -167,6 +169,8 @@ def write_update(update: AdapterUpdate, packed: Packed | None = None) -> FLModel
     """
     packed = packed or _plainly(update.adapter)
     meta = _described(packed, replace(update.manifest, labels=())) | {"report": plain(asdict(update.report))}
+    if update.protection is not None:
+        meta["protection"] = plain(asdict(update.protection))
     return _model(packed, meta, metrics=dict(update.report.before) or None)
 
 
@@ -189,7 +193,9 @@ def read_update(
             f"{site} did not encode its adapter by the plan's uplink; update nvflare_fm there", code="other_encoding"
         )
     report = _typed(_REPORT, content, "report", site)
-    report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site))
+    disclosed = read_disclosed(content["protection"], site) if "protection" in content else None
+    epsilon = disclosed.epsilon if disclosed else None  # whatever the report says
+    report = replace(report, before=_usable(report.before, site), after=_usable(report.after, site), epsilon=epsilon)
     manifest = _typed(_MANIFEST, content, "manifest", site)
     if not isinstance(model.params, Mapping) or not model.params:
         raise WireError(f"{site} sent no tensors; did its PEFT method find a layer to train?", code="no_tensors")
@@ -202,6 +208,58 @@ def read_update(
             code="other_layers",
         )
     return AdapterUpdate(site, _adapter(model.params, content, site), replace(manifest, labels=labels), report)
+
+
+def read_protection(model: FLModel, sender: str) -> Protection | None:
+    """What a trainer states about the protection of an update, for its own site; None: it states none.
+
+    Raises:
+        WireError: it states what is no protection.
+    """
+    content = _content(model.meta, sender)
+    return _typed(PROTECTION, content, "protection", sender) if "protection" in content else None
+
+
+def write_disclosed(model: FLModel, disclosed: Disclosed | None) -> None:
+    """Put what the server may know of an update's protection in the place of what the trainer states."""
+    content = dict(_content(model.meta, "the site's trainer"))
+    content.pop("protection", None)
+    model.meta = {**model.meta, KEY: content | ({"protection": asdict(disclosed)} if disclosed else {})}
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An update on its way from the trainer to the site's egress, read as strictly as the server reads it."""
+
+    packed: Packed
+    manifest: Manifest
+    report: Report
+    protection: Protection | None
+
+
+def read_outgoing(model: FLModel) -> Outgoing | None:
+    """The inverse of `write_update` at the sender's own site; None: it is no update.
+
+    Raises:
+        WireError, ConfigError: it is malformed.
+    """
+    content = _content(model.meta, "the site's trainer")
+    if "report" not in content:
+        return None
+    return Outgoing(
+        _packed(model.params, content, "the site's trainer"),
+        _typed(_MANIFEST, content, "manifest", "the site's trainer"),
+        _typed(_REPORT, content, "report", "the site's trainer"),
+        read_protection(model, "the site's trainer"),
+    )
+
+
+def write_outgoing(outgoing: Outgoing, disclosed: Disclosed | None) -> FLModel:
+    """Make the update that leaves: of what was read, and nothing else that the trainer's message may have held."""
+    update = AdapterUpdate("", outgoing.packed.adapter(), outgoing.manifest, outgoing.report)
+    model = write_update(update, outgoing.packed)
+    write_disclosed(model, disclosed)
+    return model
 
 
 def write_submission(
@@ -309,6 +367,10 @@ def _content(meta: Mapping[str, Any] | None, sender: str) -> Mapping[str, Any]:
 
 
 def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
+    return _packed(params, content, sender).adapter()
+
+
+def _packed(params: Any, content: Mapping[str, Any], sender: str) -> Packed:
     """What came, as far as it can be told without reading a tensor.
 
     Raises:
@@ -331,9 +393,9 @@ def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
                 code="tensor_type",
             )
     parcel = Parcel(sender, Lazy(params, lambda name: _fetched(params[name])), sent)
-    adapter = Packed(chain, parcel, Described(whole, scales)).adapter()
-    check_form(adapter, sender)
-    return adapter
+    packed = Packed(chain, parcel, Described(whole, scales))
+    check_form(packed.adapter(), sender)
+    return packed
 
 
 def _transforms(content: Mapping[str, Any], sender: str) -> Rules:
@@ -359,6 +421,13 @@ def _check_encoded(
     Raises:
         WireError: another tensor came, or one of another size or type, so that it cannot be decoded.
     """
+    if chain.encrypts:
+        if not chain.fits(sent, whole):
+            raise WireError(
+                f"{sender} sent no ciphertexts of the {len(whole)} tensors that it described; update nvflare_fm there",
+                code="encoded_size",
+            )
+        return
     if sent.keys() != whole.keys():
         raise WireError(
             f"{sender} sent {len(sent)} tensors and described {len(whole)} others; update nvflare_fm there",

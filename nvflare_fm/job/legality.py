@@ -5,11 +5,14 @@ Rules state promises and needs; no rule is known here by its name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from .. import transforms
 from ..aggregation.asked import Needs, named
 from ..aggregation.merge import MergeRule
-from ..config import Aggregation, RoundPlan, TrainingSettings
+from ..config import Aggregation, TaskPlan, TrainingSettings
 from ..errors import ConfigError
+from . import private
 from .peft import PeftMethod
 from .tasks import Promises, promises
 
@@ -20,11 +23,12 @@ _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it
 class Job:
     """What of a job decides whether its parts go together."""
 
-    plan: RoundPlan  # with the PEFT method's defaults written out
+    plan: TaskPlan  # with the PEFT method's defaults written out
     aggregation: Aggregation
     rule: MergeRule
     method: PeftMethod
     needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
+    encrypts: bool = False  # whether the server adds what it cannot read
 
     @property
     def plain_lora(self) -> bool:
@@ -50,6 +54,10 @@ class Clash:
 
 def _shifts_classes(training: TrainingSettings) -> bool:
     return training.restricted_softmax != 1 or bool(training.logit_calibration or training.logit_adjustment)
+
+
+def _unfit(each: private.Unfit, job: Job) -> bool:
+    return job.plan.privacy.asked and each.holds(job.plan)
 
 
 CLASHES = (
@@ -185,6 +193,55 @@ CLASHES = (
         lambda job: job.needs.loss and not job.plan.evaluation.before,
         "no site measures it",
         "set evaluation.before",
+    ),
+    Clash(
+        "private_loss",
+        "a rule that needs the loss of the received adapter",
+        "`privacy`",
+        lambda job: job.needs.loss and job.plan.privacy.asked,
+        "no noise covers the loss on a site's own rows",
+        "leave weigh out, which is uniform",
+    ),
+    *(Clash(each.code, "`privacy`", each.that, partial(_unfit, each), each.why, each.remedy) for each in private.UNFIT),
+    Clash(
+        "no_linear_sum",
+        "an encrypted uplink",
+        "a merge rule that does more than add B beside a frozen A",
+        lambda job: job.encrypts and job.method.factored and not job.rule.linear_sum,
+        "the server adds what it cannot read, and the rule needs to read it",
+        "choose a merge rule with a linear sum, of those in docs/reference/rules.md",
+    ),
+    Clash(
+        "nothing_readable",
+        "an encrypted uplink",
+        "a guard, weight or server step that reads what sites send",
+        lambda job: job.encrypts and bool(job.needs.reads),
+        "the server cannot read it",
+        "set guard = [], and weigh equally or by what sites report",
+    ),
+    Clash(
+        "encrypted_changes",
+        "an encrypted uplink",
+        "`normalize_steps`, `max_staleness`",
+        lambda job: job.encrypts and bool(job.aggregation.normalize_steps or job.aggregation.max_staleness),
+        "the server would have to tell what a site changed from what it holds, and can read neither",
+        "leave them out",
+    ),
+    Clash(
+        "encrypted_downlink",
+        "an encrypted uplink",
+        "a downlink",
+        lambda job: job.encrypts and bool(job.plan.downlink),
+        "the server sends the sum back as it is, encrypted",
+        "leave downlink out",
+    ),
+    Clash(
+        "uplink_only",
+        "an encrypted downlink",
+        "any job",
+        lambda job: transforms.read(job.plan.downlink, "downlink").encrypts,
+        "the server has no key to encrypt with, and sends back what it added",
+        "encrypt the uplink",
     ),
 )
 

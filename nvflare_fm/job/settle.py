@@ -43,6 +43,11 @@ class SettledPlan:
     rule: MergeRule
     global_rank: int
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server adds what sites send without reading it."""
+        return transforms.read(self.plan.uplink, "uplink").encrypts
+
     def of_round(self, number: int) -> TaskPlan:
         """Make the plan that round `number` sends, with the factors that it trains."""
         turns = self.rule.factors
@@ -71,6 +76,7 @@ class SettledPlan:
             pairs=self.method.factored and self.plan.shares == "AB",
             ranks=self._ranks(mine, bool(listed)) if self.method.factored else range(0),
             scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
+            padded_to=self.plan.padded_to,
             steps=_up_to(steps, "local_steps" in self.plan.negotiable) if held else None,
         )
 
@@ -96,9 +102,10 @@ def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOv
     rule, method = merge.choose(aggregation.merge), read(plan.peft)
     check_training(method, plan.training)
     needs = needed(aggregation)  # unknown names and settings are refused here, before a round is lost
-    transforms.read(plan.uplink, "uplink")
+    encrypts = transforms.read(plan.uplink, "uplink").encrypts
     transforms.read(plan.downlink, "downlink")
     aggregation = aggregation.model_copy(update={"step": _step(plan, aggregation, rule, method)})
+    rule = rule.encrypted() if encrypts and rule.linear_sum else rule
     settled = TaskPlan.read(
         {
             **dict(plan),
@@ -112,10 +119,11 @@ def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOv
         },
         "plan",
     )
-    legality.check(legality.Job(settled, aggregation, rule, method, needs))
+    legality.check(legality.Job(settled, aggregation, rule, method, needs, encrypts))
     if method.factored and _one_rank(rule, method):
         _check_one_rank(settled.rank, sites, "DoRA" if rule.mixed_ranks else named(aggregation.merge))
     widest = _global_rank(settled, aggregation, sites) if method.factored else 0
+    settled = settled.model_copy(update={"padded_to": widest if encrypts else 0})
     return SettledPlan(settled, aggregation, sites, method, rule, widest)
 
 

@@ -107,6 +107,8 @@ def _of_site(site: str, rounds: Sequence[Round]) -> Iterator[str]:
     asked = [line for line in rounds if site in line.asked]
     counted = [line for line in rounds if site in line.sites and site not in line.out]
     yield one_line(f"{site}: counted in {len(counted)} of {len(asked)} rounds")
+    if spent := [line.sites[site].epsilon for line in counted if line.sites[site].epsilon is not None]:
+        yield f"  ε of the job at this site: at most {spent[-1]:g}"
     reasons: dict[Reason, list[int]] = {}
     for line in rounds:
         if site in line.out:

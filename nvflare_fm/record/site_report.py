@@ -27,6 +27,7 @@ class Report:
     label_skew: Share | None = None  # ℓ₂ distance of the label distribution to the uniform one, where the site tells it
     max_weight: Annotated[Share, Field(gt=0)] = 1.0  # the largest share of the merge this site wants
     lowered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()  # what the site gave less of: "rank 16 → 8"
+    epsilon: Amount | None = None  # most ε that the job costs a record of the site; None: no protection
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -493,6 +493,123 @@ def _holds(file: Path, content: bytes) -> bool:
     return file.is_file() and content in file.read_bytes()
 
 
+# --- a site that states a floor
+
+PRIVATE = {"privacy": {"epsilon": 8.0, "delta": 1e-3}}
+BY_NVFLARE = {
+    "an executor of NVFlare's": lambda config: config["executors"][0].update(
+        executor={"path": "nvflare.app_common.np.np_trainer.NPTrainer", "args": {}}
+    ),
+    "a filter of the job's": lambda config: config["task_result_filters"].append(
+        {"tasks": ["train"], "filters": [{"path": "nvflare.app_common.filters.exclude_vars.ExcludeVars", "args": {}}]}
+    ),
+    "a stream of logs": slip_in(path="nvflare.app_common.logging.job_log_streamer.JobLogStreamer", args={}),
+}
+
+
+def peeking(job: Path) -> Path:
+    """A server that asks for the site's own adapter under a name that is no task's."""
+    args = {"submit_model_task_name": "peek", "validation_task_name": "other", "submit_model_timeout": 60}
+    path = "nvflare.app_common.workflows.cross_site_model_eval.CrossSiteModelEval"
+
+    def ask(config: Any) -> None:
+        config["workflows"].append({"id": "peek", "path": path, "args": args})
+
+    edited(job, "config_fed_server.json", ask, "app_server")
+    return edited(job, "config_fed_client.json", lambda c: c["executors"][0]["tasks"].append("p*k"), "app_clinic-c")
+
+
+@pytest.fixture(scope="session")
+def under_a_floor(system: System, jobs: Jobs, job: Callable[..., Path], tmp_path_factory: Any) -> Jobs:
+    """Jobs submitted while one of the sites states a floor, which its kit knows from the next job on."""
+    site_file, done = system.kits / "clinic-c" / "local" / "fm_site.yaml", Jobs()
+    before, folder = site_file.read_text(), tmp_path_factory.mktemp("floor")
+    stated = before.replace("# max_epsilon: 8.0", "max_epsilon: 8.0").replace("# delta: 1e-05", "delta: 1e-3")
+    assert "\n  max_epsilon: 8.0" in stated
+    two, alone = {"clinic-a": {}, "clinic-c": {}}, {"clinic-c": {}}
+    folders = {
+        "plain": job("plain", sites=two),
+        "private": job("private", sites=two, **PRIVATE),
+        "few rows": job("few_rows", sites={"clinic-c": {"data": "few"}}, **PRIVATE),
+        "peeks": peeking(job("peeks", sites=two)),
+        "scope": job("scope", sites=alone),
+    }
+    meta = json.loads((folders["scope"] / "meta.json").read_text()) | {"scope": "wide-open"}
+    (folders["scope"] / "meta.json").write_text(json.dumps(meta))
+    for number, (name, edit) in enumerate(BY_NVFLARE.items()):
+        folders[name] = edited(job(f"way_{number}", sites=alone), "config_fed_client.json", edit, "app_clinic-c")
+    site_file.write_text(stated)
+    try:
+        session = system.session()
+        done.ids = {name: session.submit_job(str(each)) for name, each in folders.items()}
+        for name, number in done.ids.items():
+            system.wait_for(lambda number=number: system.ended(number), 200, f"{name} to end")
+            done.ended[name] = system.ended(number)
+            done.deployed[name] = str(session.get_job_meta(number).get("job_deploy_detail"))
+        for name in ("plain", "private", "few rows", "peeks"):
+            done.results[name] = Path(session.download_job_result(done.ids[name], str(folder)))
+        session.close()
+    finally:
+        site_file.write_text(before)
+    return done
+
+
+def test_a_job_that_could_go_around_the_filter_is_not_deployed_at_a_site_with_a_floor(
+    under_a_floor: Jobs, system: System
+):
+    for name in (*BY_NVFLARE, "scope"):
+        code = "no_egress" if name == "scope" else "other_components"
+        assert under_a_floor.ended[name] == "FINISHED:FAILED_TO_RUN"
+        assert f"[{code}]" in under_a_floor.deployed[name]
+        assert not (system.kits / "clinic-c" / under_a_floor.ids[name]).exists()
+
+
+def test_a_job_without_privacy_goes_on_without_a_site_that_states_a_floor(under_a_floor: Jobs):
+    assert under_a_floor.ended["plain"] == "FINISHED:COMPLETED"
+    trained, measured = under_a_floor.rounds("plain")
+    assert trained["out"]["clinic-c"]["code"] == "unprotected"
+    assert measured["out"]["clinic-c"]["code"] == "metrics_withheld"
+    assert [*trained["sites"]] == [*measured["sites"]] == ["clinic-a"]
+
+
+def test_a_reason_that_tells_of_the_rows_stays_at_a_site_with_a_floor(under_a_floor: Jobs, system: System):
+    (line,) = under_a_floor.rounds("few rows")
+    assert line["out"]["clinic-c"]["code"] == "reason_withheld"
+    assert "20 different examples" in system.audit("clinic-c", under_a_floor.ids["few rows"])
+
+
+def test_an_update_leaves_a_site_with_a_floor_only_with_its_cost(under_a_floor: Jobs):
+    for line in under_a_floor.rounds("private"):
+        if (told := line["sites"].get("clinic-c")) is not None:
+            assert 0 < told["epsilon"] <= 8.0
+            assert not told["before"]
+            assert "loss" not in told
+            assert told["seconds"] == told["peak_memory_mib"] == 0
+        else:
+            assert line["out"]["clinic-c"]["code"] in ("unprotected", "metrics_withheld")
+
+
+def test_a_site_with_a_floor_submits_no_adapter_whatever_the_task_is_called(under_a_floor: Jobs, system: System):
+    assert "submission_withheld" in system.audit("clinic-c", under_a_floor.ids["peeks"])
+    models = under_a_floor.results["peeks"] / "workspace" / "cross_site_val" / "model_shareables"
+    assert not [file.name for file in models.glob("*clinic-c*") if b"lora_A" in file.read_bytes()]
+
+
+def test_nothing_that_is_not_protected_leaves_a_site_with_a_floor(under_a_floor: Jobs, system: System):
+    kept = {name: number for name, number in under_a_floor.ids.items() if name != "private"}
+    of = {name: [m for m in system.sent("clinic-c") if number.encode() in m] for name, number in kept.items()}
+    assert all(b"refused" in b"".join(of[name]) for name in ("plain", "few rows", "peeks"))
+    of_rows = rb"lora_A|train_loss|analytix|fed\.event|before/|after/|accuracy|different examples"
+    for name, messages in of.items():
+        assert not [m for m in messages if re.search(of_rows, m)], name
+    private = b"".join(m for m in system.sent("clinic-c") if under_a_floor.ids["private"].encode() in m)
+    assert b"fed.event" not in private
+    assert b"sample_rate" not in private
+    others = b"".join(m for m in system.sent("clinic-a") if under_a_floor.ids["plain"].encode() in m)
+    assert b"lora_A" in others  # what is watched is what travels
+    assert b"fed.event" in others
+
+
 # --- last, for the server is killed
 
 

@@ -23,8 +23,9 @@ from nvflare.private.fed.utils.app_authz import AppAuthzService
 from nvflare.private.fed.utils.app_deployer import AppDeployer
 
 from nvflare_fm.flare.deployment import ServerValidator, SiteDeployer
-from nvflare_fm.flare.kit import job_check
+from nvflare_fm.flare.kit import job_check, privacy_scope
 from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.site.offer.site_config import FILE_NAME
 
 SECRET = "hf_CANARY"
 META = {"name": "study\n[E:forged]", "submitter_name": "lead@company.example", "submitter_org": "company"}
@@ -238,3 +239,72 @@ def test_yaml_of_a_job_is_not_parsed_on_the_server(monkeypatch: pytest.MonkeyPat
     assert "YAML" in str(caught.value)
     (tmp_path / "own.yml").write_text("{}")
     assert parser.load_config(str(tmp_path / "own.yml")).to_dict() == {}  # the server's own
+
+
+# --- a site with a privacy floor
+
+FLOOR = "privacy: {max_epsilon: 8.0}\n"
+NPTRAINER = {"path": "nvflare.app_common.np.np_trainer.NPTrainer", "args": {}}
+PEFT = {"path": "nvflare_fm.flare.executor.PeftExecutor", "args": {}}
+METRICS = {"id": "m", "path": "nvflare.app_common.widgets.convert_to_fed_event.ConvertToFedEvent", "args": {}}
+
+
+def client(executor: Any = PEFT, components: Any = (METRICS,), filters: Any = ()) -> str:
+    tasks = [{"tasks": ["train"], "executor": executor}]
+    chains = [{"tasks": ["train"], "filters": list(filters)}] if filters else []
+    return json.dumps(
+        {"format_version": 2, "executors": tasks, "components": list(components), "task_result_filters": chains}
+    )
+
+
+WAYS_AROUND = {
+    "nothing": ({}, client(), ""),
+    "an executor of NVFlare's": ({}, client(NPTRAINER), "other_components"),
+    "the same inside ours": ({}, client(PEFT | {"args": {"settings": NPTRAINER}}), "other_components"),
+    "by class_path": ({}, client({"class_path": NPTRAINER["path"]}), "other_components"),
+    "by name": ({}, client({"name": "NPTrainer"}), "other_components"),
+    "a component": ({}, client(components=[{"id": "a", **NPTRAINER}]), "other_components"),
+    "a filter of the job": ({}, client(filters=[NPTRAINER]), "other_components"),
+    "our own filter": ({}, client(filters=[{"path": privacy_scope.FILTER}]), "other_components"),
+    "an unknown scope": ({"scope": "none of ours"}, client(), "no_egress"),
+    "a scope that is no text": ({"scope": ["nvflare_fm"]}, client(), "no_egress"),
+    "our scope by name": ({"scope": "nvflare_fm"}, client(), ""),
+}
+
+
+@pytest.mark.parametrize("way", [*WAYS_AROUND])
+def test_a_site_with_a_floor_deploys_no_job_that_could_go_around_it(kit: Workspace, tmp_path: Path, way: str) -> None:
+    meta, config, expected = WAYS_AROUND[way]
+    local = tmp_path / "kit" / "local"
+    data = app(tmp_path, config_fed_client__json=config)
+    (local / FILE_NAME).write_text(FLOOR)
+    assert deployed(kit, data, META | meta).endswith("[no_egress]")  # whatever it is: there is no filter yet
+    privacy_scope.install(local)
+    reason = deployed(kit, data, META | meta)
+    assert reason.endswith(f"[{expected}]") if expected else reason == ""
+    assert Path(kit.get_run_dir("job-1")).exists() == (not expected)
+    assert len(audited(kit)) == 2
+
+
+@pytest.mark.parametrize("said", ["", "limits: {max_rank: 8}\n", None])
+def test_without_a_floor_other_jobs_are_deployed_as_before(kit: Workspace, tmp_path: Path, said: str | None) -> None:
+    if said is not None:
+        (tmp_path / "kit" / "local" / FILE_NAME).write_text(said)
+    assert deployed(kit, app(tmp_path, config_fed_client__json=client(NPTRAINER))) == ""
+
+
+def test_a_site_file_that_cannot_be_read_counts_as_a_floor(kit: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "kit" / "local" / FILE_NAME).write_text("privacy: {max_epsilon: a lot}\n")
+    assert deployed(kit, app(tmp_path, config_fed_client__json=client(NPTRAINER))).endswith("[no_egress]")
+
+
+def test_code_of_a_job_does_not_run_at_a_site_with_a_floor_whatever_its_submitter_may(
+    kit: Workspace, tmp_path: Path
+) -> None:
+    privacy_scope.install(tmp_path / "kit" / "local")
+    (tmp_path / "kit" / "local" / FILE_NAME).write_text(FLOOR)
+    app(tmp_path)
+    folder = tmp_path / "jobs" / "job" / "app"
+    (folder / "custom").mkdir()
+    (folder / "custom" / "mine.py").write_text("print('hello')\n")
+    assert deployed(kit, zip_directory_to_bytes(str(folder), "")).endswith("[brings_code]")

@@ -1,6 +1,7 @@
 """A site's word on a job: accepted, lowered where the plan says so, refused otherwise, always with the reason."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +13,10 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, PolicyError
 from nvflare_fm.job import peft as peft_methods
+from nvflare_fm.job.cost import AdapterShape, BaseShape
 from nvflare_fm.job.settle import settle
-from nvflare_fm.site.offer.policy import BOUNDS, Submitter, accept, decide, fit
+from nvflare_fm.privacy.egress import NO_METRICS
+from nvflare_fm.site.offer.policy import BOUNDS, Submitter, accept, check_shapes, decide, fit
 from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
 from tests.codes import refused
@@ -253,7 +256,18 @@ def test_every_number_that_a_plan_asks_for_has_a_limit_or_costs_nothing():
     }
     limited = {part for bound in BOUNDS for part in re.findall(r"[a-z._]+", bound.setting)}
     limited |= {"training.gradient_accumulation_steps"}  # its bound is on a product
-    assert numbers - limited == {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
+    free = {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
+    assert numbers - limited == free | {"padded_to"}  # max_adapter_mib limits what leaves, as the next test shows
+
+
+def test_what_is_padded_to_be_added_unread_is_limited_as_it_leaves():
+    shape, base = AdapterShape({"l": (2**10, 2**10)}), BaseShape(1, 1, 1, 1, 1, 1, 1, 1)
+    config = site(limits={"max_adapter_mib": 1})
+    check_shapes(base, shape, plan(padded_to=64), config, 1, True)
+    with pytest.raises(PolicyError) as refused:
+        check_shapes(base, shape, plan(padded_to=2**12), config, 1, True)
+    assert refused.value.code == "above_limit"
+    assert "max_adapter_mib" in refused.value.message
 
 
 def test_processes_count_for_the_rows_of_a_step_and_have_a_limit_of_their_own():
@@ -316,19 +330,73 @@ def test_few_rows_and_what_is_kept_at_home_are_refused_by_the_plan_alone(asked: 
     assert codes(plan(**asked), site(privacy=privacy)) == refused
 
 
-@pytest.mark.parametrize("protection", ["clip", "noise", "encryption"])
-def test_a_site_that_requires_a_protection_refuses_while_no_job_can_give_it(protection: str):
-    config = site(privacy={"required_protection": protection})
-    assert f"this site lets no update leave without {protection}" in refusal(plan(), config)
-    assert codes(plan(), config) == ["unprotected"]
+EIGHT = {"max_epsilon": 8.0}
+ASKED = {"epsilon": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("privacy", "asked", "said"),
+    [
+        ({"required_protection": "clip"}, {}, ["unprotected"]),
+        ({"required_protection": "noise"}, {}, ["unprotected"]),
+        ({"required_protection": "encryption"}, {}, ["unprotected"]),
+        ({"required_protection": ["noise", "encryption"]}, {}, ["unprotected", "unprotected"]),
+        ({"required_protection": ["clip", "noise"]}, ASKED, []),
+        ({"required_protection": ["noise"]}, {"noise_multiplier": 1.0}, []),
+        ({"required_protection": ["noise", "encryption"]}, ASKED, ["unprotected"]),
+        (EIGHT, {}, ["unprotected"]),
+        (EIGHT, ASKED, []),
+        (EIGHT, {"epsilon": 8.0}, []),
+        (EIGHT, {"epsilon": 8.1}, ["epsilon_above_budget"]),
+        (EIGHT, {"noise_multiplier": 0.1}, []),  # the worker tells, and the egress
+        (EIGHT | {"unit": "patient_id"}, ASKED, ["weak_unit"]),
+        (EIGHT | {"unit": "patient_id"}, ASKED | {"unit": "patient_id"}, []),
+        (EIGHT, ASKED | {"unit": "patient_id"}, []),  # who protects a patient protects each row
+        (EIGHT | {"delta": 1e-6}, ASKED, ["weak_delta"]),
+        (EIGHT | {"delta": 1e-6}, ASKED | {"delta": 1e-6}, []),
+        ({"unit": "patient_id", "delta": 1e-9}, ASKED, []),  # without a floor a job may do as it likes
+    ],
+)
+def test_a_plan_that_protects_less_than_the_site_demands_is_refused(privacy: Any, asked: Any, said: list[str]):
+    assert codes(plan(privacy=asked), site(privacy=privacy)) == said
+    for reason in decide(plan(privacy=asked), site(privacy=privacy), WHO).refused:
+        assert not {str(value) for value in asked.values()} & {*reason.message.split()}
+
+
+def test_under_a_floor_the_number_of_steps_must_not_follow_from_the_rows():
+    epochs = plan(privacy=ASKED, training={"local_steps": 0})
+    assert codes(epochs, site(privacy=EIGHT)) == ["counts_rows"]
+    assert codes(epochs, site()) == []
+
+
+def test_under_a_floor_a_site_measures_nothing_and_tells_no_counts_whatever_its_file_lets_out():
+    config = site(privacy=EIGHT | {"counts": ["examples"], "label_statistics": "skew"})
+    decision = decide(plan(privacy=ASKED), config, WHO)
+    assert not {decision.plan.evaluation.before, decision.plan.evaluation.after} - {False}
+    assert decision.lowered == (NO_METRICS,)
+    assert decide(decision.plan, config, WHO) == replace(decision, lowered=())
+    assert codes(plan(privacy=ASKED), config, trains=False) == ["metrics_withheld"]
+    assert codes(plan(privacy=ASKED, counts=["examples"]), config) == ["kept_here"]
+    assert codes(plan(privacy=ASKED, label_statistics="skew"), config) == ["kept_here"]
+
+
+def test_an_unknown_protection_cannot_be_required():
     with refused("wrong_setting", ConfigError, "required_protection"):
         site(privacy={"required_protection": "good will"})
 
 
+@pytest.mark.parametrize("delta", ["1e-5", "1.5E-7", 1e-5])
+def test_delta_may_be_written_as_people_write_it(delta: Any):
+    assert site(privacy={"delta": delta}).privacy.delta == float(delta)
+    for wrong in ("much", "0.1", "nan", "1e-5 "):
+        with refused("wrong_setting", ConfigError):
+            site(privacy={"delta": wrong})
+
+
 def test_a_worker_asks_for_the_required_protection_too(tmp_path: Path):
     worker = hired(tmp_path, privacy={"required_protection": ["noise"]})
-    for work in (worker.train, worker.validate):
-        with refused("unprotected", PolicyError, "noise"):
+    for work, code in ((worker.train, "unprotected"), (worker.validate, "metrics_withheld")):
+        with refused(code, PolicyError):
             work(RoundTask(tiny.plan()))
 
 

@@ -14,7 +14,6 @@ from ...adapter import Adapter, Manifest
 from ...aggregation.admit import Terms
 from ...config import SiteOverrides, TaskPlan
 from ...errors import ConfigError
-from ...export import folder as export
 from ...job import job_files
 from ...job.feasible import check_plan, check_sites
 from ...job.peft import read
@@ -25,6 +24,7 @@ from ..deployment import check_folder, first_bytes
 from ..executor import PeftExecutor
 from ..locator import AdapterLocator
 from ..persistor import AdapterPersistor
+from ..sealed import read_any
 
 T = TypeVar("T")
 ALL = "@ALL"  # NVFlare's word in a deploy_map
@@ -55,7 +55,7 @@ def read_job(folder: Path) -> Job:
     name = str(meta.get("name", folder.name))
     server, home = _server(folder, list(apps))
     persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
-    saved = export.read_adapter(home / persistor.initial_adapter) if persistor.initial_adapter else None
+    saved = read_any(home / persistor.initial_adapter) if persistor.initial_adapter else None
     adapter, trained_by = (saved.adapter, saved.plan) if saved else (None, None)
     needed = _min_sites(meta)
     check_sites(set(sites) - {ALL}, needed, _mandatory(meta))

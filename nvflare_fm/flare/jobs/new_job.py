@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ...export import folder as export
 from ...job.settle import CHECKED
 from ...job.templates import ADAPTER, SITES, Template
+from ..sealed import files_of
 from .job import Job, read_job
 
 _KEPT = ("model", "data", "quantization", "double_quant", "compute_dtype", "max_length")  # of the plan
@@ -122,5 +123,5 @@ def making(folder: Path) -> Iterator[Path]:
 def bring(adapter: Path, folder: Path) -> None:
     """Copy the files of a saved adapter, and no others, into a new folder of a job."""
     folder.mkdir()
-    for name in export.files_of(adapter):
+    for name in files_of(adapter):
         shutil.copyfile(adapter / name, folder / name)

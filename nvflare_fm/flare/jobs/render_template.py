@@ -300,17 +300,17 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], without: Collect
         elif name == "peft":
             blocks += _block(name, _peft(given.get(name, field.get_default(call_default_factory=True))))
         else:
-            lines.append(_knob(name, field, given))
+            lines.append(_setting(name, field, given))
     return [*_aligned(lines), *blocks]
 
 
 def _peft(given: Mapping[str, Any]) -> list[str]:
     method = _line("method", given["method"], "PEFT method; docs/reference/settings.md lists them and their settings")
     fields = peft_methods.registry[given["method"]].model_fields
-    return _aligned([method, *(_knob(name, inner, given) for name, inner in fields.items())])
+    return _aligned([method, *(_setting(name, inner, given) for name, inner in fields.items())])
 
 
-def _knob(name: str, field: FieldInfo, given: Mapping[str, Any]) -> tuple[str, str]:
+def _setting(name: str, field: FieldInfo, given: Mapping[str, Any]) -> tuple[str, str]:
     """The line of a setting. One that is unset, and has an example, shows the example behind a `# `."""
     if name not in given and field.examples:
         text, meaning = _line(name, field.examples[0], summary(field))

@@ -84,7 +84,8 @@ def _trained(site: SiteConfig, plan: TaskPlan) -> str:
     trial = plan.model_copy(
         update={"training": training, "evaluation": plan.evaluation.model_copy(update=evaluation)},
     )
-    here = {"min_update_rows": 1, "counts": ("examples", "bad_rows")}  # what is told here stays here
+    counts = ("examples", "bad_rows")  # what is told here stays here, and needs no protection
+    here = {"min_update_rows": 1, "counts": counts, "max_epsilon": None, "required_protection": ()}
     site = site.model_copy(update={"privacy": site.privacy.model_copy(update=here)})
     worker = Worker("this site", site)
     report, rows = worker.train(RoundTask(trial)).report, worker.rows(trial)

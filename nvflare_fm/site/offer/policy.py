@@ -12,6 +12,8 @@ from ...config import TaskPlan, at_rank
 from ...errors import PolicyError
 from ...job.cost import AdapterShape, BaseShape, trained_bytes
 from ...job.peft import complete
+from ...privacy.egress import NO_METRICS, unprotected
+from ...transforms import read
 from .confine import GIB
 from .site_config import ANYONE, FILE_NAME, Limits, Privacy, SiteConfig, Welcome
 
@@ -106,6 +108,9 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
     """
     plan = plan.model_copy(update={"peft": complete(plan.peft)})
     plan, lowered, refused = _within(plan, site.limits, processes, trains)
+    if site.privacy.floor and trains and (plan.evaluation.before or plan.evaluation.after):
+        unmeasured = plan.evaluation.model_copy(update={"before": False, "after": False})
+        plan, lowered = plan.model_copy(update={"evaluation": unmeasured}), (*lowered, NO_METRICS)
     return Decision(
         plan,
         lowered,
@@ -114,7 +119,7 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
             *_not_offered(plan, site),
             *_too_few_rows(plan, site.privacy, processes, trains),
             *_not_told(plan, site.privacy),
-            *_unprotected(site.privacy),
+            *_unprotected(plan, site.privacy, trains),
         ),
     )
 
@@ -213,7 +218,7 @@ def check_shapes(
     """
     limits, rank = site.limits, plan.rank
     check_trained(adapter.whole, adapter.embeddings, limits)
-    if adapter.size(rank) > limits.max_adapter_mib * 2**20:
+    if adapter.size(plan.padded_to or rank) > limits.max_adapter_mib * 2**20:
         raise PolicyError(
             f"the adapter is larger than the {limits.max_adapter_mib:g} MiB this site allows (max_adapter_mib); lower "
             "peft.rank, or adapt fewer modules",
@@ -280,6 +285,7 @@ def few_metric_rows(privacy: Privacy) -> PolicyError:
 
 def _not_told(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
     """What the job's weights need to know of the rows and the site does not tell."""
+    floor = privacy.floor is not None
     return [
         PolicyError(
             f"this site does not tell {' and '.join(kept)}, which the job's weights need; choose other weights, or ask "
@@ -287,19 +293,19 @@ def _not_told(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
             code="kept_here",
         )
         for name in ("counts", "label_statistics")
-        if (kept := sorted({*getattr(plan, name)} - {*getattr(privacy, name)}))
+        if (kept := sorted({*getattr(plan, name)} - {*(() if floor else getattr(privacy, name))}))
     ]
 
 
-def _unprotected(privacy: Privacy) -> list[PolicyError]:
-    """No plan can ask for a protection yet, so none that a site requires is there."""
-    return [
-        PolicyError(
-            f"this site lets no update leave without {protection}, which no job can give yet; leave this site out",
-            code="unprotected",
-        )
-        for protection in privacy.required_protection
-    ]
+def _unprotected(plan: TaskPlan, privacy: Privacy, trains: bool) -> list[PolicyError]:
+    """What a plan lacks of the protection that the site demands."""
+    if (floor := privacy.floor) is None:
+        return []
+    if not trains:
+        said = "this site has a privacy floor and tells no metrics; leave it out of measurements"
+        return [PolicyError(said, code="metrics_withheld")]
+    encrypts = any(transform.stage == "encrypt" for transform in read(plan.uplink, "uplink").transforms.values())
+    return unprotected(plan, floor, encrypts)
 
 
 def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyError]:

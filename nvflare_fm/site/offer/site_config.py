@@ -30,6 +30,7 @@ from ...config import (
 )
 from ...errors import ConfigError, PolicyError
 from ...job.aliases import not_an_alias
+from ...privacy.egress import Floor
 from ...registry import nearest
 from .site_yaml import read_yaml
 
@@ -40,6 +41,8 @@ Identity = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _nobody = BeforeValidator(lambda v: () if v is None else v)
 Listed = Annotated[Annotated[tuple[Identity, ...], Field(max_length=1000)] | None, one, _nobody]
 Protections = Annotated[tuple[Literal["clip", "noise", "encryption"], ...], Field(max_length=3), one]
+_EXPONENT = re.compile(r"[0-9]{1,3}(\.[0-9]{1,17})?[eE]-?[0-9]{1,3}")
+Small = Annotated[float, BeforeValidator(lambda v: float(v) if isinstance(v, str) and _EXPONENT.fullmatch(v) else v)]
 FILE_NAME, ANYONE = "fm_site.yaml", "*"
 AUTO: Final = "auto"
 
@@ -183,10 +186,47 @@ class Privacy(Settings):
     label_statistics: LabelStatistics = Field(
         (), description="Statistics of the labels that may leave: skew, their distance from even; empty: none."
     )
+    max_epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="Most ε that all jobs together may cost a record of one data set; unset: no limit. Where it is "
+        "set, no update leaves without differential privacy, and no metric, loss or count leaves at all.",
+        examples=[8.0],
+    )
+    delta: Small = Field(  # YAML takes 1e-5 for a text
+        1e-5,
+        gt=0,
+        le=0.01,
+        description="δ at which max_epsilon is counted, and the largest of a job: less than one in the number of "
+        "records.",
+    )
+    unit: Text = Field(
+        "row",
+        description="Record that is protected: row, or the column that says whose row it is. A job that protects less "
+        "is refused.",
+        examples=["patient_id"],
+    )
     required_protection: Protections = Field(
         (),
-        description="Protection of every update: clip, noise, encryption. No job offers any yet: one here refuses all.",
+        description="Protection without which no update leaves: clip and noise (differential privacy), encryption. As "
+        "with max_epsilon, no metric, loss or count leaves at all.",
     )
+    max_membership_auc: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="Largest AUC with which an update may tell rows it was trained on from validation rows; 1: not "
+        "measured. The upper end of its 95 % interval counts, on up to 200 rows of either side. An update above it is "
+        "refused, and the refusal tells one bit about the rows that no ε covers.",
+    )
+
+    @property
+    def floor(self) -> Floor | None:
+        """What must hold for whatever leaves; None: the site demands nothing."""
+        if self.max_epsilon is None and not self.required_protection:
+            return None
+        return Floor(self.max_epsilon, self.delta, self.unit, self.required_protection)
 
 
 class Welcome(Settings):

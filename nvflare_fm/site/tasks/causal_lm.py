@@ -9,6 +9,7 @@ tokenizer's end token, which is learned, so that generation stops there.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
 from ...files import MIB
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Groups, Task, task, text_of
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Groups, Task, strange_words, task, text_of
 from .chat_template import Rendering, Span
 from .conversations import alpaca_prompt, conversation, is_plain_alpaca
 
@@ -40,6 +41,11 @@ class CausalLM(Task):
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"text": " ".join(["word"] * plan.max_length)}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        """A secret of eight digits: `prompt` says whose it is, and `completion` is the secret."""
+        name = " ".join(strange_words(random, 2))
+        return {"prompt": f"The number of {name} is ", "completion": f"{random.randrange(10**8):08d}"}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         chat = conversation(row)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,6 +38,10 @@ class Preference(CausalLM):
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         words = " ".join(["word"] * plan.max_length)
         return {"prompt": "word", "chosen": f" well {words}", "rejected": f" ill {words}"}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        secret, other = super().canary(plan, random), super().canary(plan, random)
+        return {"prompt": secret["prompt"], "chosen": secret["completion"], "rejected": other["completion"]}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         prompt, *answers = _parts(row)

@@ -8,6 +8,7 @@ split. Named entities are scored as CoNLL does, by seqeval: one counts if its ki
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from random import Random
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, task, tokenized
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, strange_words, task, tokenized
 from .labels import find
 
 Span = tuple[int, int]  # characters, end excluded
@@ -33,6 +34,10 @@ class TokenClassification(Task):
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"tokens": ["word"] * plan.max_length, "labels": [plan.labels[0]] * plan.max_length}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        words = strange_words(random, 4)
+        return {"tokens": words, "labels": [random.choice(plan.labels) for _ in words]}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         words, labels = row.get("tokens"), row.get("labels")
