@@ -286,7 +286,7 @@ class AdapterUpdate:
     adapter: Adapter
     manifest: Manifest
     report: Report
-    began: Adapter | None = None  # the global adapter it was trained from, where that is an earlier round's
+    start: Adapter | None = None  # the global adapter it was trained from, where that is an earlier round's
     staleness: int = 0  # rounds since that one was sent
     protection: Protection | None = None  # how it is protected; None: it is not
 

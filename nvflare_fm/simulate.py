@@ -22,7 +22,7 @@ from .transforms.packed import added, check_sealed, pack
 
 
 @dataclass(frozen=True)
-class Round:
+class SimulatedRound:
     """One finished round."""
 
     number: int
@@ -38,26 +38,26 @@ class Round:
 def federate(
     workers: Mapping[str, Worker],
     plan: RoundPlan,
-    how: Aggregation,
+    aggregation: Aggregation,
     rounds: int,
     adapter: Adapter | None = None,
     manifest: Manifest | None = None,
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
     keys: Keys | None = None,
-) -> Iterator[Round]:
+) -> Iterator[SimulatedRound]:
     """Run a federation in this process, and yield each round as it ends.
 
     Args:
         workers: site → its worker.
         plan: what the sites are asked to do.
-        how: how their adapters become one.
+        aggregation: how their adapters become one.
         rounds: how many to run.
         adapter: to start from; None: a fresh one.
         manifest: of that adapter.
         sites_per_round: sites drawn for each round; 0: all.
-        takes: site → rounds that its answer takes, if more than one. An answer that is more than `how.max_staleness`
-            rounds late does not count.
+        takes: site → rounds that its answer takes, if more than one. An answer that is more than
+            `aggregation.max_staleness` rounds late does not count.
         keys: the server's, where the plan encrypts what sites send.
 
     Yields:
@@ -65,7 +65,7 @@ def federate(
     Raises:
         FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
-    settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
+    settled = settle(plan, aggregation, {site: worker.overrides for site, worker in workers.items()})
     for worker in workers.values():
         worker.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
@@ -76,9 +76,9 @@ def federate(
         received = down.adapter() if down.chain else adapter
         task = RoundTask(settled.of_round(number), received, manifest, number, rounds)
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
-        due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
+        due = sorted(site for site, sent in at.items() if number - sent.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
-        updates = tuple(trained_from(began, _answer(workers[site], began), task) for site, began in tasks.items())
+        updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
         for update in updates:
             if keys:
                 check_sealed(keys, update.adapter, update.site, apart=False)
@@ -90,10 +90,12 @@ def federate(
         else:
             combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
-        at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
+        at = {
+            site: sent for site, sent in at.items() if sent.adapter and number - sent.round < aggregation.max_staleness
+        }
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
-        yield Round(number, combined, updates)
+        yield SimulatedRound(number, combined, updates)
 
 
 def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
@@ -103,7 +105,7 @@ def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
     return replace(update, adapter=packed.adapter()) if packed.chain else update
 
 
-def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
+def train_alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
     """Train one worker by itself for as many steps as it would take in `rounds` rounds, as a baseline."""
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds

@@ -191,19 +191,19 @@ def test_a_path_is_shown_as_it_is_and_the_detail_with_it(place: Path) -> None:
 
 
 def test_a_kit_that_is_not_there_is_said_to_be_missing(place: Path) -> None:
-    for kit, said in (("none", "there is no folder"), ("empty", "no folder startup and no folder local")):
+    for kit, text in (("none", "there is no folder"), ("empty", "no folder startup and no folder local")):
         done = typed("site", "check", "--kit", place / kit, "--json")
         (found,) = json.loads(done.stdout)
         assert (done.exit_code, found["what"]) == (1, "kit")
-        assert said in found["said"]
-        assert kit in found["said"]
+        assert text in found["text"]
+        assert kit in found["text"]
 
 
 def test_what_a_library_raises_in_a_trial_is_a_finding_that_says_where() -> None:
     found = checkup._tried("data notes", lambda: {}["modules_to_save"])  # type: ignore[return-value]
     assert not found.good
-    assert "please report it: KeyError at " in found.said
-    assert "modules_to_save" in found.said
+    assert "please report it: KeyError at " in found.text
+    assert "modules_to_save" in found.text
 
 
 def test_a_message_cannot_steer_the_terminal() -> None:

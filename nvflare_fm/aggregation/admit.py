@@ -215,7 +215,7 @@ def admit(
     return updates, refused
 
 
-def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def shared_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """What every site of a federation must share: layer → (fan_out, fan_in), dense name → shape. Ranks may differ."""
     found = adapter.descriptions()
     pairs = {n: (found[n + LORA_B].shape[0], found[n + LORA_A].shape[1]) for n in adapter.lora}
@@ -223,7 +223,7 @@ def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(adapter: Adapter) -> frozenset[tuple[str, tuple[int, ...]]]:
-    return frozenset(shapes(adapter).items())
+    return frozenset(shared_shapes(adapter).items())
 
 
 def _ranks(adapter: Adapter) -> tuple[int, ...]:

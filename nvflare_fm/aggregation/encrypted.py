@@ -17,7 +17,7 @@ def combine_unread(
     state: Adapter,
     manifest: Manifest | None,
     updates: Sequence[AdapterUpdate],
-    how: Aggregation,
+    aggregation: Aggregation,
     add: Add,
 ) -> Combined:
     """Add up the sites' updates by their shares; each holds the whole global adapter as the site would have it.
@@ -26,7 +26,7 @@ def combine_unread(
         state: the global adapter as the sites received it; its values are not read.
         manifest: what it belongs to; None in the first round.
         updates: trained from `state`.
-        how: the weights; `job.legality` refuses a job whose rules would read values.
+        aggregation: the weights; `job.legality` refuses a job whose rules would read values.
         add: makes Σ shareₖ · adapterₖ of what sites sent.
 
     Returns:
@@ -37,8 +37,8 @@ def combine_unread(
     accepted, refused = admit(state, manifest, updates)
     if not accepted:
         raise nothing_left(refused)
-    accepted, kept_down = held(accepted, weighed_by(how))
-    weights = weigh.weigh(how.weigh, Cohort(accepted, state), how.max_weight)
+    accepted, kept_down = held(accepted, weighed_by(aggregation))
+    weights = weigh.weigh(aggregation.weigh, Cohort(accepted, state), aggregation.max_weight)
     shares: Mapping[str, float] = weights.shares
     return Combined(
         adapter=add([update.adapter for update in accepted], [shares[update.site] for update in accepted]),

@@ -122,8 +122,8 @@ def _findings(kit: Path, plan: "TaskPlan") -> "Iterator[Finding]":
     from ..site.check.machine import machine
     from ..site.offer.site_config import FILE_NAME
 
-    if said := _no_kit(kit):
-        yield Finding("kit", False, said)
+    if text := _no_kit(kit):
+        yield Finding("kit", False, text)
         return
     yield from machine(kit)
     yield from _certificates(kit)
@@ -194,4 +194,4 @@ def _encryption(kit: Path) -> "Finding":
 
 def _show(finding: "Finding") -> None:
     mark = typer.style("✓", fg="green") if finding.good else typer.style("✗", fg="red")
-    typer.echo(f"{mark} {one_line(finding.what)}: {one_line(finding.said)}")
+    typer.echo(f"{mark} {one_line(finding.what)}: {one_line(finding.text)}")

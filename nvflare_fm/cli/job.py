@@ -17,7 +17,9 @@ from .terminal import add_row, console, plain
 if TYPE_CHECKING:
     from ..flare.jobs.forecast import Forecast
 
-Asked = Annotated[bool, typer.Option("--help", help="show this message, and all settings of TEMPLATE if it is named")]
+WantsHelp = Annotated[
+    bool, typer.Option("--help", help="show this message, and all settings of TEMPLATE if it is named")
+]
 
 
 def templates() -> None:
@@ -33,7 +35,7 @@ def new(
         list[str], typer.Argument(metavar="key=value …", help="settings that differ from the template")
     ] = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder of the job; must not exist yet")] = None,
-    asked: Asked = False,
+    wants_help: WantsHelp = False,
 ) -> None:
     """Make a job from a template.
 
@@ -42,7 +44,7 @@ def new(
     Use the shortest unambiguous name of a setting as key. With adapter=FOLDER the job starts from that adapter.
     sites.NAME.KEY=value sets what one site does differently; the sites that you name are then the sites of the job.
     """
-    if asked or not template:
+    if wants_help or not template:
         _explain(context, template)
         return
     if output is None:
@@ -68,11 +70,11 @@ def _explain(context: typer.Context, template: str) -> None:
     typer.echo(context.get_help())
     if not template:
         return
-    knobs = job_templates.load(template).knobs()
+    settings = job_templates.load(template).settings()
     table = Table("setting", "value", "meaning", title=template, show_edge=False)
-    for knob in knobs:
-        value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
-        add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
+    for setting in settings:
+        value = setting.value if setting.is_set else f"not set, e.g. {setting.value}"
+        add_row(table, (job_templates.shortest(setting, settings), value, setting.meaning))
     console().print(table)
 
 

@@ -16,7 +16,7 @@ from ..aggregation.combine import combine
 from ..algebra.lora import svd
 from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..job.settle import settle
-from ..simulate import Round, alone, federate
+from ..simulate import SimulatedRound, federate, train_alone
 from ..site.model import base_model
 from ..site.offer.site_config import DataSource, ModelSource, SiteConfig
 from ..site.worker import Worker
@@ -104,7 +104,7 @@ class Bench:
         ranks = [chosen.rank or self._rank(place) for place in range(len(self.names))]
         parts = [
             self.settled(chosen, seed).model_dump(mode="json"),
-            chosen.how.model_dump(mode="json"),
+            chosen.aggregation.model_dump(mode="json"),
             [(rank, chosen.alpha(rank) if chosen.alpha else None) for rank in ranks],
             [chosen.worker.__name__, chosen.folds, chosen.quantizations, chosen.at_home, chosen.slow, chosen.waits],
             [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
@@ -118,28 +118,28 @@ class Bench:
         peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
         asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
-        return settle(asked, method.how).plan
+        return settle(asked, method.aggregation).plan
 
-    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
+    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[SimulatedRound]:
         plan = self.settled(method, seed)
         if method.folds:
             return self._folding(method, workers, plan)
         takes = {} if method.waits else dict.fromkeys(self.names[2::3], method.slow)
-        return federate(workers, plan, method.how, self.together(method), takes=takes)
+        return federate(workers, plan, method.aggregation, self.together(method), takes=takes)
 
     def together(self, method: Method) -> int:
         """Rounds of the federation; in the others each site trains by itself, or waits for the slow ones."""
         rounds = math.ceil(self.study.rounds / method.slow) if method.waits else self.study.rounds
         return rounds - math.ceil(method.at_home * rounds)
 
-    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[Round]:
+    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[SimulatedRound]:
         adapter, manifest = Adapter(), None
         for number in range(self.study.rounds):
             task = RoundTask(plan, adapter, manifest, number, self.study.rounds)
             updates = tuple(workers[name].train(task) for name in sorted(workers))
-            combined = combine(adapter, manifest, updates, method.how, sum(RANKS))
+            combined = combine(adapter, manifest, updates, method.aggregation, sum(RANKS))
             adapter, manifest = peers.fold(combined, workers[self.names[0]], task)
-            yield Round(number, replace(combined, adapter=adapter), updates)
+            yield SimulatedRound(number, replace(combined, adapter=adapter), updates)
         base_model._loaded.clear()  # what was folded into is nobody else's base
 
     def measure(
@@ -148,7 +148,9 @@ class Bench:
         task = RoundTask(self.settled(method), adapter, manifest)
         return {name: worker.validate(task)[self.study.metric] for name, worker in workers.items()}
 
-    def finished_at_home(self, method: Method, workers: dict[str, Worker], seed: int, last: Round) -> dict[str, float]:
+    def finished_at_home(
+        self, method: Method, workers: dict[str, Worker], seed: int, last: SimulatedRound
+    ) -> dict[str, float]:
         """The score at home of each site's own adapter, which goes on from the global one, at half the rate."""
         plan, scores = self.settled(method, seed), {}
         training = {
@@ -204,7 +206,7 @@ def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     method = Method(training=BASELINES[name])
     plan, sites, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
     for trained_at, worker in sites.items() if name == "alone" else [("pooled", bench.pooled())]:
-        adapter, manifest, _ = alone(worker, plan, rounds)
+        adapter, manifest, _ = train_alone(worker, plan, rounds)
         bench.tick(rounds * (1 if name == "alone" else len(sites)))
         judges = {trained_at: worker} if name == "alone" and bench.held_out else sites
         yield {"round": rounds, "trained_at": trained_at, "scores": bench.measure(judges, method, adapter, manifest)}

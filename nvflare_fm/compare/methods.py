@@ -23,7 +23,7 @@ class Method:
     """A method of the comparison: how adapters become one, and what its sites do differently.
 
     Args:
-        how: merge rule, weights, guards and server step.
+        aggregation: merge rule, weights, guards and server step.
         rank: of all sites; 0: mixed.
         alpha: rank of a site → its α, for a scale of α / rank; None: one α and a scale of α / √rank (rsLoRA).
         worker: what a site does; a peer's may differ.
@@ -35,7 +35,7 @@ class Method:
         waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
     """
 
-    how: Aggregation = field(default_factory=Aggregation)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     rank: int = 0
     alpha: Callable[[int], float] | None = None
     worker: type[Worker] = Worker
@@ -92,15 +92,15 @@ COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 
-def named(asked: Sequence[str]) -> list[str]:
+def methods_named(names: Sequence[str]) -> list[str]:
     """Check the names of methods and baselines.
 
     Raises:
         ConfigError: `unknown_name`.
     """
     known = [*METHODS, *BASELINES]
-    if unknown := sorted({*asked} - {*known}):
+    if unknown := sorted({*names} - {*known}):
         raise ConfigError(
             f"no method {unknown[0]!r}; {nearest(unknown[0], known)}known: {'; '.join(known)}", code="unknown_name"
         )
-    return [*asked]
+    return [*names]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .bench import overall
 from .methods import ALONE, AT_HOME, METHODS, OURS, PEERS
-from .run import lines
+from .run import read_lines
 from .study import RANKS, Study
 
 TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
@@ -32,7 +32,7 @@ class Results:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return lines(self.study.results())
+        return read_lines(self.study.results())
 
     @property
     def sign(self) -> int:

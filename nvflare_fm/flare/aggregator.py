@@ -58,7 +58,7 @@ class AdapterAggregator(ModelAggregator):
         FLComponent.__init__(self)
         super().__init__()
         self.settings = dict(settings or {})  # as given: NVFlare writes it into the job
-        self.how = Aggregation.read(self.settings, "aggregator")
+        self.aggregation = Aggregation.read(self.settings, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.memory = Memory()  # of the server step
         self.keys: Keys | None = None  # of the server, where it adds what it cannot read
@@ -80,27 +80,27 @@ class AdapterAggregator(ModelAggregator):
     def reset_stats(self) -> None:
         self.updates, self.combined = {}, Combined(self.task.adapter, self.task.manifest, {})
 
-    def accept_model(self, model: FLModel, began: RoundTask | None = None) -> None:
+    def accept_model(self, model: FLModel, sent: RoundTask | None = None) -> None:
         """Check a site's update, and keep it for the merge.
 
         Args:
-            began: what the site was sent, if that was in an earlier round.
+            sent: what the site was sent, if that was in an earlier round.
 
         Raises:
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
-        began = began or self.task
-        names = () if self.keys else began.adapter.descriptions()  # what is encrypted travels under other names
-        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, began.plan.uplink)
-        check_terms(update, self.settled.terms(update.site), began.adapter, self.task.manifest)
+        sent = sent or self.task
+        names = () if self.keys else sent.adapter.descriptions()  # what is encrypted travels under other names
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, sent.plan.uplink)
+        check_terms(update, self.settled.terms(update.site), sent.adapter, self.task.manifest)
         if self.keys:
             check_sealed(self.keys, update.adapter, update.site, apart=True)
         else:
             check_values(update)
-        check(self.how.weigh, update)
-        if self.how.normalize_steps:
+        check(self.aggregation.weigh, update)
+        if self.aggregation.normalize_steps:
             per_step([1.0], [update])
-        self.updates[update.site] = trained_from(began, update, self.task)
+        self.updates[update.site] = trained_from(sent, update, self.task)
 
     def aggregate_model(self) -> FLModel:
         """The next global adapter; this one again where nothing can be merged, which `combined` then says."""
@@ -114,12 +114,12 @@ class AdapterAggregator(ModelAggregator):
         return model
 
     def _combined(self, updates: Sequence[AdapterUpdate]) -> Combined:
-        task, how, rank = self.task, self.settled.aggregation, self.settled.global_rank
+        task, aggregation, rank = self.task, self.settled.aggregation, self.settled.global_rank
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
             if self.keys:
-                return combine_unread(task.adapter, task.manifest, updates, how, partial(added, self.keys))
-            return combine(task.adapter, task.manifest, updates, how, rank, self.memory, self.whole)
+                return combine_unread(task.adapter, task.manifest, updates, aggregation, partial(added, self.keys))
+            return combine(task.adapter, task.manifest, updates, aggregation, rank, self.memory, self.whole)
 
         try:
             return merge(updates)

@@ -48,7 +48,7 @@ from .arguments import Arguments, Id, taking
 from .encryption import server_keys
 from .ledger import Ledger
 from .persistor import REMEMBERED
-from .standing import Sent, StandingTasks, call_offs
+from .standing import SentTask, StandingTasks, call_offs
 from .stats import PROGRESS, let_be_seen
 
 POLL_S = 0.2  # how often a round looks whether it is over
@@ -102,7 +102,7 @@ class FedPEFT(ModelController):
                 code="too_few_sites",
             )
         aggregator = aggregator or AdapterAggregator()
-        if aggregator.how.max_staleness and not (given.grace_s or given.deadline_s):
+        if aggregator.aggregation.max_staleness and not (given.grace_s or given.deadline_s):
             raise ConfigError(
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
                 code="nobody_late",
@@ -117,7 +117,7 @@ class FedPEFT(ModelController):
         self.plan, self.persistor_id, self.aggregator = dict(plan or {}), persistor_id, aggregator
         self.sites = dict(sites or {})
         overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
-        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, overrides)
+        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.aggregation, overrides)
         check_best(self.settled.plan.task, given.key_metric, given.key_metric_mode)
         self.ledger = Ledger(0, given.num_rounds, [], 0)
         self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
@@ -125,7 +125,7 @@ class FedPEFT(ModelController):
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
-        self.standing = StandingTasks(aggregator.how.max_staleness, given.num_rounds)
+        self.standing = StandingTasks(aggregator.aggregation.max_staleness, given.num_rounds)
         self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other
@@ -229,7 +229,7 @@ class FedPEFT(ModelController):
         self._show()
         self._open = task
         self.send_model(task_name=name, data=message, targets=sites, callback=callback)
-        self.standing.add(Sent(task, self._last_prepared))
+        self.standing.add(SentTask(task, self._last_prepared))
         self._wait(self._last_prepared)
         with self._turn:
             self._open = None

@@ -49,7 +49,7 @@ def check_app(names: Iterable[str], read: Callable[[str], bytes], needs: str = "
     if needs and needs not in stems:
         raise ConfigError(f"the app has no config/{needs}.json or .conf", code="missing_file")
     for name in configs:
-        _check_values(name, read_config(name, read(name)))
+        _check_values(name, parse_config(name, read(name)))
 
 
 def _plain(names: list[str]) -> list[str]:
@@ -81,7 +81,7 @@ def _is_configuration(name: str) -> bool:
     )
 
 
-def read_config(name: str, data: bytes) -> dict[str, Any]:
+def parse_config(name: str, data: bytes) -> dict[str, Any]:
     """What a file of configuration says, without reading anything but `data`.
 
     Args:

@@ -24,7 +24,7 @@ class Job:
     """What of a job decides whether its parts go together."""
 
     plan: TaskPlan  # with the PEFT method's defaults written out
-    how: Aggregation
+    aggregation: Aggregation
     rule: MergeRule
     method: PeftMethod
     needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
@@ -78,7 +78,9 @@ CLASHES = (
         "DoRA",
         "`max_rank` other than the plan's rank",
         lambda job: (
-            job.method.factored and not job.method.side_adapter and job.how.max_rank not in (0, job.plan.peft["rank"])
+            job.method.factored
+            and not job.method.side_adapter
+            and job.aggregation.max_rank not in (0, job.plan.peft["rank"])
         ),
         "a site would hold more directions than it trains frozen beside them, and two DoRA adapters do not add",
         "leave max_rank or use_dora out",
@@ -105,7 +107,7 @@ CLASHES = (
         "steps_need_delta",
         "`normalize_steps`",
         "a merge rule that is not the global adapter plus changes",
-        lambda job: job.how.normalize_steps and not job.rule.delta,
+        lambda job: job.aggregation.normalize_steps and not job.rule.delta,
         "it scales what the sites changed, and the rule averages what they hold",
         _MERGE,
     ),
@@ -114,7 +116,7 @@ CLASHES = (
         "`max_staleness`",
         "a merge rule that is not the global adapter plus changes, or DoRA",
         lambda job: (
-            bool(job.how.max_staleness)
+            bool(job.aggregation.max_staleness)
             and not (job.rule.delta and (job.method.side_adapter or not job.method.factored))
         ),
         "a late answer counts by what it changed, and the rule averages what the sites hold",
@@ -124,7 +126,7 @@ CLASHES = (
         "nothing_late",
         "a rule that needs to know how late an update is",
         "`max_staleness = 0`",
-        lambda job: job.needs.lateness and not job.how.max_staleness,
+        lambda job: job.needs.lateness and not job.aggregation.max_staleness,
         "no update is older than its round",
         "set max_staleness",
     ),
@@ -132,7 +134,7 @@ CLASHES = (
         "energy_needs_canonical",
         "`keep_energy` below 1",
         "a merge rule that keeps raw factors",
-        lambda job: job.how.keep_energy < 1 and not job.rule.canonical,
+        lambda job: job.aggregation.keep_energy < 1 and not job.rule.canonical,
         "it counts singular values, and the rule takes none",
         _MERGE,
     ),
@@ -221,7 +223,7 @@ CLASHES = (
         "encrypted_changes",
         "an encrypted uplink",
         "`normalize_steps`, `max_staleness`",
-        lambda job: job.encrypts and bool(job.how.normalize_steps or job.how.max_staleness),
+        lambda job: job.encrypts and bool(job.aggregation.normalize_steps or job.aggregation.max_staleness),
         "the server would have to tell what a site changed from what it holds, and can read neither",
         "leave them out",
     ),
@@ -253,15 +255,15 @@ def check(job: Job) -> None:
     for clash in CLASHES:
         if clash.holds(job):
             raise ConfigError(
-                f"{_chosen(job.how)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
+                f"{_chosen(job.aggregation)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
                 code=clash.code,
             )
 
 
-def _chosen(how: Aggregation) -> str:
+def _chosen(aggregation: Aggregation) -> str:
     parts: Mapping[str, object] = {
-        "merge": named(how.merge),
-        "weigh": [named(entry) for entry in how.weigh],
-        "step": named(how.step) if how.step is not None else "by task",
+        "merge": named(aggregation.merge),
+        "weigh": [named(entry) for entry in aggregation.weigh],
+        "step": named(aggregation.step) if aggregation.step is not None else "by task",
     }
     return ", ".join(f"{name} = {value}" for name, value in parts.items())

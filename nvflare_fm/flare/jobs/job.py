@@ -20,7 +20,7 @@ from ...job.peft import read
 from ...job.settle import CHECKED, SettledPlan
 from .. import components
 from ..controller import FedPEFT
-from ..deployment import check_folder, head
+from ..deployment import check_folder, first_bytes
 from ..executor import PeftExecutor
 from ..locator import AdapterLocator
 from ..persistor import AdapterPersistor
@@ -162,7 +162,7 @@ def _file(folder: Path, stem: str) -> tuple[Path, dict[str, Any]] | None:
     there = [file for file in (folder / f"{stem}{ending}" for ending in job_files.FORMATS) if file.exists()]
     if len(there) > 1:
         raise ConfigError(f"the job has {stem} in two formats; keep one", str(folder), code="ambiguous_file")
-    return (there[0], job_files.read_config(there[0].name, head(there[0]))) if there else None
+    return (there[0], job_files.parse_config(there[0].name, first_bytes(there[0]))) if there else None
 
 
 def _entries(config: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

@@ -101,7 +101,7 @@ class Preference(CausalLM):
 
 def _margins(model: Any, base: "BaseModel", batch: Columns, plan: RoundPlan) -> Tensor:
     """β · (log π(chosen)/π₀(chosen) − log π(rejected)/π₀(rejected)) of each row; π₀ is the reference."""
-    with torch.no_grad(), alone(base.model), base.autocast():
+    with torch.no_grad(), without_adapter(base.model), base.autocast():
         before = _log_probabilities(base.model, base, batch)
     chosen, rejected = (_log_probabilities(model, base, batch) - before).chunk(2)
     return plan.training.dpo_beta * (chosen - rejected)
@@ -114,7 +114,7 @@ def _log_probabilities(model: Any, base: "BaseModel", batch: Columns) -> Tensor:
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def without_adapter(model: nn.Module) -> Iterator[None]:
     """The base model as it is without any adapter and without dropout, as long as it lasts.
 
     PEFT's own way to switch adapters on again would make all of them trainable, those that ride along frozen too.
