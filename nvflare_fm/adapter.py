@@ -209,10 +209,12 @@ def from_tensors(
     halves = {n.removesuffix(LORA_B) for n in tensors if n.endswith(LORA_B)}
     alone = layers - halves - set(scales)  # no half of a pair: a rule that shares A alone lets it travel as it is
     for layer in sorted((layers ^ halves) - alone):
-        raise WireError(f"{sender} sent only one factor of {layer!r}; both lora_A and lora_B must travel")
+        raise WireError(
+            f"{sender} sent only one factor of {layer!r}; both lora_A and lora_B must travel", code="half_a_pair"
+        )
     layers -= alone
     for layer in sorted(layers - set(scales)):
-        raise WireError(f"{sender} sent no scale for {layer!r}; update nvflare_fm at that site")
+        raise WireError(f"{sender} sent no scale for {layer!r}; update nvflare_fm at that site", code="no_scale")
     for layer in sorted(set(scales) - layers):
         raise WireError(f"{sender} sent a scale for {layer!r} and no pair", code="scale_without_pair")
     dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
@@ -284,7 +286,10 @@ class AdapterUpdate:
 
 @dataclass(frozen=True)
 class RoundTask:
-    """What the server sends: the plan, and the global adapter (empty before the first round)."""
+    """What the server sends: the plan, and the global adapter (empty before the first round).
+
+    No `export.folder.Saved`: it always has a plan, and its round is the one to come, not the one that made the adapter.
+    """
 
     plan: TaskPlan
     adapter: Adapter = Adapter()

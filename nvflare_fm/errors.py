@@ -9,6 +9,9 @@ FmError
 └── TrainingError  training that diverged or ran out of memory
 """
 
+from functools import partial
+from typing import Any
+
 
 class FmError(Exception):
     """An error that a person can act on.
@@ -20,10 +23,14 @@ class FmError(Exception):
             the message, in brackets. Users look it up, and tests match it.
     """
 
-    def __init__(self, message: str, local: str = "", *, code: str = "") -> None:
-        message = f"{message} [{code}]" if code else message
-        super().__init__(f"{message} [{local}]" if local else message)
-        self.message, self.local, self.code = message, local, code
+    def __init__(self, message: str, local: str = "", *, code: str) -> None:
+        self.text, self.local, self.code = message, local, code
+        self.message = f"{message} [{code}]"
+        super().__init__(f"{self.message} [{local}]" if local else self.message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes whole; by Exception's own rule they would lose their code."""
+        return partial(type(self), code=self.code), (self.text, self.local)
 
 
 class ConfigError(FmError):

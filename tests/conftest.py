@@ -20,7 +20,7 @@ jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
 # Whole systems, longest first. They run one after the other, on one worker: each waits for NVFlare half of its time,
 # while the other workers run all the rest.
-SYSTEMS = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_own_half", "test_templates")
+SYSTEMS = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_templates")
 
 settings.register_profile(
     "suite",

@@ -1,12 +1,14 @@
 """A saved adapter is whole or known not to be: whichever bit flips, whoever kills its writer, whatever is there."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,13 +28,13 @@ from tests.flare.messages import MANIFEST, adapter, same
 FLIPS = 300
 
 
-def remembered(seed: int) -> export.Provenance:
+def remembered(seed: int) -> export.Saved:
     memory = Memory(adapter(seed, rank=2), {"head": torch.full((2,), float(seed))})
-    return export.Provenance(seed, None, {"rule": "adam"}, memory)
+    return export.Saved(adapter(seed), MANIFEST, seed, None, {"rule": "adam"}, memory)
 
 
 def saved(folder: Path, seed: int = 1) -> Path:
-    return export.write_adapter(folder, adapter(seed), MANIFEST, remembered(seed))
+    return export.write_adapter(folder, remembered(seed))
 
 
 def refused(folder: Path) -> str:
@@ -82,9 +84,9 @@ def test_a_file_that_was_there_and_is_gone_or_was_exchanged_is_noticed(tmp_path:
 def test_an_adapter_from_before_there_were_sums_is_read_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    folder = export.write_adapter(tmp_path / "last", export.Saved(adapter(1), MANIFEST))
     (folder / at_rest.SUMS).unlink()
-    assert same(export.read_adapter(folder)[0], adapter(1))
+    assert same(export.read_adapter(folder).adapter, adapter(1))
     assert at_rest.SUMS in caplog.text
 
 
@@ -93,19 +95,33 @@ def test_coreutils_verifies_the_same_sums(whole: Path) -> None:
 
 
 def test_what_the_servers_step_remembers_comes_back_bit_for_bit(whole: Path) -> None:
-    _, _, provenance = export.read_adapter(whole)
+    after = export.read_adapter(whole)
     before = remembered(1)
-    assert provenance.step == before.step
-    assert same(provenance.memory.change, before.memory.change)
-    assert provenance.memory.square.keys() == before.memory.square.keys()
-    assert all(torch.equal(provenance.memory.square[n], v) for n, v in before.memory.square.items())
+    assert after.step == before.step
+    assert same(after.memory.change, before.memory.change)
+    assert after.memory.square.keys() == before.memory.square.keys()
+    assert all(torch.equal(after.memory.square[n], v) for n, v in before.memory.square.items())
 
 
 # --- killed
 
 
+MEMORY = Path("/dev/shm")
+SMALL = multiprocessing.get_context("forkserver")  # a process that tests share is large, and takes long to fork
+SMALL.set_forkserver_preload([__name__])
+
+
 @pytest.mark.parametrize("before", ["the old one", "nothing", "what a killed writer left"])
-def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(tmp_path: Path, before: str) -> None:
+def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(before: str) -> None:
+    """In memory, where there is such a folder: a kill loses nothing that the kernel has, so no disk is waited for."""
+    with TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
+        process = SMALL.Process(target=check_every_line, args=(Path(folder), before))
+        process.start()
+        process.join()
+    assert process.exitcode == 0
+
+
+def check_every_line(tmp_path: Path, before: str) -> None:
     start, work, last = tmp_path / "start", tmp_path / "work", tmp_path / "work" / "last"
     start.mkdir()
     if before == "the old one":
@@ -122,12 +138,12 @@ def test_a_writer_killed_at_any_line_leaves_the_old_adapter_or_the_new_one(tmp_p
             assert before == "nothing"
             ends.add("nothing")
         else:
-            found = export.read_adapter(last)[0]
+            found = export.read_adapter(last).adapter
             assert same(found, adapter(1)) or same(found, adapter(2))
             ends.add("new" if same(found, adapter(2)) else "old")
             at_rest.tidy(work)
             assert [f.name for f in work.iterdir()] == ["last"]
-            assert same(export.read_adapter(last)[0], found)
+            assert same(export.read_adapter(last).adapter, found)
         line += 1
     assert ends == {"nothing" if before == "nothing" else "old", "new"}
     assert line > 40
@@ -139,7 +155,7 @@ def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path, left: li
         saved(tmp_path / name, 1)
     saved(tmp_path / "last", 2)
     assert [f.name for f in tmp_path.iterdir()] == ["last"]
-    assert same(export.read_adapter(tmp_path / "last")[0], adapter(2))
+    assert same(export.read_adapter(tmp_path / "last").adapter, adapter(2))
 
 
 # --- nothing more can be written
@@ -168,13 +184,13 @@ def test_a_full_disk_is_an_error_and_the_old_adapter_is_still_there(tmp_path: Pa
     def write() -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # the kernel then answers as when the disk is full
         try:
-            export.write_adapter(last, adapter(2, rank=4), MANIFEST)
+            export.write_adapter(last, export.Saved(adapter(2, rank=4), MANIFEST))
         except ModelError as error:
             return error.code
         return ""
 
     assert in_child(write) == "adapter_not_saved"
-    assert same(export.read_adapter(last)[0], adapter(1))
+    assert same(export.read_adapter(last).adapter, adapter(1))
     assert [f.name for f in tmp_path.iterdir()] == ["last"]
 
 
@@ -185,7 +201,7 @@ def test_a_folder_that_may_not_be_written_to_is_an_error(tmp_path: Path) -> None
         if os.geteuid() == 0:
             os.setresuid(65534, 65534, 65534)
         try:
-            export.write_adapter(last, adapter(2), MANIFEST)
+            export.write_adapter(last, export.Saved(adapter(2), MANIFEST))
         except ModelError as error:
             return error.code
         return ""
@@ -197,7 +213,7 @@ def test_a_folder_that_may_not_be_written_to_is_an_error(tmp_path: Path) -> None
         assert in_child(write) == "adapter_not_saved"
     finally:
         tmp_path.chmod(0o755)
-    assert same(export.read_adapter(last)[0], adapter(1))
+    assert same(export.read_adapter(last).adapter, adapter(1))
 
 
 # --- what lies there is no adapter
@@ -286,6 +302,6 @@ def test_tensors_that_make_no_adapter_are_an_error(tmp_path: Path, tensors: dict
 
 
 def test_an_empty_memory_leaves_no_file(tmp_path: Path) -> None:
-    folder = export.write_adapter(tmp_path / "last", Adapter(dense={"v": torch.ones(3)}), MANIFEST)
+    folder = export.write_adapter(tmp_path / "last", export.Saved(Adapter(dense={"v": torch.ones(3)}), MANIFEST))
     assert sorted(export.files_of(folder)) == sorted(f.name for f in folder.iterdir())
     assert not (folder / export.STEP).exists()

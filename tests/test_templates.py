@@ -25,7 +25,7 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides, TrainingSettings
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.flare import aggregator as aggregator_module
 from nvflare_fm.flare import controller as controller_module
 from nvflare_fm.flare import executor as executor_module
@@ -39,6 +39,7 @@ from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
 from nvflare_fm.job import templates
+from tests.codes import refused
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
 from tests.site import tiny
@@ -126,8 +127,9 @@ def test_every_component_takes_its_arguments(template: str) -> None:
 @every_template
 def test_an_argument_nobody_knows_is_refused(template: str) -> None:
     for part in parts(FOLDER / template, "server") + parts(FOLDER / template, "client"):
-        with pytest.raises((TypeError, ValueError, RuntimeError, ConfigError), match="lerning_rate"):
+        with pytest.raises((TypeError, ValueError, RuntimeError, ConfigError)) as caught:
             Builder().build_component({**part, "args": {**part.get("args", {}), "lerning_rate": 1}})
+        assert "lerning_rate" in str(caught.value)
 
 
 @every_template
@@ -148,9 +150,9 @@ def test_a_template_is_what_its_source_says_now(template: str) -> None:
 
 def test_a_setting_that_a_source_does_not_know_is_refused_with_the_nearest() -> None:
     for wrong in ({"num_ronds": 3}, {"training": {"lerning_rate": 1}}, {"sites": {"a": {"rnk": 2}}}):
-        with pytest.raises(ConfigError, match="did you mean") as refused:
+        with refused("wrong_setting", ConfigError, '"') as caught:
             render_template.render("mine", {**SOURCES["lora_text_classification"], **wrong})
-        assert refused.value.code == "wrong_setting"
+        assert caught.value.code == "wrong_setting"
 
 
 class MoreTraining(TrainingSettings):
@@ -211,7 +213,7 @@ def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecip
 
 @every_template
 def test_a_template_is_the_job_that_the_recipe_exports(template: str, tmp_path: Path) -> None:
-    brought = write_adapter(tmp_path / "adapter", adapter(1), MANIFEST)
+    brought = write_adapter(tmp_path / "adapter", Saved(adapter(1), MANIFEST))
     recipe(template, brought).export(str(tmp_path))
     ours, theirs = built(FOLDER / template), built(tmp_path / template)
     assert sorted(map(said, ours)) == sorted(map(said, theirs))
@@ -316,7 +318,7 @@ def earlier(folder: Path, model: Path) -> Path:
     plan = tiny.plan(quantization="nf4", training={"local_steps": 8, "batch_size": 4, "learning_rate": 1e-2})
     worker.train(RoundTask(plan))
     trained, manifest = worker.submit()
-    return write_adapter(folder / "earlier", trained, manifest, Provenance(3, plan))
+    return write_adapter(folder / "earlier", Saved(trained, manifest, 3, plan))
 
 
 @pytest.mark.parametrize(
@@ -334,11 +336,11 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     if template == "evaluate_adapter":
         assert_measured(run)
         return
-    values, manifest, provenance = read_adapter(run / "adapters" / "last")
+    saved = read_adapter(run / "adapters" / "last")
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    assert values
-    assert provenance.round == len([line for line in rounds if line["energy_lost"]]) - 1
-    assert manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
+    assert saved.adapter
+    assert saved.round == len([line for line in rounds if line["energy_lost"]]) - 1
+    assert saved.manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
     assert (rounds[0]["bytes_down"] > 0) == (template in FROM_ADAPTER)
     if template == "lora_mixed_hardware":
         used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}

@@ -1,11 +1,13 @@
-"""Writes settings.md and rules.md beside this file from the code itself: `python docs/reference/write.py`.
+"""Writes settings.md, rules.md and errors.md beside this file from the code itself: `python docs/reference/write.py`.
 
-A test holds the two files to what this would write.
+A test holds the files to what this would write.
 """
 
+import ast
 import collections.abc
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from inspect import getdoc, signature
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nvflare_fm import errors as error_classes
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Description
 from nvflare_fm.aggregation import guard, merge, step, weigh
@@ -251,7 +254,68 @@ def _first_line(function: Any) -> str:
     return (module.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
 
 
-PAGES = {"settings.md": settings, "rules.md": rules}
+def errors() -> str:
+    by_code: dict[str, dict[str, None]] = {}
+    for code, message in sorted(_raised(), key=lambda each: each[0]):
+        by_code.setdefault(code, {})[message] = None
+    for clash in CLASHES:
+        message = f"{clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}"
+        by_code.setdefault(clash.code, {})[message] = None
+    intro = (
+        f"{MADE}\n# Errors\n\n"
+        "An error ends with its code in brackets, such as `[not_an_alias]`. The code stays when the wording changes.\n"
+        "In the table, … stands for what a message names: a site, a tensor, a setting. A site's own log says more:\n"
+        "paths, rows and values that do not leave the site. The codes of rows that cannot be used, such as\n"
+        "`value_missing`, are here too.\n\n| code | what happened, and what to do |\n|---|---|\n"
+    )
+    return intro + "".join(f"| `{code}` | {_in_a_cell(by_code[code])} |\n" for code in sorted(by_code))
+
+
+def _in_a_cell(messages: Iterable[str]) -> str:
+    worded = [message for message in messages if any(map(str.isalpha, message))]
+    return "<br>".join(re.sub(r"([|<*_])", r"\\\1", message) for message in worded) or "see the message"
+
+
+KINDS = {
+    name for name, kind in vars(error_classes).items() if isinstance(kind, type) and issubclass(kind, Exception)
+} | {"Reason", "BadRow"}
+
+
+def _raised() -> Iterator[tuple[str, str]]:
+    """Code and message of every error in the package whose code stands beside it."""
+    for file in sorted(Path(error_classes.__file__).parent.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for call in ast.walk(tree):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+                continue
+            code = next((each.value for each in call.keywords if each.arg == "code"), None)
+            message = call.args[0] if call.args else None
+            if call.func.id == "Reason" and len(call.args) == 3:
+                _, message, code = call.args
+            if message and call.func.id in KINDS:
+                for one in (code.body, code.orelse) if isinstance(code, ast.IfExp) else (code,):
+                    if isinstance(one, ast.Constant):
+                        yield str(one.value), _worded(message, tree)
+
+
+def _worded(message: ast.expr, tree: ast.Module) -> str:
+    """A message as its text in the source, … for each value that is put in."""
+    if isinstance(message, ast.Constant):
+        return str(message.value)
+    if isinstance(message, ast.JoinedStr):
+        return "".join(_worded(part, tree) for part in message.values)
+    if isinstance(message, ast.BinOp):
+        return _worded(message.left, tree) + _worded(message.right, tree)
+    if isinstance(message, ast.IfExp):
+        return " or ".join(_worded(each, tree) for each in (message.body, message.orelse))
+    if isinstance(message, ast.Name):  # the assignment before it
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.Assign) and node.lineno < message.lineno]
+        named = [node for node in found if ast.unparse(node.targets[0]) == message.id]
+        return _worded(max(named, key=lambda node: node.lineno).value, tree) if named else "…"
+    return "…"
+
+
+PAGES = {"settings.md": settings, "rules.md": rules, "errors.md": errors}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

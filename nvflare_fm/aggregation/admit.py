@@ -76,11 +76,11 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
             code="other_task",
         )
     if (base := manifest.base if manifest else terms.base) and sent.base != base:
-        raise WireError(f"{site} {_other_base(sent.base, base)}", code="other_base")
+        raise _rejected(site, _other_base(sent.base, base))
     if manifest and sent.tokenizer and manifest.tokenizer not in ("", sent.tokenizer):
-        raise WireError(f"{site}: {_other_tokenizer('', '')}", code="tokenizer_differs")
+        raise _rejected(site, _other_tokenizer(sent.tokenizer, manifest.tokenizer))
     if manifest and sent.chat_template and manifest.chat_template not in ("", sent.chat_template):
-        raise WireError(f"{site}: {_other_template('', '')}", code="chat_template_differs")
+        raise _rejected(site, _other_template(sent.chat_template, manifest.chat_template))
     if terms.steps is not None and (taken := update.report.steps) not in terms.steps:
         raise WireError(
             f"{site} reports {taken or 'no'} steps, the plan asks for {_span(terms.steps)}; where its job gives it "
@@ -88,7 +88,7 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
             code="steps_not_in_plan",
         )
     if state and (theirs := _shapes(update.adapter)) != (ours := _shapes(state)):
-        raise WireError(f"{site}: {_other_layers(theirs, ours)}", code="other_layers")
+        raise _rejected(site, _other_layers(theirs, ours))
     if bool(update.adapter.lora) != terms.pairs:
         raise WireError(
             f"{site} sent {len(update.adapter.lora)} LoRA pairs, the plan asks for {'some' if terms.pairs else 'none'}",
@@ -96,6 +96,10 @@ def check_terms(update: AdapterUpdate, terms: Terms, state: Adapter, manifest: M
         )
     if terms.pairs:
         _check_pairs(update, terms)
+
+
+def _rejected(site: str, reason: Reason) -> WireError:
+    return WireError(f"{site}: {reason.text}", code=reason.code)
 
 
 def _check_pairs(update: AdapterUpdate, terms: Terms) -> None:
@@ -188,24 +192,24 @@ def admit(
             )
     refused: dict[str, Reason] = {}
 
-    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, say: Callable[[K, K], str], code: str) -> None:
+    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, reason: Callable[[K, K], Reason]) -> None:
         nonlocal updates
         if not updates:
             return
         found = [what(u) for u in updates]  # once: the answer may take reading the whole adapter
         reference = _most_common(found) if expected is None else expected
-        others = [(u.site, say(w, reference)) for u, w in zip(updates, found, strict=True) if w != reference]
-        refused.update({site: Reason("rejected", text, code) for site, text in others})
+        others = [(u.site, w) for u, w in zip(updates, found, strict=True) if w != reference]
+        refused.update({site: reason(what_it_sent, reference) for site, what_it_sent in others})
         updates = [u for u, w in zip(updates, found, strict=True) if w == reference]
 
     ours = manifest or Manifest("", "", "")
-    keep(lambda u: u.manifest.base, ours.base or None, _other_base, "other_base")
-    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind, "other_task")
-    keep(lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer, "tokenizer_differs")
-    keep(lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template, "chat_template_differs")
-    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers, "other_layers")
+    keep(lambda u: u.manifest.base, ours.base or None, _other_base)
+    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind)
+    keep(lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer)
+    keep(lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template)
+    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers)
     if not mixed_ranks:
-        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks, "other_rank")
+        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
     return updates, refused
 
 
@@ -234,35 +238,51 @@ def _kind(of: Manifest) -> tuple[object, ...]:
     return of.task, of.peft, of.labels, of.base_class
 
 
-def _other_base(theirs: str, ours: str) -> str:
-    return f"trained base model {theirs}, the federation trains {ours}; point the alias at the same weights"
+def _other_base(theirs: str, ours: str) -> Reason:
+    return Reason(
+        "rejected",
+        f"trained base model {theirs}, the federation trains {ours}; point the alias at the same weights",
+        "other_base",
+    )
 
 
-def _other_kind(theirs: object, ours: object) -> str:
-    return f"trained (task, PEFT method, labels, class) {theirs}, the federation trains {ours}"
+def _other_kind(theirs: object, ours: object) -> Reason:
+    return Reason(
+        "rejected", f"trained (task, PEFT method, labels, class) {theirs}, the federation trains {ours}", "other_task"
+    )
 
 
-def _other_tokenizer(theirs: str, ours: str) -> str:
-    return (
+def _other_tokenizer(theirs: str, ours: str) -> Reason:
+    return Reason(
+        "rejected",
         "its tokenizer gives other ids than the federation's; use the same tokenizer files and the same version of "
-        "transformers"
+        "transformers",
+        "tokenizer_differs",
     )
 
 
-def _other_template(theirs: str, ours: str) -> str:
-    return (
+def _other_template(theirs: str, ours: str) -> Reason:
+    return Reason(
+        "rejected",
         "its chat template words conversations otherwise than the federation's; use the same tokenizer files "
-        "(chat_template.jinja, tokenizer_config.json)"
+        "(chat_template.jinja, tokenizer_config.json)",
+        "chat_template_differs",
     )
 
 
-def _other_layers(theirs: frozenset[object], ours: frozenset[object]) -> str:
+def _other_layers(theirs: frozenset[object], ours: frozenset[object]) -> Reason:
     missing, extra = sorted(map(str, ours - theirs)), sorted(map(str, theirs - ours))
-    return (
+    return Reason(
+        "rejected",
         f"layers differ: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all); "
-        "use the same target_modules and base model"
+        "use the same target_modules and base model",
+        "other_layers",
     )
 
 
-def _other_ranks(theirs: tuple[int, ...], ours: tuple[int, ...]) -> str:
-    return f"trained at rank {max(theirs)}, this merge rule needs {max(ours)} at every site; choose merge = exact"
+def _other_ranks(theirs: tuple[int, ...], ours: tuple[int, ...]) -> Reason:
+    return Reason(
+        "rejected",
+        f"trained at rank {max(theirs)}, this merge rule needs {max(ours)} at every site; choose merge = exact",
+        "other_rank",
+    )

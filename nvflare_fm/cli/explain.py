@@ -32,7 +32,7 @@ def explain(
         typer.echo("\n".join(result.explained(found)))
         return
     if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", job):
-        raise ConfigError(f"{job!r} is neither a folder nor the id of a job", code="no_result")
+        raise ConfigError(f"{job!r} is neither a folder nor the id of a job", code="no_such_result")
     if kit is None:
         raise ConfigError("to ask the server about a job, say where your startup kit is: --kit", code="no_kit")
     from ..flare.lead import fetch

@@ -44,13 +44,13 @@ def export(
     here = bool(base) and Path(base).is_dir()
     if merge and not here:
         raise ConfigError("--merge needs the base model's folder: --base FOLDER", code="no_base")
-    values, manifest, provenance = read_adapter(adapter)
-    config, rounds = adapter_config(values, manifest, provenance.plan), adapter.absolute().parent.parent / FILE_NAME
+    saved = read_adapter(adapter)
+    config = adapter_config(saved.adapter, saved.manifest, saved.plan)
+    rounds = adapter.absolute().parent.parent / FILE_NAME
     told = card.Card(
         name=output.name,
-        manifest=manifest,
-        provenance=provenance,
-        made=card.made(read_rounds(rounds) if rounds.is_file() else [], provenance),
+        saved=saved,
+        made=card.made(read_rounds(rounds) if rounds.is_file() else [], saved.round),
         base=base,
         base_checked=here,
         merged=merge,
@@ -62,14 +62,14 @@ def export(
         if merge:
             from ..site.model.merged import merge as write_merged
 
-            write_merged(adapter, Path(base), values, manifest, folder)
+            write_merged(adapter, Path(base), saved.adapter, saved.manifest, folder)
         else:
             if here:
                 from ..site.model.merged import check_base
 
-                check_base(Path(base), manifest)
+                check_base(Path(base), saved.manifest)
             shutil.copyfile(adapter / WEIGHTS, folder / WEIGHTS)
-            named = {**config, **_layers(values), "base_model_name_or_path": base or None}
+            named = {**config, **_layers(saved.adapter), "base_model_name_or_path": base or None}
             (folder / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         shutil.copyfile(adapter / PROVENANCE, folder / PROVENANCE)
     (output / card.FILE_NAME).write_text(card.render(told), encoding="utf-8")

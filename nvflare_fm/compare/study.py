@@ -229,7 +229,7 @@ def _usual(first: dict[str, Any]) -> Usual:
             "or --task causal_lm",
             code="ambiguous_task",
         )
-    raise DataError("the first row has neither a label nor a prompt; see nvflare-fm data check", code="no_study_data")
+    raise DataError("the first row has neither a label nor a prompt; see nvflare-fm data check", code="unreadable_row")
 
 
 def _model(usual: Usual, random: bool, workspace: Workspace) -> Path:

@@ -48,5 +48,5 @@ def follow(run: "Simulation") -> Iterator[Round]:
     for line in run.run():
         if line.out:
             said = (f"{site} does not count: {reason}" for site, reason in sorted(line.out.items()))
-            raise FmError("; ".join(said), str(run.log), code="job_failed")
+            raise FmError("; ".join(said), str(run.log), code="site_left_out")
         yield line

@@ -37,8 +37,7 @@ class Site:
         try:
             found = list(rows(how_to_read(file, DataSource(train=str(file)), split)))
         except DataError as error:
-            said = error.message.removesuffix(f" [{error.code}]")
-            raise DataError(f"{where}: {said}", error.local, code=error.code) from None
+            raise DataError(f"{where}: {error.text}", error.local, code=error.code) from None
         if not found:
             raise DataError(f"{where} is empty; add rows", str(file), code="no_rows")
         return [_checked(row, f"{where}, line {line}") for line, row in found]

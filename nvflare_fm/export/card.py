@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from ..adapter import Manifest
 from ..job.tasks import promises
 from ..record.round import Round
 from ..untrusted import one_line
-from .folder import Provenance
+from .folder import Saved
 
 FILE_NAME = "README.md"
 
@@ -29,17 +28,18 @@ class Made:
     metrics: Mapping[str, float] = field(default_factory=dict)  # the sites' own measurements of it
 
 
-def made(rounds: Sequence[Round], provenance: Provenance) -> Made:
+def made(rounds: Sequence[Round], by: int | None) -> Made:
     """Gather what is known of an adapter.
 
     Args:
         rounds: those of the job that made it, as far as they are at hand.
+        by: the round that made it; None: unknown.
     """
-    if provenance.round is None:
+    if by is None:
         return Made()
-    number = provenance.round + 1
+    number = by + 1
     its = [line for line in rounds if line.round < number and line.trained]
-    last = next((line for line in its if line.round == provenance.round), None)
+    last = next((line for line in its if line.round == by), None)
     if last is None:
         return Made(number)
     measured = next((line.measured for line in rounds if line.round == number), {})
@@ -60,8 +60,7 @@ class Card:
     """
 
     name: str
-    manifest: Manifest
-    provenance: Provenance
+    saved: Saved
     made: Made
     base: str
     base_checked: bool
@@ -73,11 +72,11 @@ class Card:
     @property
     def model_class(self) -> str:
         """The class that loads the base model, with the task's head."""
-        return self.manifest.base_class.rpartition(".")[2] or promises(self.manifest.task).auto_class
+        return self.saved.manifest.base_class.rpartition(".")[2] or promises(self.saved.manifest.task).auto_class
 
     @property
     def library(self) -> str:
-        return self.manifest.base_class.rpartition(".")[0] or "transformers"
+        return self.saved.manifest.base_class.rpartition(".")[0] or "transformers"
 
 
 def render(card: Card) -> str:
@@ -90,27 +89,26 @@ def _head(card: Card) -> str:
     values: dict[str, Any] = {
         **({"base_model": card.base} if card.base else {}),
         "library_name": "transformers" if card.merged else "peft",
-        "pipeline_tag": promises(card.manifest.task).pipeline,
-        "tags": ["federated-learning", "nvflare", card.manifest.peft],
+        "pipeline_tag": promises(card.saved.manifest.task).pipeline,
+        "tags": ["federated-learning", "nvflare", card.saved.manifest.peft],
     }
     return "".join(["---\n", *(f"{name}: {json.dumps(value)}\n" for name, value in values.items()), "---\n"])
 
 
 def _what(card: Card) -> str:
     kind = "A model: its base with the adapter merged into it, in 16 bits" if card.merged else "An adapter"
-    labels = ", ".join(f"{i} = {_text(label)}" for i, label in enumerate(card.manifest.labels))
+    labels = ", ".join(f"{i} = {_text(label)}" for i, label in enumerate(card.saved.manifest.labels))
     said = f"{kind}. Several sites trained it together; their data stayed with them."
-    return f"{said}\n\nTask: `{_text(card.manifest.task)}`." + (f" Labels: {labels}.\n" if labels else "\n")
+    return f"{said}\n\nTask: `{_text(card.saved.manifest.task)}`." + (f" Labels: {labels}.\n" if labels else "\n")
 
 
 def _table(card: Card) -> str:
-    provenance, found = card.provenance, card.made
-    plan, how = provenance.plan, found.how
+    plan, found, how = card.saved.plan, card.made, card.made.how
     checked = "its weights were compared with the fingerprint" if card.base_checked else "its weights were not compared"
     rows = [
         ("base model", f"{card.base or 'not named'}; {checked}"),
-        ("fingerprint of the base model", card.manifest.base),
-        ("method", f"{card.manifest.peft}{_peft(plan.peft) if plan else ''}"),
+        ("fingerprint of the base model", card.saved.manifest.base),
+        ("method", f"{card.saved.manifest.peft}{_peft(plan.peft) if plan else ''}"),
         ("rounds", found.rounds),
         ("sites that took part", found.sites),
         ("merge rule", how.get("merge")),
@@ -148,13 +146,13 @@ def _code(card: Card) -> str:
         model = [f'model = {name}.from_pretrained(".").eval()', 'tokenizer = AutoTokenizer.from_pretrained(".")', ""]
         return "\n".join([*begin, *model])
     lines = ["from peft import PeftModel", f"from {card.library} import {name}", ""]
-    labels = [one_line(label) for label in card.manifest.labels]
+    labels = [one_line(label) for label in card.saved.manifest.labels]
     if labels:
         lines.append(f"labels = {json.dumps(labels, ensure_ascii=False)}")
     counted = ", num_labels=len(labels), id2label=dict(enumerate(labels))" if labels else ""
     lines.append(f"base = {name}.from_pretrained({json.dumps(card.base or 'the base model')}{counted})")
     lines.append('model = PeftModel.from_pretrained(base, ".").eval()')
-    if card.manifest.peft == "lora":
+    if card.saved.manifest.peft == "lora":
         lines.append('assert any(p.any() for n, p in model.named_parameters() if "lora_B" in n), "another class?"')
     return "\n".join([*lines, ""])
 

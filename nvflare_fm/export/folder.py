@@ -38,11 +38,15 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where an adapter comes from: round, plan and server step."""
+class Saved:
+    """An adapter at rest: what a folder, the global model and a site's submission hold. Not all of it travels: what
+    the server step remembers stays in the folder.
+    """
 
+    adapter: Adapter
+    manifest: Manifest
     round: int | None = None  # of the federation that made it; None: unknown
-    plan: TaskPlan | None = None
+    plan: TaskPlan | None = None  # it was trained by
     step: Rule | None = None  # the server step, as the job asked for it
     memory: Memory = field(default_factory=Memory)  # what that step remembers after the round
 
@@ -61,16 +65,14 @@ class ProvenanceFile(Settings):
     plan: TaskPlan | None = None
 
 
-def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance: Provenance = Provenance()) -> Path:
+def write_adapter(folder: Path, saved: Saved) -> Path:
     """Write an adapter as a PEFT folder with its checksums, in place of the one that `folder` holds.
 
     A reader finds the old adapter or the new one, never half of one, even if the writer is killed.
 
     Args:
         folder: to write; if it holds an adapter, that is replaced.
-        adapter: the tensors.
-        manifest: base model, task, PEFT method and labels.
-        provenance: round, plan and server step.
+        saved: the adapter, what it belongs to and where it comes from.
 
     Returns:
         `folder`.
@@ -79,12 +81,12 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance
     """
     try:
         with at_rest.replacing(folder) as beside:
-            tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
+            tensors = {name: tensor.contiguous() for name, tensor in saved.adapter.tensors().items()}
             save_file(tensors, beside / WEIGHTS, metadata={"format": "pt"})
-            _dump(beside / CONFIG, adapter_config(adapter, manifest, provenance.plan))
-            _dump(beside / PROVENANCE, _provenance(manifest, provenance))
-            if provenance.memory:
-                write_memory(beside / STEP, provenance.step, provenance.memory)
+            _dump(beside / CONFIG, adapter_config(saved.adapter, saved.manifest, saved.plan))
+            _dump(beside / PROVENANCE, _provenance(saved))
+            if saved.memory:
+                write_memory(beside / STEP, saved.step, saved.memory)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"adapter {folder.name!r} cannot be saved: {_reason(error)}; the one before it is still there",
@@ -94,7 +96,7 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, provenance
     return folder
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
+def read_adapter(folder: Path) -> Saved:
     """Read an adapter's folder after verifying its checksums; its tensors are mapped from the file.
 
     A folder without checksums, as earlier versions wrote it, is read with a warning in the log.
@@ -123,7 +125,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Manifest, Provenance]:
     manifest = Manifest(
         said.base, said.task, said.peft, _base_class(config), said.labels, said.tokenizer, said.chat_template
     )
-    return adapter, manifest, Provenance(said.round, said.plan, step, memory)
+    return Saved(adapter, manifest, said.round, said.plan, step, memory)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -200,7 +202,8 @@ def _scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _provenance(manifest: Manifest, provenance: Provenance) -> dict[str, Any]:
+def _provenance(saved: Saved) -> dict[str, Any]:
+    manifest = saved.manifest
     return {
         "nvflare_fm": __version__,
         "base": manifest.base,
@@ -209,8 +212,8 @@ def _provenance(manifest: Manifest, provenance: Provenance) -> dict[str, Any]:
         "labels": list(manifest.labels),
         "tokenizer": manifest.tokenizer,
         "chat_template": manifest.chat_template,
-        "round": provenance.round,
-        "plan": provenance.plan.model_dump(mode="json") if provenance.plan else None,
+        "round": saved.round,
+        "plan": saved.plan.model_dump(mode="json") if saved.plan else None,
     }
 
 

@@ -27,6 +27,7 @@ from ..aggregation.weigh import check
 from ..algebra.lora import effective_rank
 from ..config import Aggregation
 from ..errors import FmError
+from ..export.folder import Saved
 from ..job.settle import SettledPlan
 from ..untrusted import printable
 from . import wire
@@ -99,7 +100,8 @@ class AdapterAggregator(ModelAggregator):
         combined = self._combined(updates)
         self.combined, self.memory = combined, combined.memory
         self._log(combined)
-        model = wire.write_saved(wire.Saved(combined.adapter, combined.manifest, task.round, task.plan))
+        made = Saved(combined.adapter, combined.manifest, task.round, task.plan) if combined.manifest else None
+        model = wire.write_saved(made)
         model.metrics = mean(received(self.updates), combined.weights) or None
         return model
 

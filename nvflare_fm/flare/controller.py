@@ -32,7 +32,7 @@ from nvflare.app_common.workflows.model_controller import ModelController
 from pydantic import Field
 
 from .. import transforms
-from ..adapter import RoundTask
+from ..adapter import Adapter, RoundTask
 from ..aggregation.cohort import drawn
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
@@ -164,7 +164,8 @@ class FedPEFT(ModelController):
 
     def _first_round(self, model: FLModel) -> int:
         """The round after the one that made `model`, where the job resumes; what the step remembered comes with it."""
-        made_by = wire.read_saved(model.params, model.meta, "the persistor").round if model.params else None
+        saved = wire.read_saved(model.params, model.meta, "the persistor")
+        made_by = saved.round if saved else None
         first = 0 if made_by is None else made_by + 1
         if first >= self.num_rounds:
             raise ConfigError(
@@ -192,8 +193,9 @@ class FedPEFT(ModelController):
 
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
-        saved = wire.read_saved(model.params, model.meta, "the server") if model.params else wire.Saved()
-        whole = RoundTask(self.settled.of_round(number), saved.adapter, saved.manifest, number, self.num_rounds)
+        saved = wire.read_saved(model.params, model.meta, "the server")
+        adapter, manifest = (saved.adapter, saved.manifest) if saved else (Adapter(), None)
+        whole = RoundTask(self.settled.of_round(number), adapter, manifest, number, self.num_rounds)
         task, message = self._encoded(whole)
         self.aggregator.begin(task, self.settled, whole.adapter if whole.plan.downlink else None)
         self._ask(task, message, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
@@ -377,7 +379,7 @@ class FedPEFT(ModelController):
         """The adapter of the last round has not been measured yet: it may be the best."""
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
-        if not (self.key_metric and self.settled.plan.evaluation.before and saved.adapter):
+        if not (self.key_metric and self.settled.plan.evaluation.before and saved):
             return
         weights = self.aggregator.combined.weights
         task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)

@@ -56,7 +56,7 @@ class Measurement(Settings):
             raise ConfigError(
                 "the adapter's provenance.json does not hold the plan it was trained by, so no site can be told how to "
                 "measure it; take an adapter that a job of nvflare_fm has made",
-                code="no_plan",
+                code="adapter_without_plan",
             )
         given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
         evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)
@@ -101,8 +101,7 @@ class AdapterLocator(ModelLocator):
     def locate_model(self, model_name: str, fl_ctx: FLContext) -> DXO:
         learnable = self._persistor(fl_ctx).get_model(model_name, fl_ctx)
         weights, meta = learnable[ModelLearnableKey.WEIGHTS], learnable[ModelLearnableKey.META]
-        if self.asked is not None:
-            saved = wire.read_saved(weights, meta, "the persistor")
+        if self.asked is not None and (saved := wire.read_saved(weights, meta, "the persistor")):
             meta = wire.write_saved(replace(saved, plan=self.asked.applied(saved.plan))).meta
         return DXO(DataKind.WEIGHTS, data=weights, meta=meta)
 

@@ -4,6 +4,7 @@
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from nvflare.apis.event_type import EventType
@@ -20,7 +21,7 @@ from pydantic import Field
 from ..aggregation.step import Memory
 from ..config import OptionalId, Rule
 from ..errors import ConfigError
-from ..export.folder import WEIGHTS, Provenance, read_adapter, read_tensors, write_adapter
+from ..export.folder import WEIGHTS, Saved, read_adapter, read_tensors, write_adapter
 from ..files import write_text
 from . import wire
 from .arguments import Arguments
@@ -54,7 +55,7 @@ class AdapterPersistor(ModelPersistor):
         super().__init__()
         _Arguments.check(locals(), "persistor")
         if resume and not initial_adapter:
-            raise ConfigError("resume needs an initial_adapter to resume from")
+            raise ConfigError("resume needs an initial_adapter to resume from", code="no_adapter")
         self.keep_rounds, self.initial_adapter, self.resume = keep_rounds, initial_adapter, resume
 
     def handle_event(self, event: str, fl_ctx: FLContext) -> None:
@@ -67,13 +68,16 @@ class AdapterPersistor(ModelPersistor):
         """The initial adapter, or nothing: round 0 needs none."""
         if not self.initial_adapter:
             return make_model_learnable({}, {})
-        saved, remembered = _read(self._brought(fl_ctx))
+        saved = read_adapter(self._brought(fl_ctx))
         if self.resume and saved.round is None:
-            raise ConfigError(f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume")
+            raise ConfigError(
+                f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume",
+                code="adapter_without_round",
+            )
         if self.resume:
-            fl_ctx.set_prop(REMEMBERED, remembered, private=True, sticky=False)
+            fl_ctx.set_prop(REMEMBERED, (saved.step, saved.memory), private=True, sticky=False)
         self.logger.info(f"starting from {self.initial_adapter!r}, of round {saved.round}, resume={self.resume}")
-        model = wire.write_saved(saved if self.resume else wire.Saved(saved.adapter, saved.manifest))
+        model = wire.write_saved(saved if self.resume else Saved(saved.adapter, saved.manifest))
         return make_model_learnable(model.params, model.meta)
 
     def save_model(self, model: ModelLearnable, fl_ctx: FLContext) -> None:
@@ -95,8 +99,8 @@ class AdapterPersistor(ModelPersistor):
     def get_model(self, model_file: str, fl_ctx: FLContext) -> ModelLearnable:
         known = self.get_model_inventory(fl_ctx)
         if model_file not in known:
-            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}")
-        model = wire.write_saved(_read(Path(known[model_file].location))[0])
+            raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}", code="no_such_adapter")
+        model = wire.write_saved(read_adapter(Path(known[model_file].location)))
         return make_model_learnable(model.params, model.meta)
 
     def _brought(self, fl_ctx: FLContext) -> Path:
@@ -112,12 +116,10 @@ class AdapterPersistor(ModelPersistor):
         memory: Memory | None = None,
     ) -> None:
         saved = wire.read_saved(model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META], "the server")
-        if saved.manifest is None:
+        if saved is None:
             return
         folder = _adapters(fl_ctx) / name
-        write_adapter(
-            folder, saved.adapter, saved.manifest, Provenance(saved.round, saved.plan, step, memory or Memory())
-        )
+        write_adapter(folder, replace(saved, step=step, memory=memory or Memory()))
         self.logger.info(f"saved adapter {name} of round {saved.round}")
         best = folder.with_name(BEST)
         chosen = best if best.exists() else folder.with_name(LAST)
@@ -127,9 +129,3 @@ class AdapterPersistor(ModelPersistor):
 
 def _adapters(fl_ctx: FLContext) -> Path:
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / FOLDER
-
-
-def _read(folder: Path) -> tuple[wire.Saved, tuple[Rule | None, Memory]]:
-    adapter, manifest, provenance = read_adapter(folder)
-    saved = wire.Saved(adapter, manifest, provenance.round, provenance.plan)
-    return saved, (provenance.step, provenance.memory)

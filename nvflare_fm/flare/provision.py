@@ -228,5 +228,5 @@ def remove(kit: Path) -> list[Path]:
 
 def _local(kit: Path) -> Path:
     if not (kit / "local").is_dir() or not (kit / "startup").is_dir():
-        raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit), code="no_kit")
+        raise ConfigError("this is no startup kit: it needs the folders startup and local", str(kit), code="not_a_kit")
     return kit / "local"

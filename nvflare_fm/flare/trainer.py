@@ -6,11 +6,14 @@ process speaks with NVFlare and shares every order with the others.
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,11 +138,12 @@ class Post:
     def _hire(self) -> "Worker":
         """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
-            from ..site.model.own_adapter import OwnAdapter
-            from ..site.offer import secret
-            from ..site.offer.confine import confine
-            from ..site.training.kept_state import KeptState
-            from ..site.worker import Worker
+            with _importing():
+                from ..site.model.own_adapter import OwnAdapter
+                from ..site.offer import secret
+                from ..site.offer.confine import confine
+                from ..site.training.kept_state import KeptState
+                from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
@@ -147,6 +151,20 @@ class Post:
             state = KeptState(self.job_folder)
             self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
         return self._worker
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports in two thirds of their time. They make a million objects that all stay: Python need not look for garbage
+    among them. And nothing here is compiled: bitsandbytes loads torch's compiler on the chance that something is.
+    """
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Crew:

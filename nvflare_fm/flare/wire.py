@@ -6,7 +6,7 @@ Everything under one meta key, with a version; what is missing or of the wrong t
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from ..adapter import Adapter, AdapterUpdate, Described, Description, Lazy, Mani
 from ..aggregation.admit import MOST_BYTES, MOST_TENSORS, TYPES, check_form
 from ..config import Rules, TaskPlan
 from ..errors import ConfigError, WireError
+from ..export.folder import Saved
 from ..transforms import Chain, Parcel
 from ..transforms.packed import Packed, pack
 from ..untrusted import Metrics, Text, printable, usable
@@ -54,40 +55,29 @@ class _Before:
 _WHOLE = TypeAdapter(dict[str, _Before])
 
 
-@dataclass(frozen=True)
-class Saved:
-    """An adapter at rest: what a file, the global model and a site's submission hold."""
-
-    adapter: Adapter = field(default_factory=Adapter)
-    manifest: Manifest | None = None
-    round: int | None = None  # that made it; None: no round of this federation did
-    plan: TaskPlan | None = None
-
-
-def write_saved(saved: Saved, packed: Packed | None = None) -> FLModel:
-    """An adapter and what is known of it, as a message.
+def write_saved(saved: Saved | None, packed: Packed | None = None) -> FLModel:
+    """An adapter, what it belongs to, its round and its plan, as a message.
 
     Args:
+        saved: None before a round has made one.
         packed: the adapter encoded for its way; None: it travels as it is.
     """
+    if saved is None:
+        return _model(nothing := _plainly(Adapter()), _described(nothing))
     packed = packed or _plainly(saved.adapter)
-    meta = _described(packed, saved.manifest)
-    if saved.round is not None:
-        meta["round"] = saved.round
-    if saved.plan is not None:
-        meta["plan"] = saved.plan.model_dump(mode="json")
-    return _model(packed, meta)
+    meta = _described(packed, saved.manifest, saved.plan)
+    return _model(packed, meta if saved.round is None else {**meta, "round": saved.round})
 
 
-def read_saved(params: Mapping[str, Any] | None, meta: Mapping[str, Any], sender: str) -> Saved:
-    """The inverse of `write_saved`; tensors are fetched when they are read.
+def read_saved(params: Mapping[str, Any] | None, meta: Mapping[str, Any], sender: str) -> Saved | None:
+    """The inverse of `write_saved`; tensors are fetched when they are read. Nothing where there are none.
 
     Raises:
         WireError: names what `sender` left out.
     """
-    content = _content(meta, sender)
     if params is None or (isinstance(params, Mapping) and not params):
-        return Saved(plan=_plan(content, sender))
+        return None
+    content = _content(meta, sender)
     return Saved(
         adapter=_adapter(params, content, sender),
         manifest=_typed(_MANIFEST, content, "manifest", sender),
@@ -102,7 +92,8 @@ def write_task(task: RoundTask, packed: Packed | None = None) -> FLModel:
     Args:
         packed: the task's adapter, encoded once for all sites; None: it travels as it is.
     """
-    model = write_saved(Saved(task.adapter, task.manifest, plan=task.plan), packed)
+    packed = packed or _plainly(task.adapter)
+    model = _model(packed, _described(packed, task.manifest, task.plan))
     model.current_round, model.total_rounds = task.round, task.total_rounds
     return model
 
@@ -115,15 +106,17 @@ def read_task(model: FLModel) -> RoundTask:
         ConfigError: the plan has a setting that is not one we know.
     """
     if reason := refused(model):
-        raise WireError(f"there is no adapter to work on: {reason}")
+        raise WireError(f"there is no adapter to work on: {reason}", code="no_submission")
+    plan = _plan(_content(model.meta, "the server"), "the server")
     saved = read_saved(model.params, model.meta, "the server")
-    if saved.plan is None:
+    if plan is None:
         raise WireError("the server sent no plan; update nvflare_fm there", code="no_plan")
     number = _typed(_ROUND, {"round": model.current_round}, "round", "the server") or 0
     total = _typed(_ROUND, {"total_rounds": model.total_rounds}, "total_rounds", "the server") or 1
     if number > total:
         raise WireError(f"the server sent round {number} of {total}", code="no_round")
-    return RoundTask(saved.plan, saved.adapter, saved.manifest, number, total)
+    adapter, manifest = (saved.adapter, saved.manifest) if saved else (Adapter(), None)
+    return RoundTask(plan, adapter, manifest, number, total)
 
 
 def read_plan(model: FLModel) -> TaskPlan | None:
@@ -280,7 +273,7 @@ def plain(value: Any) -> Any:
         return sorted(plain(v) for v in value)
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    raise WireError(f"a {type(value).__name__} cannot travel in a message; send numbers and texts")
+    raise WireError(f"a {type(value).__name__} cannot travel in a message; send numbers and texts", code="not_plain")
 
 
 def _plainly(adapter: Adapter) -> Packed:
@@ -293,11 +286,13 @@ def _model(packed: Packed, meta: dict[str, Any], metrics: dict[str, float] | Non
     return FLModel(params_type=ParamsType.FULL, params=params, metrics=metrics, meta={KEY: meta})
 
 
-def _described(packed: Packed, manifest: Manifest | None) -> dict[str, Any]:
+def _described(packed: Packed, manifest: Manifest | None = None, plan: TaskPlan | None = None) -> dict[str, Any]:
     described: dict[str, Any] = {"version": VERSION, "scales": dict(packed.whole.scales)}
     if packed.chain:
         whole = {n: {"shape": list(t.shape), "dtype": _NAMES[t.dtype]} for n, t in packed.whole.tensors.items()}
         described["encoded"] = {"by": plain(packed.chain.entries), "tensors": whole}
+    if plan is not None:
+        described["plan"] = plan.model_dump(mode="json")
     return described | ({"manifest": plain(asdict(manifest))} if manifest else {})
 
 
@@ -321,7 +316,7 @@ def _adapter(params: Any, content: Mapping[str, Any], sender: str) -> Adapter:
     """
     if not isinstance(params, Mapping):
         raise WireError(
-            f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="no_tensors"
+            f"{sender} sent a {type(params).__name__} for its tensors; update nvflare_fm", code="wrong_type"
         )
     _check_few(sender, tensors=params, scales=content.get("scales"))
     scales = _typed(_SCALES, content, "scales", sender)
@@ -420,16 +415,16 @@ def _plan(content: Mapping[str, Any], sender: str) -> TaskPlan | None:
     if "plan" not in content:
         return None
     if not isinstance(content["plan"], Mapping):
-        raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="no_plan")
+        raise WireError(f"{sender} sent a {type(content['plan']).__name__} where a plan is needed", code="wrong_type")
     try:
         return TaskPlan.read(content["plan"], f"the plan {sender} sent")
     except ConfigError as error:  # it repeats what came, however long
-        raise ConfigError(printable(error.message.removesuffix(f" [{error.code}]")), code=error.code) from None
+        raise ConfigError(printable(error.text), code=error.code) from None
 
 
 def _typed(kind: TypeAdapter[T], content: Mapping[str, Any], name: str, sender: str) -> T:
     if name not in content:
-        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code=f"no_{name}")
+        raise WireError(f"{sender} sent no {name}; update nvflare_fm there", code="incomplete_message")
     try:
         return kind.validate_python(content[name])
     except ValidationError as error:

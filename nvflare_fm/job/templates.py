@@ -89,10 +89,14 @@ class Template:
             known = sorted({shortest(k, knobs) for k in knobs} | {str(k) for k in knobs} | {ADAPTER})
             hint = nearest(key, known) or nearest(key.rpartition(".")[2], known)
             raise ConfigError(
-                f"{self.name} has no knob {key!r}; {hint}`nvflare-fm new {self.name} --help` has them all"
+                f"{self.name} has no setting {key!r}; {hint}`nvflare-fm new {self.name} --help` lists them",
+                code="wrong_setting",
             )
         if len(found) > 1:
-            raise ConfigError(f"{key!r} can mean {' or '.join(shortest(knob, knobs) for knob in found)}; say which")
+            raise ConfigError(
+                f"{key!r} can mean {' or '.join(shortest(knob, knobs) for knob in found)}; say which",
+                code="ambiguous_setting",
+            )
         return found[0]
 
     def with_values(self, values: Mapping[str, Any]) -> "Template":
@@ -115,9 +119,13 @@ class Template:
             ConfigError: this template treats all sites alike, or no site can have that name.
         """
         if not self.sites:
-            raise ConfigError(f"{self.name} treats all sites alike; lora_mixed_hardware has an app for each")
+            raise ConfigError(
+                f"{self.name} treats all sites alike; lora_mixed_hardware has an app for each", code="sites_alike"
+            )
         if wrong := [site for site in sites if not re.fullmatch(r"[A-Za-z0-9][\w-]*", site) or site == "server"]:
-            raise ConfigError(f"{wrong[0]!r} cannot be a site of a job; sites are named in letters, digits, _ and -")
+            raise ConfigError(
+                f"{wrong[0]!r} cannot be a site of a job; sites are named in letters, digits, _ and -", code="site_name"
+            )
         apps = {_app(site): self.files.get(_app(site)) or self._blank(site) for site in sites}
         kept = {file: text for file, text in self.files.items() if file not in map(_app, self.sites)}
         deployed = "".join(f'    {_SITE_APP}{site} = ["{site}"]\n' for site in sites)
@@ -159,7 +167,7 @@ def load(name: str) -> Template:
         ConfigError: there is no such template.
     """
     if name not in names():
-        raise ConfigError(f"no template {name!r}; {nearest(name, names())}known: {names()}")
+        raise ConfigError(f"no template {name!r}; {nearest(name, names())}known: {names()}", code="unknown_name")
     root = folder() / name
     return Template(name, {f.relative_to(root).as_posix(): f.read_text("utf-8") for f in sorted(root.rglob("*.conf"))})
 
@@ -243,7 +251,7 @@ def _rule(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise ConfigError(f'{value} is not JSON; write {{"rule": "adam", "beta1": 0.5}}') from None
+        raise ConfigError(f'{value} is not JSON; write {{"rule": "adam", "beta1": 0.5}}', code="not_json") from None
 
 
 def _items(value: str) -> list[Any]:

@@ -86,7 +86,7 @@ def _by_site(file: Path) -> dict[str, dict[str, Any]]:
     try:
         values = read_object(file) if file.exists() else {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{file.name} cannot be read", f"{file}: {error}", code="no_result") from None
+        raise DataError(f"{file.name} cannot be read", f"{file}: {error}", code="result_unreadable") from None
     return {site: dict(said) for site, said in values.items() if isinstance(said, dict)}
 
 

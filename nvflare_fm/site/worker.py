@@ -172,7 +172,9 @@ class Worker:
             WireError: it has not trained yet.
         """
         if self._last is None:
-            raise WireError(f"{self.site} has trained no adapter in this job yet; ask again after a round")
+            raise WireError(
+                f"{self.site} has trained no adapter in this job yet; ask again after a round", code="not_trained_yet"
+            )
         return self._last
 
     def packed(self, update: AdapterUpdate, plan: RoundPlan) -> Packed:
@@ -246,7 +248,7 @@ class Worker:
         check_training(attachment.method, plan.training)
         if len(plan.labels) < kind.promises.least_labels:
             least = kind.promises.least_labels
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="no_labels")
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
@@ -323,7 +325,7 @@ class Worker:
                 f"{self.site}: the federation trains another base model than the one under that alias here, "
                 f"{base.fingerprint}; point it at the same weights",
                 f"the federation's: {task.manifest.base!r:.100}",
-                code="other_base_model",
+                code="other_base",
             )
         for what, ours in base.tokenization.items():
             theirs = getattr(task.manifest, what, "")
@@ -331,7 +333,7 @@ class Worker:
                 raise ModelError(
                     f"{self.site}: the base model's {what.replace('_', ' ')} is not the federation's; use "
                     "the same tokenizer files and the same version of transformers",
-                    code=f"{what}_differs",
+                    code="tokenizer_differs" if what == "tokenizer" else "chat_template_differs",
                 )
 
     def _tokenized(self, plan: RoundPlan, kind: Task, source: ModelSource, folder: Path) -> SiteData:

@@ -64,7 +64,7 @@ def measure(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]
 
 
 def main(folders: list[Path] = typer.Argument(default=None), max_rank: int = 0) -> None:  # noqa: B008  typer's way
-    adapters = [read_adapter(f)[0] for f in folders] if folders else generated()
+    adapters = [read_adapter(f).adapter for f in folders] if folders else generated()
     if len({shapes(a) for a in adapters}) > 1:
         raise typer.BadParameter("the adapters must be of the same layers and shapes; their ranks may differ")
     parts = [float(site + 1) for site in range(len(adapters))]  # unequal on purpose

@@ -13,7 +13,7 @@ from nvflare_fm.compare.bench import Bench
 from nvflare_fm.compare.methods import METHODS, OURS
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.config import SiteOverrides
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.site.worker import Worker
 
 SITES = {"cancergov": (4, 16.0), "nhlbi": (8, 8.0), "seniorhealth": (16, 24.0)}  # rank, alpha: scales 4, 1 and 1.5
@@ -28,7 +28,7 @@ def main(out: Path, steps: int = 15) -> None:
     for site, (rank, alpha) in SITES.items():
         worker = Worker(site, workers[site].config, SiteOverrides(rank=rank, lora_alpha=alpha))
         update = worker.train(task)
-        print(write_adapter(out / site, update.adapter, update.manifest))
+        print(write_adapter(out / site, Saved(update.adapter, update.manifest)))
 
 
 if __name__ == "__main__":

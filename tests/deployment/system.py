@@ -69,7 +69,7 @@ class System:
     def __init__(self, kits: Path) -> None:
         self.kits, self.taps = kits, kits.parent / "taps"
         self.ours: dict[int, psutil.Process] = {}
-        _keep_jobs_in(self.kits / SERVER / "local", kits.parent / "store")
+        _set_up(self.kits / SERVER / "local", kits.parent / "store")
 
     def start(self, sites: list[str]) -> "System":
         for name in (SERVER, *sites):
@@ -173,9 +173,9 @@ class System:
         return [m for m in messages if m and not re.search(rb"'cn__destination': '" + site.encode() + rb"[.']", m)]
 
 
-def _keep_jobs_in(local: Path, store: Path) -> None:
-    """NVFlare's server keeps jobs and snapshots under /tmp/nvflare unless told otherwise."""
+def _set_up(local: Path, store: Path) -> None:
+    """NVFlare's server keeps jobs under /tmp/nvflare and runs four at once, unless told otherwise."""
     file = local / "resources.json.default"
-    text = file.read_text().replace("/tmp/nvflare/", f"{store}/")
+    text = file.read_text().replace("/tmp/nvflare/", f"{store}/").replace('"max_jobs": 4', '"max_jobs": 8')
     json.loads(text)
     file.write_text(text)

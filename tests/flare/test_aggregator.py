@@ -15,7 +15,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, RoundTask
 from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
-from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.errors import ConfigError, FmError, WireError
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
@@ -23,6 +23,7 @@ from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 from nvflare_fm.job.settle import settle
 from nvflare_fm.transforms.packed import pack
+from tests.codes import refused
 
 from .messages import MANIFEST, PLAN, SETTLED, adapter, same, update
 
@@ -145,7 +146,7 @@ def test_the_description_of_the_adapter_is_attached_every_round() -> None:
 def test_values_that_are_not_finite_are_rejected_by_site_and_tensor(poison: float) -> None:
     model = arrival(update("alder", 0))
     model.params["head"] = torch.tensor([1.0, poison])
-    with pytest.raises(WireError, match="alder sent values that are not finite numbers in 'head'"):
+    with refused("not_finite", WireError, "alder", "'head'"):
         opened().accept_model(model)
 
 
@@ -167,7 +168,7 @@ def test_an_unknown_rule_is_refused_while_the_job_loads(settings: dict[str, Any]
 
 def test_nobody_can_be_late_where_a_round_waits_for_all() -> None:
     how = AdapterAggregator({"max_staleness": 1})
-    with pytest.raises(ConfigError, match="set grace_s"):
+    with refused("nobody_late", ConfigError, "grace_s"):
         FedPEFT(plan={}, aggregator=how)
     FedPEFT(plan={}, aggregator=how, deadline_s=9)
 
@@ -200,24 +201,24 @@ def test_the_server_loads_neither_transformers_nor_peft_nor_bitsandbytes() -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "report", "why"),
+    ("settings", "report", "code"),
     [
-        ({"weigh": ["loss"]}, {"before": {}}, "alder reports no loss"),
-        ({"weigh": ["examples", "skew"]}, {}, "alder did not say how its labels are spread"),
-        ({"weigh": ["skew"]}, {"label_skew": float("nan")}, "alder"),
-        ({"normalize_steps": True}, {"steps": 0}, "alder reports no steps"),
-        ({"normalize_steps": True}, {"steps": None}, "alder reports no steps"),
-        ({"weigh": ["examples"]}, {"examples": None}, "alder does not tell how many examples"),
-        ({}, {"max_weight": 0.0}, r"alder sent report\.max_weight"),
-        ({}, {"max_weight": float("nan")}, r"alder sent report\.max_weight"),
+        ({"weigh": ["loss"]}, {"before": {}}, "no_loss"),
+        ({"weigh": ["examples", "skew"]}, {}, "no_label_skew"),
+        ({"weigh": ["skew"]}, {"label_skew": float("nan")}, "wrong_type"),
+        ({"normalize_steps": True}, {"steps": 0}, "steps_not_in_plan"),
+        ({"normalize_steps": True}, {"steps": None}, "steps_not_in_plan"),
+        ({"weigh": ["examples"]}, {"examples": None}, "no_count"),
+        ({}, {"max_weight": 0.0}, "wrong_type"),
+        ({}, {"max_weight": float("nan")}, "wrong_type"),
     ],
 )
 def test_a_site_that_cannot_be_weighed_is_left_out_and_does_not_stop_the_round(
-    settings: dict[str, Any], report: dict[str, Any], why: str
+    settings: dict[str, Any], report: dict[str, Any], code: str
 ) -> None:
     aggregator, faulty, sound = opened(**settings), update("alder", 0), update("birch", 1)
     sound = replace(sound, report=replace(sound.report, label_skew=0.2, steps=PLAN.training.local_steps))
-    with pytest.raises((ConfigError, WireError), match=why):
+    with refused(code, FmError, "alder"):
         aggregator.accept_model(arrival(replace(faulty, report=replace(faulty.report, **report))))
     aggregator.accept_model(arrival(sound))
     aggregator.aggregate_model()

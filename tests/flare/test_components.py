@@ -69,7 +69,7 @@ def test_nothing_can_be_built_below_a_listed_name(kits: Path) -> None:
     """NVFlare's list allows it; its loader, which looks for a module, finds none."""
     for name in components.OURS:
         for inside in ("__init__", "__class__", "mro", "logger"):
-            with pytest.raises(TypeError, match="Can't load class"):
+            with pytest.raises(TypeError):
                 load_class(f"{name}.{inside}")
 
 

@@ -157,7 +157,7 @@ def decided(content: Any) -> FLModel:
         ({"plan": {"rank": 3}, "lowered": []}, "wrong_setting"),
         ({"plan": {}, "lowered": ["rank to 3"] * 17}, "wrong_type"),
         ({"plan": {}, "lowered": "rank to 3"}, "wrong_type"),
-        ({"plan": {}}, "no_lowered"),
+        ({"plan": {}}, "incomplete_message"),
     ],
 )
 def test_a_decision_that_is_none_is_refused(content: Any, code: str) -> None:
@@ -169,8 +169,8 @@ def test_a_decision_that_is_none_is_refused(content: Any, code: str) -> None:
 def test_the_trainer_carries_out_nothing_that_no_gate_has_decided(post: trainer.Post) -> None:
     with pytest.raises(FmError) as refused:
         wire.read_decided(wire.write_task(RoundTask(PLAN)))
-    assert refused.value.code == "no_decided"
-    assert "[no_decided]" in (wire.refused(post.answer(TRAIN, wire.write_task(RoundTask(PLAN)))) or "")
+    assert refused.value.code == "incomplete_message"
+    assert "[incomplete_message]" in (wire.refused(post.answer(TRAIN, wire.write_task(RoundTask(PLAN)))) or "")
 
 
 def test_what_a_server_says_of_a_decision_is_replaced_by_the_gates(site_file: Path) -> None:

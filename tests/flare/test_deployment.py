@@ -202,8 +202,9 @@ def test_the_server_refuses_a_job_before_it_parses_it(
     assert "not_plain_hocon" in error
     assert SECRET not in f"{error}{meta}"
     if name != "meta":
-        with pytest.raises(ValueError, match="not_plain_hocon"):
+        with pytest.raises(ValueError) as caught:
             server.validate(str(job / "app"))
+        assert "[not_plain_hocon]" in str(caught.value)
 
 
 @pytest.mark.parametrize("changed", REFUSED.values(), ids=list(REFUSED))
@@ -232,7 +233,8 @@ def test_yaml_of_a_job_is_not_parsed_on_the_server(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ConfigFactory, "_fmt2Loader", {**parsers, ConfigFormat.OMEGACONF: theirs})
     ServerValidator()
     parser = ConfigFactory.get_config_loader(ConfigFormat.OMEGACONF)
-    with pytest.raises(ValueError, match="YAML"):
+    with pytest.raises(ValueError) as caught:
         parser.load_config_from_str("a: ${oc.env:FM_CANARY}")
+    assert "YAML" in str(caught.value)
     (tmp_path / "own.yml").write_text("{}")
     assert parser.load_config(str(tmp_path / "own.yml")).to_dict() == {}  # the server's own

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import pytest
-
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe
 from nvflare_fm.site.offer.policy import fit
 from nvflare_fm.site.offer.site_config import Limits, SiteConfig
+from tests.codes import refused
 
 TRAINED = TaskPlan.read(
     {
@@ -45,14 +44,14 @@ def test_a_site_that_may_train_little_may_still_measure() -> None:
 
 
 def test_an_adapter_that_does_not_say_how_it_was_trained_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not hold the plan"):
+    with refused("adapter_without_plan", ConfigError):
         Measurement().applied(None)
 
 
 def test_a_setting_nobody_knows_or_an_adapter_that_is_none_is_refused_while_the_job_is_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match='did you mean "max_length"'):
+    with refused("wrong_setting", ConfigError, '"max_length"'):
         AdapterLocator(measurement={"max_lenght": 8})
-    with pytest.raises(ConfigError, match=r"sites: oak: unknown setting;.*rnk"):
+    with refused("wrong_setting", ConfigError, "oak", "rnk"):
         EvaluateAdapterRecipe("job", tmp_path, sites={"oak": {"rnk": 2}})
-    with pytest.raises(ModelError, match="cannot be read"):
+    with refused("adapter_unreadable", ModelError):
         EvaluateAdapterRecipe("job", tmp_path)

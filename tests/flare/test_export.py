@@ -50,7 +50,7 @@ def mixed() -> Adapter:
 
 @pytest.mark.parametrize("merged", [Adapter(adapter(1).lora), mixed()], ids=["one rank", "a rank for each layer"])
 def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -> None:
-    folder = export.write_adapter(tmp_path / "last", merged, replace(MANIFEST, task="one_without_a_head"))
+    folder = export.write_adapter(tmp_path / "last", export.Saved(merged, replace(MANIFEST, task="one_without_a_head")))
     base = Base()
     x = torch.randn(4, 5)
     before = base(x)
@@ -63,43 +63,42 @@ def test_peft_adds_exactly_the_adapters_delta(tmp_path: Path, merged: Adapter) -
 def test_sites_with_rslora_get_the_same_delta(tmp_path: Path) -> None:
     plan = TaskPlan(peft={"method": "lora", "rank": 3, "use_rslora": True})
     merged = Adapter(adapter(1, scale=0.7).lora)
-    where = export.Provenance(0, plan)
-    read, _, _ = export.read_adapter(export.write_adapter(tmp_path / "last", merged, MANIFEST, where))
-    assert read.scales() == pytest.approx(merged.scales())
+    folder = export.write_adapter(tmp_path / "last", export.Saved(merged, MANIFEST, 0, plan))
+    assert export.read_adapter(folder).adapter.scales() == pytest.approx(merged.scales())
 
 
 @pytest.mark.parametrize("merged", [adapter(2, scale=4.0), mixed(), Adapter(dense={"v": torch.ones(3)})])
 def test_reading_undoes_writing(tmp_path: Path, merged: Adapter) -> None:
-    where = export.Provenance(7, TaskPlan(seed=5))
-    folder = export.write_adapter(tmp_path / "x" / "last", merged, MANIFEST, where)
-    read, manifest, provenance = export.read_adapter(folder)
+    saved = export.Saved(merged, MANIFEST, 7, TaskPlan(seed=5))
+    found = export.read_adapter(export.write_adapter(tmp_path / "x" / "last", saved))
+    read = found.adapter
     assert read.tensors().keys() == merged.tensors().keys()
     assert all(torch.equal(t, merged.tensors()[n]) for n, t in read.tensors().items())
     assert read.scales() == pytest.approx(merged.scales())
-    assert (manifest.base, manifest.task, manifest.peft, manifest.labels) == ("base-1", "causal_lm", "lora", ())
-    assert provenance == where
+    assert (MANIFEST.base, MANIFEST.task, MANIFEST.peft, MANIFEST.labels) == ("base-1", "causal_lm", "lora", ())
+    assert replace(found, adapter=merged) == saved
 
 
 def test_writing_again_replaces_the_whole_folder_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    export.write_adapter(tmp_path / "last", export.Saved(adapter(1), MANIFEST))
     (tmp_path / "last" / "stale.txt").write_text("of the old one")
-    export.write_adapter(tmp_path / "last", adapter(2), MANIFEST)
-    assert same(export.read_adapter(tmp_path / "last")[0], adapter(2))
+    export.write_adapter(tmp_path / "last", export.Saved(adapter(2), MANIFEST))
+    assert same(export.read_adapter(tmp_path / "last").adapter, adapter(2))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
     assert not (tmp_path / "last" / "stale.txt").exists()
 
 
 def test_a_write_that_fails_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
-    export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    export.write_adapter(tmp_path / "last", export.Saved(adapter(1), MANIFEST))
     with pytest.raises(TypeError):
-        export.write_adapter(tmp_path / "last", adapter(2), MANIFEST, export.Provenance(object()))
-    assert same(export.read_adapter(tmp_path / "last")[0], adapter(1))
+        export.write_adapter(tmp_path / "last", export.Saved(adapter(2), MANIFEST, object()))
+    assert same(export.read_adapter(tmp_path / "last").adapter, adapter(1))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last"]
 
 
 @pytest.mark.parametrize("missing", export.NEEDED)
 def test_a_folder_that_lacks_a_file_is_refused_without_telling_its_path(tmp_path: Path, missing: str) -> None:
-    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST)
+    folder = export.write_adapter(tmp_path / "last", export.Saved(adapter(1), MANIFEST))
     (folder / missing).unlink()
     with pytest.raises(ModelError) as caught:
         export.read_adapter(folder)
@@ -109,7 +108,7 @@ def test_a_folder_that_lacks_a_file_is_refused_without_telling_its_path(tmp_path
 
 
 def test_provenance_names_the_base_and_no_site(tmp_path: Path) -> None:
-    folder = export.write_adapter(tmp_path / "last", adapter(1), MANIFEST, export.Provenance(3))
+    folder = export.write_adapter(tmp_path / "last", export.Saved(adapter(1), MANIFEST, 3))
     told = json.loads((folder / export.PROVENANCE).read_text())
     assert told["base"] == "base-1"
     assert told["round"] == 3

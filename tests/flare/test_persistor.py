@@ -55,7 +55,7 @@ def saved(fl_ctx: FLContext, step: object = ADAM, memory: Memory = MEMORY) -> Pa
     federation = controller(fl_ctx, step, AdapterPersistor(keep_rounds=True))
     federation.aggregator.memory = memory
     fl_ctx.set_prop(AppConstants.CURRENT_ROUND, 3)
-    model = wire.write_saved(wire.Saved(adapter(1), MANIFEST, 3, federation.settled.plan))
+    model = wire.write_saved(export.Saved(adapter(1), MANIFEST, 3, federation.settled.plan))
     federation.save_model(model)
     assert all(torch.equal(tensor, adapter(1).tensors()[name]) for name, tensor in model.params.items())
     return Path(fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())) / FOLDER / LAST
@@ -71,7 +71,7 @@ def resumed(fl_ctx: FLContext, last: Path, step: object = ADAM) -> FedPEFT:
 
 def test_a_resumed_job_goes_on_with_what_the_servers_step_remembers(fl_ctx: FLContext) -> None:
     last = saved(fl_ctx)
-    assert same(export.read_adapter(last.with_name("round-003"))[2].memory.change, MEMORY.change)
+    assert same(export.read_adapter(last.with_name("round-003")).memory.change, MEMORY.change)
     memory = resumed(fl_ctx, last).aggregator.memory
     assert same(memory.change, MEMORY.change)
     assert torch.equal(memory.square["head"], MEMORY.square["head"])

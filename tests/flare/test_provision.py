@@ -28,6 +28,7 @@ from nvflare_fm.flare.recovery import JobRecovery
 from nvflare_fm.flare.restarted import RestartedSites
 from nvflare_fm.site.offer.site_config import SiteConfig, load_site
 from nvflare_fm.site.offer.site_file import render
+from tests.codes import refused
 from tests.deployment.system import (
     BIN,
     ENVIRONMENT,
@@ -231,12 +232,14 @@ def test_the_first_certificate_to_expire_is_the_one_that_openssl_says(example_ki
 
 def test_a_faulty_project_is_refused_by_name(tmp_path: Path, described: dict[str, Any]):
     faulty = project(8002, {"clinic-a": {"limits": {"max_rnak": 4}}})
-    with pytest.raises(AssertionError, match=r'fm_site of clinic-a: unknown setting .*did you mean "max_rank"'):
+    with pytest.raises(AssertionError) as caught:
         quickly(tmp_path, faulty)
+    assert all(named in str(caught.value) for named in ("clinic-a", '"max_rank"', "[wrong_setting]"))
     early = project(8002, {"clinic-a": {}})
     early["builders"].insert(1, early["builders"].pop(2))
-    with pytest.raises(AssertionError, match="list nvflare_fm's builder after StaticFileBuilder"):
+    with pytest.raises(AssertionError) as caught:
         quickly(tmp_path, early)
+    assert "[builder_order]" in str(caught.value)
 
 
 @pytest.mark.parametrize("only_ours", [False, True])
@@ -290,7 +293,7 @@ def test_what_a_site_has_written_is_never_overwritten(kits: Path, tmp_path: Path
     said = resources(tmp_path / "kit")
     assert (said["class_allow_list"], said["x"]) == (["my.own.Thing", *components.SITE], 1)
     assert said["nvflare_fm"]["max_rank"] == 3
-    with pytest.raises(ConfigError, match="no startup kit"):
+    with refused("not_a_kit", ConfigError):
         allow(tmp_path)
 
 

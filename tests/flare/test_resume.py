@@ -27,7 +27,7 @@ def left_by(submitted: Path, result: Path, last: int | None = LAST) -> Path:
     (result / "workspace").mkdir()
     if last is not None:
         folder = result / "workspace" / "adapters" / "last"
-        export.write_adapter(folder, adapter(last), MANIFEST, export.Provenance(last))
+        export.write_adapter(folder, export.Saved(adapter(last), MANIFEST, last))
     return result
 
 
@@ -90,14 +90,14 @@ def test_what_cannot_go_on_is_refused_and_nothing_is_left_behind(tmp_path: Path)
     assert refused(left_by(submitted, tmp_path / "none", last=None), tmp_path / "more") == "nothing_to_resume"
     assert refused(tmp_path / "submitted", tmp_path / "more") == "no_job_result"
     result = left_by(submitted, tmp_path / "result")
-    assert refused(result, submitted) == "folder_exists"
+    assert refused(result, submitted) == "output_exists"
     weights = result / "workspace" / "adapters" / "last" / export.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
     assert refused(result, tmp_path / "more") == "adapter_damaged"
     finished = left_by(submitted, tmp_path / "finished", last=ROUNDS - 1)
     assert refused(finished, tmp_path / "more") == "no_round_left"
     (finished / "job" / "mine" / "app_server" / "config" / "config_fed_server.conf").write_text("{}")
-    assert refused(finished, tmp_path / "more") == "no_job_result"
+    assert refused(finished, tmp_path / "more") == "not_one_component"
 
 
 def typed(*words: Any) -> Result:
@@ -114,9 +114,9 @@ def test_the_command_writes_the_job_and_says_with_which_round_it_goes_on(
     assert f"goes on with round {LAST + 1} of rounds 0 to {ROUNDS - 1}" in done.output
     assert read_job(tmp_path / "mine_resumed").rounds.start == LAST + 1
     for words, code in [
-        ((result,), "folder_exists"),
+        ((result,), "output_exists"),
         (("no-folder",), "no_kit"),
-        (("no-folder", "--kit", tmp_path), "no_job_result"),
+        (("no-folder", "--kit", tmp_path), "no_such_result"),
         (("3f1c2b7e-6f0e-4a53-9d2c-0a3d4c5b6a79", "--kit", tmp_path), "no_admin_kit"),
         ((result, "-o", tmp_path / "more", "--kit", tmp_path), "no_admin_kit"),
     ]:

@@ -70,7 +70,7 @@ def test_a_folder_that_is_no_simulation_is_never_emptied(place: Path) -> None:
     """NVFlare's simulator empties its workspace: `-o .` beside the job would name the job itself."""
     data = [f"--data={site}={place / site}" for site in ("north", "south")]
     refused = typed("simulate", place / "any", "--model", place / "model", "-o", place, *data)
-    assert "was not made by a simulation" in str(refused.exception)
+    assert "[not_a_simulation]" in str(refused.exception)
     assert (place / "any" / "meta.conf").exists()
 
 

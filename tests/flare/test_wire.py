@@ -19,8 +19,10 @@ from nvflare_fm import transforms
 from nvflare_fm.adapter import LORA_A, Adapter, LoraPair, RoundTask
 from nvflare_fm.config import Rules, TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.export.folder import Saved
 from nvflare_fm.flare import wire
 from nvflare_fm.transforms.packed import pack
+from tests.codes import refused
 
 from .messages import LAYERS, MANIFEST, adapter, same, update
 
@@ -79,14 +81,14 @@ def test_a_refusal_arrives_as_a_reply_with_its_reason() -> None:
 
 
 def test_a_refused_submission_cannot_be_mistaken_for_an_adapter() -> None:
-    with pytest.raises(WireError, match="it has not trained"):
+    with refused("no_submission", WireError, "it has not trained"):
         wire.read_task(posted(wire.write_refusal("it has not trained")))
 
 
 def test_parameters_views_and_gradients_travel_as_plain_tensors() -> None:
     wide = torch.randn(4, 6, requires_grad=True)
     pair = LoraPair(wide[:, ::2], torch.nn.Parameter(torch.randn(4, 4)).T, 1.0)
-    got = wire.read_saved(*_parts(posted(wire.write_saved(wire.Saved(Adapter({"l": pair}), MANIFEST)))), "alder")
+    got = wire.read_saved(*_parts(posted(wire.write_saved(Saved(Adapter({"l": pair}), MANIFEST)))), "alder")
     assert torch.equal(got.adapter.lora["l"].A, wide.detach()[:, ::2])
     assert torch.equal(got.adapter.lora["l"].B, pair.B.detach())
 
@@ -95,14 +97,14 @@ def test_parameters_views_and_gradients_travel_as_plain_tensors() -> None:
 def test_a_site_that_leaves_something_out_is_refused_by_name(name: str) -> None:
     model = wire.write_update(update("alder", 1))
     del model.meta[wire.KEY][name]
-    with pytest.raises(WireError, match=f"alder sent no {name}"):
+    with refused("incomplete_message", WireError, "alder", name):
         wire.read_update(model, "alder")
 
 
 def test_a_missing_scale_names_site_and_layer() -> None:
     model = wire.write_update(update("alder", 1))
     layer, _ = model.meta[wire.KEY]["scales"].popitem()
-    with pytest.raises(WireError, match=rf"alder sent no scale for '{layer}'"):
+    with refused("no_scale", WireError, "alder", layer):
         wire.read_update(model, "alder")
 
 
@@ -110,7 +112,7 @@ def test_a_missing_scale_names_site_and_layer() -> None:
 def test_another_version_is_refused_by_name(meta: dict[str, Any]) -> None:
     model = wire.write_update(update("alder", 1))
     model.meta = meta
-    with pytest.raises(WireError, match="alder speaks version"):
+    with refused("other_version", WireError, "alder"):
         wire.read_update(model, "alder")
 
 
@@ -121,13 +123,13 @@ def test_another_version_is_refused_by_name(meta: dict[str, Any]) -> None:
 def test_a_value_of_the_wrong_type_is_refused_by_name(name: str, value: Any) -> None:
     model = wire.write_update(update("alder", 1))
     model.meta[wire.KEY][name] = value
-    with pytest.raises(WireError, match=f"alder sent {name}"):
+    with refused("wrong_type", WireError, "alder", name):
         wire.read_update(model, "alder")
 
 
 @pytest.mark.parametrize("examples", [0, -5, 10**9 + 1])
 def test_an_update_from_no_examples_or_from_more_than_there_can_be_is_refused(examples: int) -> None:
-    with pytest.raises(WireError, match=r"alder sent report\.examples"):
+    with refused("wrong_type", WireError, "alder", "report.examples"):
         wire.read_update(wire.write_update(update("alder", 1, examples=examples)), "alder")
 
 
@@ -152,7 +154,7 @@ def test_in_the_first_round_names_are_bounded_in_number_length_and_letters(names
 def test_something_that_is_not_a_tensor_is_refused_by_name() -> None:
     model = wire.write_update(update("alder", 1))
     model.params["head"] = [1.0, 2.0]
-    with pytest.raises(WireError, match="alder sent a list for 'head'"):
+    with refused("tensor_type", WireError, "alder", "list", "'head'"):
         wire.read_update(model, "alder")
 
 
@@ -260,7 +262,7 @@ LAYER_A = sorted(LAYERS)[0] + LORA_A
             "too_many_tensors",
         ),
         (lambda m: m.meta[wire.KEY]["encoded"].update(by="int8 "), "wrong_type"),
-        (lambda m: m.meta[wire.KEY]["encoded"].pop("by"), "no_by"),
+        (lambda m: m.meta[wire.KEY]["encoded"].pop("by"), "incomplete_message"),
     ],
 )
 def test_a_description_that_does_not_fit_what_came_is_refused(damage: Any, code: str) -> None:
@@ -294,7 +296,7 @@ def test_meta_holds_plain_python_only() -> None:
     got = wire.plain(value)
     assert got == {"a": ["blue", "red"], "2": [0.5, 2.0], "n": None, "b": True}
     assert type(got["2"][0]) is float
-    with pytest.raises(WireError, match="a Tensor cannot travel"):
+    with refused("not_plain", WireError, "Tensor"):
         wire.plain({"x": torch.zeros(1)})
 
 

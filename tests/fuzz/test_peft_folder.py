@@ -23,8 +23,8 @@ Files = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    provenance = export.Provenance(3, TaskPlan(seed=5), "adam", Memory(adapter(2), {}))
-    return export.write_adapter(tmp_path_factory.mktemp("fuzz") / "last", adapter(1), MANIFEST, provenance)
+    saved = export.Saved(adapter(1), MANIFEST, 3, TaskPlan(seed=5), "adam", Memory(adapter(2), {}))
+    return export.write_adapter(tmp_path_factory.mktemp("fuzz") / "last", saved)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def whole(folder: Path) -> Files:
 def outcome(folder: Path) -> str:
     """The code under which the folder is refused, or "read" once the server could go on with what it holds."""
     try:
-        adapter, manifest, provenance = export.read_adapter(folder)
+        saved = export.read_adapter(folder)
     except ModelError as error:
         return error.code
-    export.adapter_config(adapter, manifest)
-    message = wire.write_saved(wire.Saved(adapter, manifest, provenance.round, provenance.plan))
+    export.adapter_config(saved.adapter, saved.manifest)
+    message = wire.write_saved(saved)
     with suppress(FmError):
         wire.read_saved(message.params, message.meta, "the server")
     return "read"

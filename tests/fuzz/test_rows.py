@@ -28,7 +28,16 @@ TASKS = tuple(TASK_PROMISES)
 COLUMNS = {"regression": {"label": "number"}, "multi_label": {"labels": "topics"}, "preference": {"prompt": "asked"}}
 PLANS = {task: tiny.plan(task, max_length=64) for task in TASKS}
 SECRET = "Quarantine-9"  # in every row: no message may repeat it
-CODES = ("data_unreadable", "data_format_unknown", "bad_rows", "no_rows", "multi_label", "regression", "column_missing")
+CODES = (
+    "data_unreadable",
+    "data_format_unknown",
+    "bad_rows",
+    "no_rows",
+    "no_validation_rows",
+    "multi_label",
+    "regression",
+    "column_missing",
+)
 CHATS = {name: chats.tokenizer(*how) for name, how in chats.BY_EOS.items()}
 
 

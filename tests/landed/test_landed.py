@@ -17,7 +17,8 @@ BROUGHT = HERE / "job" / "app_server" / "config" / "initial_adapter"
 
 @pytest.mark.parametrize("folder", [HERE / "adapter", BROUGHT], ids=["by itself", "in a job"])
 def test_an_adapter_is_read_with_all_that_it_says(folder: Path) -> None:
-    adapter, manifest, provenance = read_adapter(folder)
+    saved = read_adapter(folder)
+    adapter, manifest = saved.adapter, saved.manifest
     raw = load_file(folder / "adapter_model.safetensors")
     assert set(adapter.lora) == set(LAYERS)
     for layer, pair in adapter.lora.items():
@@ -27,14 +28,14 @@ def test_an_adapter_is_read_with_all_that_it_says(folder: Path) -> None:
     assert torch.equal(adapter.dense[HEAD], raw[HEAD])
     assert (manifest.base, manifest.task, manifest.peft) == ("0" * 64, PLAN["task"], "lora")
     assert list(manifest.labels) == PLAN["labels"]
-    assert provenance.round == 4
-    assert provenance.plan is not None
-    asked = provenance.plan.model_dump(include={*PLAN}, mode="json")
+    assert saved.round == 4
+    assert saved.plan is not None
+    asked = saved.plan.model_dump(include={*PLAN}, mode="json")
     assert asked["training"].items() >= PLAN["training"].items()
     assert asked["peft"].items() >= PLAN["peft"].items()
     assert asked["max_length"] == PLAN["max_length"]
-    assert provenance.step == {"rule": "momentum"}
-    assert torch.equal(provenance.memory.change.dense[HEAD], torch.ones(3, HIDDEN))
+    assert saved.step == {"rule": "momentum"}
+    assert torch.equal(saved.memory.change.dense[HEAD], torch.ones(3, HIDDEN))
 
 
 def test_peft_loads_it() -> None:

@@ -15,7 +15,7 @@ import torch
 from nvflare_fm.adapter import Adapter, LoraPair, Manifest
 from nvflare_fm.aggregation.step import Memory
 from nvflare_fm.config import RoundPlan
-from nvflare_fm.export.folder import Provenance, write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.flare.recipe import FedPEFTRecipe
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def main() -> None:
     made, plan = adapter(), RoundPlan.read(PLAN, "the plan")
     manifest = Manifest("0" * 64, plan.task, "lora", labels=tuple(plan.labels))
     memory = Memory(Adapter(made.lora, {HEAD: torch.ones(3, HIDDEN)}))
-    write_adapter(HERE / "adapter", made, manifest, Provenance(4, plan, {"rule": "momentum"}, memory))
+    write_adapter(HERE / "adapter", Saved(made, manifest, 4, plan, {"rule": "momentum"}, memory))
     recipe = FedPEFTRecipe(
         "job",
         num_rounds=9,

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import Combined
 from nvflare_fm.config import Aggregation, SiteOverrides
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.export.peft_config import adapter_config
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model.base_model import keep_packing
@@ -56,7 +56,7 @@ def test_every_family_learns_every_task_and_plain_peft_finds_the_same_loss(
     measured = workers["site-0"].validate(RoundTask(plan, second.combined.adapter, second.combined.manifest))
     assert measured["loss"] < first.reports["site-0"].before["loss"]
     plain = loss_under_plain_peft(
-        write_adapter(tmp_path / "adapter", second.combined.adapter, second.combined.manifest),
+        write_adapter(tmp_path / "adapter", Saved(second.combined.adapter, second.combined.manifest)),
         base=zoo.plain(offered(family), task, **four_bits(second.combined) if quantization == "nf4" else {}),
         batch=collate(list(workers["site-0"]._job(RoundTask(plan), trains=False).data.validation), pad_id=0),
         task=task,

@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ModelError
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.mean_pooling import MeanPooledForSequenceClassification, means_tokens
 from nvflare_fm.site.model.fingerprint import fingerprint
+from tests.codes import refused
 from tests.site import tiny
 
 OLD = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
@@ -68,7 +69,7 @@ def test_a_model_that_also_decodes_is_left_to_transformers_own_class(bert: Path,
 def test_what_cannot_be_read_is_an_error_with_a_remedy_and_no_path(bert: Path, tmp_path: Path, modules: str) -> None:
     model = declared(bert, tmp_path / "model", OLD)
     (model / "modules.json").write_text(modules)
-    with pytest.raises(ModelError, match="fetch the model again") as raised:
+    with refused("pooling_unreadable", ModelError) as raised:
         means_tokens(model)
     assert str(tmp_path) not in raised.value.message
 
@@ -105,7 +106,7 @@ def test_what_a_federation_trained_loads_on_the_same_class(averaged: Path, tmp_p
     first, second = federate({"site-1": worker}, plan, Aggregation(), 2)
     assert second.reports["site-1"].after["loss"] < first.reports["site-1"].before["loss"]
     if quantization == "fp32":
-        folder = write_adapter(tmp_path / "adapter", second.combined.adapter, second.combined.manifest)
+        folder = write_adapter(tmp_path / "adapter", Saved(second.combined.adapter, second.combined.manifest))
         base = MeanPooledForSequenceClassification.from_pretrained(averaged, num_labels=3)
         model = PeftModel.from_pretrained(base, folder).eval()
         rows = tiny.rows("sequence_classification")
@@ -133,7 +134,7 @@ def test_an_adapter_says_which_class_it_needs(bert: Path, averaged: Path, tmp_pa
             {"site-1": tiny.worker(tmp_path, model, "sequence_classification")},
             tiny.plan("sequence_classification"), Aggregation(), 1,
         )  # fmt: skip
-        folder = write_adapter(tmp_path / "adapter", done.combined.adapter, done.combined.manifest)
+        folder = write_adapter(tmp_path / "adapter", Saved(done.combined.adapter, done.combined.manifest))
         said = json.loads((folder / "adapter_config.json").read_text()).get("auto_mapping")
         needed = getattr(import_module(said["parent_library"]), said["base_model_class"]) if said else None
         assert needed is expected

@@ -21,6 +21,7 @@ from nvflare_fm.site.model import base_model
 from nvflare_fm.site.offer.site_config import DataSource, ModelSource
 from nvflare_fm.site.tasks import BadRow, registry
 from nvflare_fm.site.worker import Worker
+from tests.codes import refused
 from tests.site import tiny
 
 WORDS = tiny.tokenizer()
@@ -51,19 +52,18 @@ def test_numbers_are_learned_in_scales_from_the_mean(
         assert target("regression", {"label": row[0]}, regression(target_scale=[1e6])) == [numbers[0] / 1e6]
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        (None, "missing"), ("", "missing"), ("  ", "missing"), ("warm", "no number"), ("36,6", "no number"),
-        ("1,234.5", "no number"), ("36.6 C", "no number"), ("nan", "no number"), ("inf", "no number"), ("0x1f", "no n"),
-        ("1_000", "no number"), ("٣", "no number"), (True, "no number"), ({"a": 1}, "no number"),
-        (math.nan, "not finite"), (math.inf, "not finite"), (-1e7, "not finite"), ("1e9", "not finite"),
-        ("1e999", "not finite"), (10**400, "not finite"), ([1.0, 2.0], "another count"), ([], "another count"),
-        ([[1.0]], "no number"), (2e4, "more than 10000 target_scale"),
-    ],
-)  # fmt: skip
-def test_what_is_no_number_is_a_bad_row(value: Any, reason: str) -> None:
-    with pytest.raises(BadRow, match=reason):
+NO_NUMBERS: dict[str, list[Any]] = {
+    "value_missing": [None, "", "  "],
+    "not_a_number": ["warm", "36,6", "1,234.5", "36.6 C", "nan", "inf", "0x1f", "1_000", "٣", True, {"a": 1}, [[1.0]]],
+    "number_too_large": [math.nan, math.inf, -1e7, "1e9", "1e999", 10**400],
+    "number_count": [[1.0, 2.0], []],
+    "number_too_far": [2e4],
+}
+
+
+@pytest.mark.parametrize(("value", "code"), [(value, code) for code in NO_NUMBERS for value in NO_NUMBERS[code]])
+def test_what_is_no_number_is_a_bad_row(value: Any, code: str) -> None:
+    with refused(code, BadRow):
         target("regression", {"label": value}, regression())
 
 
@@ -107,17 +107,19 @@ def test_each_label_that_is_listed_is_a_yes_and_the_others_are_a_no(labels: list
     assert found == [float(label in labels) for label in tiny.LABELS]
 
 
-@pytest.mark.parametrize(
-    ("labels", "reason"),
-    [
-        (None, "missing"), ("", "missing"), ("ill", "no list"), ("[ill", "no list"), ({"ill": 1}, "no list"),
-        (1, "no list"), (["ill", "ill"], "twice"), ([1, "ill"], "twice"), ([0, 1, 1], "twice"),
-        (["worse"], "not among"), ([["ill"]], "is a list"), (["calm", "ill", "well", "calm"], "more labels"),
-        ([None], "missing"), ([True], "not among"), ("[" * 5000, "no list"),
-    ],
-)  # fmt: skip
-def test_what_is_no_list_of_the_plans_labels_is_a_bad_row(labels: Any, reason: str) -> None:
-    with pytest.raises(BadRow, match=reason) as caught:
+NO_LISTS: dict[str, list[Any]] = {
+    "value_missing": [None, "", [None]],
+    "labels_no_list": ["ill", "[ill", {"ill": 1}, 1, "[" * 5000],
+    "label_twice": [["ill", "ill"], [1, "ill"], [0, 1, 1]],
+    "unknown_label": [["worse"], [True]],
+    "multi_label": [[["ill"]]],
+    "too_many_labels": [["calm", "ill", "well", "calm"]],
+}
+
+
+@pytest.mark.parametrize(("labels", "code"), [(labels, code) for code in NO_LISTS for labels in NO_LISTS[code]])
+def test_what_is_no_list_of_the_plans_labels_is_a_bad_row(labels: Any, code: str) -> None:
+    with refused(code, BadRow) as caught:
         target("multi_label", {"labels": labels}, tiny.plan("multi_label"))
     assert "worse" not in str(caught.value)
 

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.config import Aggregation
-from nvflare_fm.export.folder import write_adapter
+from nvflare_fm.export.folder import Saved, write_adapter
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.model import base_model
 from nvflare_fm.site.offer.site_config import ModelSource
@@ -66,7 +66,7 @@ def test_a_module_below_the_head_that_is_trained_whole_is_loaded_as_such(
     plan = tiny.plan("sequence_classification", peft=asked, evaluation={"before": False, "after": False})
     file = tiny.jsonl(tmp_path / "rows.jsonl", tiny.rows(plan.task))
     update = Worker("site-1", tiny.site(bert, file, limits={"trainable_modules": ["pooler"]})).train(RoundTask(plan))
-    base, folder = base_of(bert, plan), write_adapter(tmp_path / "adapter", update.adapter, update.manifest)
+    base, folder = base_of(bert, plan), write_adapter(tmp_path / "adapter", Saved(update.adapter, update.manifest))
     with base.lent(), torch.inference_mode():
         ours = attachment_of(asked).attach(base, update.adapter, plan).eval()(input_ids=IDS).logits
     with base.lent() as bare, torch.inference_mode():

@@ -10,4 +10,4 @@ from . import rule
 @rule("share_a", exact=False, mixed_ranks=False, canonical=False, shares="A")
 def share_a(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """A travels without a B, so it is averaged like every tensor that is not half of a pair; no pair may arrive."""
-    raise WireError("a site sent whole pairs where only A is shared; update nvflare_fm there")
+    raise WireError("a site sent whole pairs where only A is shared; update nvflare_fm there", code="whole_pairs")

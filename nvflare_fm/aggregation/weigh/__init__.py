@@ -85,4 +85,7 @@ def capped(weights: Sequence[float], limits: Sequence[float]) -> list[float]:
 def _refuse_unless(sound: bool, names: Sequence[object], sites: Sequence[str], values: Sequence[float]) -> None:
     if not sound:
         said = dict(zip(sites, values, strict=True))
-        raise ConfigError(f"weights {list(names)} give {said}; they must be finite, not negative and not all zero")
+        raise ConfigError(
+            f"weights {list(names)} give {said}; they must be finite, not negative and not all zero",
+            code="weights_unusable",
+        )

@@ -28,7 +28,9 @@ def skew(
     factors = []
     for update, count in zip(cohort.updates, counts, strict=True):
         if update.report.label_skew is None:
-            raise ConfigError(f"{update.site} did not say how its labels are spread; weigh by examples alone")
+            raise ConfigError(
+                f"{update.site} did not say how its labels are spread; weigh by examples alone", code="no_label_skew"
+            )
         share = count / sum(counts)
         factors.append(max(share - a * update.report.label_skew + b, 0.0) / share if share else 0.0)
     return factors

@@ -56,12 +56,12 @@ def read_job(folder: Path) -> Job:
     server, home = _server(folder, list(apps))
     persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
     saved = export.read_adapter(home / persistor.initial_adapter) if persistor.initial_adapter else None
-    adapter, manifest, made = saved or (None, None, export.Provenance())
+    adapter, trained_by = (saved.adapter, saved.plan) if saved else (None, None)
     needed = _min_sites(meta)
     check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
     measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
     if measured:
-        return Job(name, measured.applied(made.plan), None, range(0), sites, adapter, needed)
+        return Job(name, measured.applied(trained_by), None, range(0), sites, adapter, needed)
     controller = _only(FedPEFT, server)
     needed = max(needed, controller.min_responses)
     check_sites(set(sites) - {ALL}, needed)
@@ -70,12 +70,13 @@ def read_job(folder: Path) -> Job:
     for site, executor in sites.items():
         for each in (ALL, *settled.sites) if site == ALL else (site,):
             _check_admitted(each, executor.overrides, settled.terms(each), settled.plan)
-    if manifest:
-        _check_fits(settled.plan, manifest)
-    first = made.round + 1 if persistor.resume and made.round is not None else 0
+    if saved:
+        _check_fits(settled.plan, saved.manifest)
+    made_by = saved.round if saved and persistor.resume else None
+    first = 0 if made_by is None else made_by + 1
     if first >= last:
         raise ConfigError(
-            f"the adapter is of round {made.round} and num_rounds is {last}: raise num_rounds", code="no_round_left"
+            f"the adapter is of round {made_by} and num_rounds is {last}: raise num_rounds", code="no_round_left"
         )
     return Job(name, settled.plan, settled, range(first, last), sites, adapter, needed)
 

@@ -58,16 +58,16 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
     """What of a job is as it was when the adapter was trained: the task, labels and PEFT settings must be, and the base
     model, data and how texts are cut are unless the job says otherwise.
     """
-    values, manifest, provenance = export.read_adapter(adapter)
-    if provenance.plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
+    saved = export.read_adapter(adapter)
+    plan = saved.plan
+    if plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
         return {}
-    if manifest.peft != "lora":
+    if saved.manifest.peft != "lora":
         raise ConfigError(
-            f"{template.name} goes on with LoRA, the adapter is {manifest.peft}; use FedPEFTRecipe",
-            code="adapter_does_not_fit",
+            f"{template.name} goes on with LoRA, the adapter is {saved.manifest.peft}; use FedPEFTRecipe",
+            code="other_adapter",
         )
-    plan = provenance.plan
-    widest = max((values.lora[layer].rank for layer in values.lora), default=0)
+    widest = max((pair.rank for pair in saved.adapter.lora.values()), default=0)
     widest = max(widest, plan.rank) if widest else 0  # an adapter can be shorter than what trained it
     peft = {f"plan.peft.{name}": _plain(value) for name, value in plan.peft.items()}
     labels = {"labels": list(plan.labels)} if plan.labels else {}
@@ -100,7 +100,7 @@ def making(folder: Path) -> Iterator[Path]:
         raise ConfigError(
             "the job's folder exists already and is not overwritten; choose another",
             str(folder),
-            code="folder_exists",
+            code="output_exists",
         )
     beside = None
     try:

@@ -74,7 +74,9 @@ def _persistor(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(part, dict) and part.get("path") == kind:
             found: dict[str, Any] = part
             return found
-    raise ConfigError(f"the job has no {AdapterPersistor.__name__}; is it a job of nvflare_fm?", code="no_job_result")
+    raise ConfigError(
+        f"the job has no {AdapterPersistor.__name__}; is it a job of nvflare_fm?", code="not_one_component"
+    )
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def download(job_id: str, kit: Path, into: Path) -> Path:
         ConfigError: the job is still running, or is not there, or the system cannot be reached.
     """
     if not is_valid_job_id(job_id):
-        raise ConfigError(f"{job_id[:80]!r} is neither a folder nor the id of a job", code="no_job_result")
+        raise ConfigError(f"{job_id[:80]!r} is neither a folder nor the id of a job", code="no_such_result")
     with connected(kit) as session:
         return Path(session.download_job_result(job_id, str(into)))
 

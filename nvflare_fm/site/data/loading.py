@@ -86,7 +86,7 @@ def load(
     if len(train.good) < 2:
         raise DataError(
             f"data {plan.data!r} has no row to hold out and no validation file; add rows or name a validation file",
-            code="no_rows",
+            code="no_validation_rows",
         )
     held = set(random.Random(0).sample(range(len(train.good)), max(1, round(_HELD_OUT * len(train.good)))))
     kept = [row for i, row in enumerate(train.good) if i not in held]
@@ -144,7 +144,7 @@ def _read(
             found.columns.add(row)
             encoded = task.encode(mapped(row, source), tokenizer, plan)
             if vocabulary is not None and max(max(each["input_ids"]) for each in encoded.examples) >= vocabulary:
-                raise BadRow("it has a token that the base model has no row for")
+                raise BadRow("it has a token that the base model has no row for", code="token_without_row")
             found.good.append(encoded.examples)
             found.cut += encoded.cut
             found.remarks.update(encoded.remarks)
@@ -155,7 +155,7 @@ def _read(
             raise
         except BaseException as error:  # half an emoji is enough, and what is written in Rust panics with no Exception
             log.debug("line %d", line, exc_info=True)  # its words may repeat the row
-            found.bad.add(line, BadRow(f"the row cannot be tokenized ({type(error).__name__})"))
+            found.bad.add(line, BadRow(f"the row cannot be tokenized ({type(error).__name__})", code="not_tokenized"))
         if examples > ROWS_LIMIT:
             raise DataError(f"{where} has more than {ROWS_LIMIT} answers; offer fewer rows", code="too_many_examples")
     _report(where, found, source, plan, task)
@@ -168,7 +168,7 @@ class _BadRows:
 
     first: list[str] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    codes: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, BadRow] = field(default_factory=dict)  # one for each reason
 
     @property
     def count(self) -> int:
@@ -176,7 +176,7 @@ class _BadRows:
 
     def add(self, line: int, reason: BadRow) -> None:
         self.reasons[str(reason)] += 1
-        self.codes[str(reason)] = reason.code
+        self.kinds[str(reason)] = reason.with_traceback(None)
         if len(self.first) < _SHOWN:
             hint = reason.hint()
             self.first.append(f"line {line}: {reason}{f' ({hint})' if hint else ''}")
@@ -208,9 +208,9 @@ def _report(where: str, found: _File, source: DataSource, plan: RoundPlan, task:
         log.warning("%s (in all: %s)", said, reasons)
         return
     local = f"{said}; its columns: {found.columns}"
-    reason = bad.reasons.most_common(1)[0][0]
-    if not good and bad.codes[reason]:
-        raise DataError(f"{where}: {reason}", local, code=bad.codes[reason])
+    reason = bad.kinds[bad.reasons.most_common(1)[0][0]]
+    if not good and reason.tells_job:
+        raise DataError(f"{where}: {reason}", local, code=reason.code)
     if not good:
         found.columns.check_read(source, task.columns, where)
     raise DataError(

@@ -43,7 +43,7 @@ def wrap(base: "BaseModel", config: "PeftConfig", seed: int) -> "PeftModel":
         raise ConfigError(
             "peft: PEFT cannot put this adapter on the base model; choose other target_modules or another method",
             str(error),
-            code="adapter_does_not_fit",
+            code="not_adaptable",
         ) from None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -201,7 +201,8 @@ def put(model: "PeftModel", values: Mapping[str, Tensor], adapter: str = LOCAL) 
         raise WireError(
             f"the global adapter does not fit this site's model: {name!r} is {theirs.get(name, 'missing')} there, "
             f"{mine.get(name, 'unknown')} here ({len(differing)} tensors differ); do base model and PEFT settings "
-            "agree?"
+            "agree?",
+            code="adapter_misfit",
         )
     set_peft_model_state_dict(model, dict(values), adapter_name=adapter)
 

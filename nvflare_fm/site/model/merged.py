@@ -47,7 +47,7 @@ def merge(folder: Path, base: Path, adapter: Adapter, manifest: Manifest, out: P
         ModelError: the base model is another one, or quantized, or the adapter does not fit it.
     """
     if manifest.peft in _NOTHING_TO_MERGE:
-        raise ConfigError(f"{manifest.peft} changes no weights: export it without --merge", code="nothing_to_merge")
+        raise ConfigError(f"{manifest.peft} changes no weights: export it without --merge", code="changes_no_weights")
     if not adapter.lora and any(".lora_A." in name for name in adapter.dense):
         raise ConfigError(
             "this adapter holds the factors that all sites share; the other ones are each site's own: merge the site's "
@@ -81,7 +81,7 @@ def check_base(base: Path, manifest: Manifest) -> None:
         raise ModelError(
             "this is not the base model that the adapter was trained on: its fingerprint is another",
             f"{base}: {found}, the adapter: {manifest.base}",
-            code="another_base",
+            code="other_base",
         )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ...adapter import LORA_A, Adapter, LoraPair, Manifest, RoundTask
 from ...at_rest import standing
-from ...export.folder import Provenance, read_adapter, write_adapter
+from ...export.folder import Saved, read_adapter, write_adapter
 from ..training.distributed import processes
 
 FOLDER = "own_adapter"
@@ -28,13 +28,13 @@ class OwnAdapter:
             ModelError: the folder is damaged.
         """
         if self._adapter is None and self.folder and standing(self.folder).exists():
-            self._adapter, *_ = read_adapter(self.folder)
+            self._adapter = read_adapter(self.folder).adapter
         return self._adapter
 
     def keep(self, adapter: Adapter, manifest: Manifest, task: RoundTask) -> None:
         self._adapter = adapter
         if self.folder and processes()[0] == 0:
-            write_adapter(self.folder, adapter, manifest, Provenance(task.round, task.plan))
+            write_adapter(self.folder, Saved(adapter, manifest, task.round, task.plan))
 
 
 def shared_half(adapter: Adapter) -> Adapter:

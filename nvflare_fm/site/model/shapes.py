@@ -96,7 +96,7 @@ def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:
 def _built(folder: Path, plan: RoundPlan) -> tuple[Any, Any]:
     task = tasks[plan.task]
     if not (folder / "config.json").is_file():
-        raise ModelError("the base model's folder has no config.json; check its path", str(folder), code="no_model")
+        raise ModelError("the base model's folder has no config.json; check its path", str(folder), code="no_config")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         for name, value in task.model_config(plan).items():

@@ -118,5 +118,6 @@ def _check_layers(start: Adapter, blank: Adapter) -> None:
         if theirs != ours:
             raise WireError(
                 f"the global adapter has {theirs or 'nothing'} for {layer!r}, this site's model {ours or 'nothing'}; "
-                "do base model and target_modules agree?"
+                "do base model and target_modules agree?",
+                code="adapter_misfit",
             )

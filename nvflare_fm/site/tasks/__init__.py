@@ -39,13 +39,15 @@ class BadRow(Exception):
 
     Args:
         reason: must not repeat any of the row's content.
-        code: of an error that stops a site whose every row is so; the reason is told to the job then.
+        code: a name for this kind of mistake, which stays when the wording changes.
+        tells_job: whether the job learns this reason, where every row of a site is so; otherwise it learns only that
+            the site's rows cannot be used.
         hint: what else the site's own log may say of this row. Called for the few rows that it lists.
     """
 
-    def __init__(self, reason: str, *, code: str = "", hint: Callable[[], str] = str) -> None:
+    def __init__(self, reason: str, *, code: str, tells_job: bool = False, hint: Callable[[], str] = str) -> None:
         super().__init__(reason)
-        self.code, self.hint = code, hint
+        self.code, self.tells_job, self.hint = code, tells_job, hint
 
 
 @dataclass(frozen=True)
@@ -215,10 +217,12 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
         BadRow: it is missing, of another type or blank.
     """
     value = row.get(column)
+    if value is None:
+        raise BadRow(f"{column!r} is missing", code="value_missing")
     if not isinstance(value, str):
-        raise BadRow(f"{column!r} is missing" if value is None else f"{column!r} is not a text")
+        raise BadRow(f"{column!r} is not a text", code="value_not_text")
     if not value.strip():
-        raise BadRow(f"{column!r} is empty")
+        raise BadRow(f"{column!r} is empty", code="value_empty")
     return value
 
 

@@ -55,7 +55,9 @@ class CausalLM(Task):
             cut += beyond
             examples += [example] if example else []
         if not examples:
-            raise BadRow(f"no part of an answer lies within max_length = {plan.max_length} tokens")
+            raise BadRow(
+                f"no part of an answer lies within max_length = {plan.max_length} tokens", code="answers_cut_off"
+            )
         cut += Cut(answers=asked)
         return Encoded(tuple(examples), replace(cut, rows=int(cut != Cut())))
 
@@ -85,11 +87,13 @@ def _plain(row: Mapping[str, Any]) -> tuple[str, Span]:
     elif row.get("completion") is not None or row.get("prompt") is not None:
         prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
     elif row.get("instruction") is not None:
-        raise BadRow("'output' is missing")
+        raise BadRow("'output' is missing", code="value_missing")
     elif row.get("text") is not None:
         prompt, completion = "", text_of(row, "text")
     else:
-        raise BadRow("none of 'messages', 'conversations', 'completion', 'output' and 'text' is there")
+        raise BadRow(
+            "none of 'messages', 'conversations', 'completion', 'output' and 'text' is there", code="value_missing"
+        )
     return prompt + completion, (len(prompt), len(prompt) + len(completion))
 
 
@@ -132,7 +136,10 @@ def _chats(
 
 def _check_prompts(characters: int) -> None:
     if characters > _PROMPTS:
-        raise BadRow(f"what precedes the answers of the conversation is longer than {_PROMPTS} characters together")
+        raise BadRow(
+            f"what precedes the answers of the conversation is longer than {_PROMPTS} characters together",
+            code="prompts_too_long",
+        )
 
 
 def _is_prompted(text: str, start: int, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:

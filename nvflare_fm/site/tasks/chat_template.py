@@ -32,6 +32,7 @@ class Rendering:
                 "the base model's tokenizer has no chat template, which a conversation needs; offer a model that has "
                 "one, or rows of 'prompt' and 'completion'",
                 code="no_chat_template",
+                tells_job=True,
             )
         self.said, self._template = said, _Template(tokenizer, said.tools)
         try:
@@ -45,7 +46,8 @@ class Rendering:
         except Exception:  # a template raises what it likes, and may repeat the row
             raise BadRow(
                 "the base model's chat template refuses this conversation (the order of roles, or a role that it does "
-                "not know, such as system or tool)"
+                "not know, such as system or tool)",
+                code="template_refuses",
             ) from None
         self._check_roles()
 
@@ -60,7 +62,8 @@ class Rendering:
                 raise BadRow(
                     "the base model's chat template does not put an answer where its own prompt for one ends, so no "
                     "text shows the model what it will see; join a system message to what the user says, or offer a "
-                    "model with another template"
+                    "model with another template",
+                    code="template_rewrites",
                 )
             self._check_parts(i, after, len(before))
             yield after, (len(before), len(after))
@@ -70,13 +73,19 @@ class Rendering:
         lost = [] if _stands(message["content"], text, start) else ["a part of the text"]
         lost += [part for part, lesser in _lesser(message) if self._template.gives(text, [*before, lesser])]
         if lost:
-            raise BadRow(f"the base model's chat template leaves out {lost[0]} of an answer: it would not be learned")
+            raise BadRow(
+                f"the base model's chat template leaves out {lost[0]} of an answer: it would not be learned",
+                code="template_leaves_out",
+            )
 
     def _check_roles(self) -> None:
         for role in {m["role"] for m in self.said.messages} - {"user", "assistant"}:
             silent = [m | {"content": ""} if m["role"] == role else m for m in self.said.messages]
             if silent != self.said.messages and self._template.gives(self.text, silent):
-                raise BadRow("the base model's chat template leaves out what another than user and assistant says")
+                raise BadRow(
+                    "the base model's chat template leaves out what another than user and assistant says",
+                    code="template_leaves_out",
+                )
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,12 @@ def conversation(row: Mapping[str, Any]) -> Conversation | None:
         return None
     messages, learned = _SHAPES[column](row)
     if not any(messages[i]["content"].strip() or messages[i].get("tool_calls") for i in learned):
-        raise BadRow(f"{column!r} has no assistant turn to learn from")
+        raise BadRow(f"{column!r} has no assistant turn to learn from", code="no_assistant_turn")
     system = _optional(row, "system")
     if system and messages[0]["role"] == "system":
-        raise BadRow("'system' stands beside a conversation that has a system message of its own")
+        raise BadRow(
+            "'system' stands beside a conversation that has a system message of its own", code="two_system_messages"
+        )
     first = [{"role": "system", "content": system}] if system else []
     return Conversation([*first, *messages], tuple(i + len(first) for i in learned), _tools(row.get("tools")))
 
@@ -83,9 +85,9 @@ def _shape(row: Mapping[str, Any]) -> str | None:
 def _messages(row: Mapping[str, Any], column: str) -> tuple[list[Message], list[int]]:
     given = row[column]
     if not isinstance(given, list) or not given or not all(isinstance(m, Mapping) for m in given):
-        raise BadRow(f"{column!r} is not a list of {{role, content}} or {{from, value}}")
+        raise BadRow(f"{column!r} is not a list of {{role, content}} or {{from, value}}", code="not_a_conversation")
     if len(given) > TURNS:
-        raise BadRow(f"the conversation has more than {TURNS} messages")
+        raise BadRow(f"the conversation has more than {TURNS} messages", code="too_many_messages")
     messages = [_message(m) for m in given]
     unlearned = {i for i, m in enumerate(given) if m.get("weight") == 0}  # OpenAI's way to leave a turn out
     return messages, [i for i, m in enumerate(messages) if m["role"] == "assistant" and i not in unlearned]
@@ -102,10 +104,10 @@ def _sharegpt(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
 def _prompted(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
     """TRL's: the assistant's turns in the completion are learned, those in the prompt are not."""
     if row.get("prompt") is None:
-        raise BadRow("'prompt' is missing")
+        raise BadRow("'prompt' is missing", code="value_missing")
     before, (after, learned) = _messages(row, "prompt")[0], _messages(row, "completion")
     if len(before) + len(after) > TURNS:
-        raise BadRow(f"the conversation has more than {TURNS} messages")
+        raise BadRow(f"the conversation has more than {TURNS} messages", code="too_many_messages")
     return [*before, *after], [i + len(before) for i in learned]
 
 
@@ -113,9 +115,9 @@ def _alpaca(row: Mapping[str, Any]) -> tuple[list[Message], list[int]]:
     given, history = _optional(row, "input"), row.get("history") or []
     asked = "\n\n".join([text_of(row, "instruction"), *([given] if given else [])])
     if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
-        raise BadRow("'history' is not a list of pairs of texts")
+        raise BadRow("'history' is not a list of pairs of texts", code="wrong_history")
     if len(history) >= TURNS // 2:
-        raise BadRow(f"the conversation has more than {TURNS} messages")
+        raise BadRow(f"the conversation has more than {TURNS} messages", code="too_many_messages")
     said = [text for pair in history for text in pair]
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate([*said, asked, text_of(row, "output")])]
@@ -134,7 +136,7 @@ def _is_pair(pair: Any) -> bool:
 def _optional(row: Mapping[str, Any], column: str) -> str:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
-        raise BadRow(f"{column!r} is not a text")
+        raise BadRow(f"{column!r} is not a text", code="value_not_text")
     return value if value and value.strip() else ""
 
 
@@ -143,10 +145,10 @@ def _message(given: Mapping[str, Any]) -> Message:
     given = {name: value for name, value in given.items() if value is not None}
     role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
     if not isinstance(role, str) or not role:
-        raise BadRow("a message lacks a 'role'")
+        raise BadRow("a message lacks a 'role'", code="no_role")
     if "role" not in given:
         if role not in _ROLES:
-            raise BadRow("a message's 'from' is none of human, gpt, system, tool and the like")
+            raise BadRow("a message's 'from' is none of human, gpt, system, tool and the like", code="unknown_role")
         role = _ROLES[role]
     older = [{"function": given["function_call"]}] if "function_call" in given else []  # OpenAI's, before tool_calls
     calls = given.get("tool_calls") or older
@@ -154,14 +156,14 @@ def _message(given: Mapping[str, Any]) -> Message:
         role, content, calls = "assistant", None, [{"function": _object(content)}]
     message: Message = {"role": role}
     if calls and (not isinstance(calls, list) or len(calls) > _CALLS or role != "assistant"):
-        raise BadRow(f"'tool_calls' is not an assistant's list of up to {_CALLS} calls")
+        raise BadRow(f"'tool_calls' is not an assistant's list of up to {_CALLS} calls", code="wrong_tool_call")
     message["content"] = "" if content is None and calls else _text(content)
     if calls:
         message["tool_calls"] = [_call(call) for call in calls]
     for theirs, name in _BESIDE.items():
         if theirs in given:
             if not isinstance(given[theirs], str):
-                raise BadRow(f"a message's {theirs!r} is not a text")
+                raise BadRow(f"a message's {theirs!r} is not a text", code="value_not_text")
             message[name] = given[theirs]
     return message
 
@@ -171,12 +173,15 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise BadRow("a message lacks a 'content' text")
+        raise BadRow("a message lacks a 'content' text", code="wrong_content")
     if not all(isinstance(part, Mapping) for part in content):
-        raise BadRow("a message's 'content' is neither a text nor a list of parts")
+        raise BadRow("a message's 'content' is neither a text nor a list of parts", code="wrong_content")
     texts = [part.get("text") for part in content if part.get("type") in ("text", "input_text", "output_text")]
     if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise BadRow("a message has a part that is no text, such as an image; only texts are learned from")
+        raise BadRow(
+            "a message has a part that is no text, such as an image; only texts are learned from",
+            code="content_not_text",
+        )
     return "\n".join(str(text) for text in texts)
 
 
@@ -184,11 +189,11 @@ def _call(given: Any) -> dict[str, Any]:
     """A tool call; its arguments are values, whether they were written as JSON or not."""
     function = given.get("function") if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow("a tool call lacks its function's name")
+        raise BadRow("a tool call lacks its function's name", code="wrong_tool_call")
     arguments = function.get("arguments")
     values = _object(arguments or "{}") if isinstance(arguments, str | None) else _without_none(arguments)
     if not isinstance(values, Mapping):
-        raise BadRow("the arguments of a tool call are no JSON object")
+        raise BadRow("the arguments of a tool call are no JSON object", code="wrong_tool_arguments")
     call = {"type": "function", "function": {"name": function["name"], "arguments": values}}
     return {"id": given["id"], **call} if isinstance(given.get("id"), str) else call
 
@@ -196,7 +201,7 @@ def _call(given: Any) -> dict[str, Any]:
 def _object(text: Any) -> dict[str, Any]:
     values = _parsed(text)
     if not isinstance(values, dict):
-        raise BadRow("the arguments of a tool call are no JSON object")
+        raise BadRow("the arguments of a tool call are no JSON object", code="wrong_tool_arguments")
     return values
 
 
@@ -205,7 +210,7 @@ def _tools(given: Any) -> list[dict[str, Any]] | None:
         return None
     tools = _without_none(_parsed(given) if isinstance(given, str) else given)
     if not isinstance(tools, list) or len(tools) > _TOOLS or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow(f"'tools' is not a list of up to {_TOOLS} descriptions")
+        raise BadRow(f"'tools' is not a list of up to {_TOOLS} descriptions", code="wrong_tools")
     return tools
 
 
@@ -213,7 +218,7 @@ def _parsed(text: Any) -> Any:
     try:
         return json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        raise BadRow("tools, or the arguments of a tool call, are not JSON") from None
+        raise BadRow("tools, or the arguments of a tool call, are not JSON", code="tools_not_json") from None
 
 
 def _without_none(value: Any) -> Any:

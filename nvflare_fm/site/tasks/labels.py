@@ -40,7 +40,7 @@ def find(label: Any, labels: tuple[str, ...]) -> tuple[int, str]:
     place = folded.get(_folded(text), -1)
     if place >= 0:
         return place, f"a label is taken as the plan's {labels[place]!r}, from which blanks, capitals, - or _ differ"
-    raise BadRow("'label' is not among the plan's labels", hint=lambda: _nearest(text, labels))
+    raise BadRow("'label' is not among the plan's labels", code="unknown_label", hint=lambda: _nearest(text, labels))
 
 
 def is_fraction(label: str) -> bool:
@@ -50,13 +50,13 @@ def is_fraction(label: str) -> bool:
 
 def _check_kind(label: Any) -> None:
     if label is None or (isinstance(label, str) and not label.strip()) or label != label:  # NaN alone differs
-        raise BadRow("'label' is missing")
+        raise BadRow("'label' is missing", code="value_missing")
     if isinstance(label, list | tuple) or (isinstance(label, str) and label.startswith("[") and label.endswith("]")):
         raise several()
     if isinstance(label, float):
         raise _regression()
     if not isinstance(label, str | int):
-        raise BadRow("'label' is neither a text nor a whole number")
+        raise BadRow("'label' is neither a text nor a whole number", code="label_type")
 
 
 def several() -> BadRow:
@@ -65,6 +65,7 @@ def several() -> BadRow:
         "'label' is a list: several labels for one text are the task multi_label; give each row one label, or ask for "
         "that task",
         code="multi_label",
+        tells_job=True,
     )
 
 
@@ -73,12 +74,15 @@ def _regression() -> BadRow:
         "'label' is a number with a fraction: to predict a number is the task regression; give each row one of the "
         "plan's labels, or ask for that task",
         code="regression",
+        tells_job=True,
     )
 
 
 def _by_place(place: int, labels: tuple[str, ...]) -> tuple[int, str]:
     if place >= len(labels):
-        raise BadRow("'label' is a number beyond the places of the plan's labels, which are counted from 0")
+        raise BadRow(
+            "'label' is a number beyond the places of the plan's labels, which are counted from 0", code="unknown_label"
+        )
     return place, f"the number {place} is taken as the place of the plan's label {labels[place]!r}"
 
 

@@ -34,7 +34,9 @@ class MultiLabel(OfText):
         found = [find(label, plan.labels) for label in _listed(row.get("labels"), len(plan.labels))]
         places = {place for place, _ in found}
         if len(places) < len(found):
-            raise BadRow("'labels' has a label twice; list the labels of a text, not a 0 or 1 for each label")
+            raise BadRow(
+                "'labels' has a label twice; list the labels of a text, not a 0 or 1 for each label", code="label_twice"
+            )
         target = [float(place in places) for place in range(len(plan.labels))]
         return self.encoded(text, target, tokenizer, plan, frozenset(remark for _, remark in found if remark))
 
@@ -73,14 +75,14 @@ def _listed(given: Any, most: int) -> Sequence[Any]:
         BadRow: it is no list, or a list of more labels than there are.
     """
     if given is None or given == "":
-        raise BadRow("'labels' is missing; write [] where no label applies")
+        raise BadRow("'labels' is missing; write [] where no label applies", code="value_missing")
     if isinstance(given, str) and given.strip().startswith("["):
         try:
             given = json.loads(given.replace("'", '"') if '"' not in given else given)
         except (ValueError, RecursionError):
-            raise BadRow('\'labels\' is no list; write ["one", "another"]') from None
+            raise BadRow('\'labels\' is no list; write ["one", "another"]', code="labels_no_list") from None
     if not isinstance(given, list):
-        raise BadRow('\'labels\' is no list; write ["one", "another"]')
+        raise BadRow('\'labels\' is no list; write ["one", "another"]', code="labels_no_list")
     if len(given) > most:
-        raise BadRow("'labels' has more labels than the plan")
+        raise BadRow("'labels' has more labels than the plan", code="too_many_labels")
     return given

@@ -46,15 +46,19 @@ class Preference(CausalLM):
             try:
                 found.append(super().encode(beside | {"completion": answer}, tokenizer, plan))
             except BadRow as reason:
-                raise BadRow(str(reason).replace("'completion'", repr(name)), code=reason.code) from None
+                said = str(reason).replace("'completion'", repr(name))
+                raise BadRow(said, code=reason.code, tells_job=reason.tells_job) from None
             if len(found[-1].examples) > 1:
                 raise BadRow(
-                    f"{name!r} has several answers, and the base model's chat template rewrites earlier ones; give one"
+                    f"{name!r} has several answers, and the base model's chat template rewrites earlier ones; give one",
+                    code="several_answers",
                 )
         chosen, rejected = (each.examples[0] for each in found)
         cut = found[0].cut + found[1].cut
         if cut.tokens and chosen["input_ids"] == rejected["input_ids"]:
-            raise BadRow(f"'chosen' and 'rejected' are the same in max_length = {plan.max_length} tokens")
+            raise BadRow(
+                f"'chosen' and 'rejected' are the same in max_length = {plan.max_length} tokens", code="same_answers"
+            )
         example = {name: chosen[name] + rejected[name] for name in ("input_ids", "labels")}
         return Encoded(({**example, "chosen_tokens": len(chosen["input_ids"])},), replace(cut, rows=min(cut.rows, 1)))
 
@@ -139,19 +143,26 @@ def _parts(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     chosen: Any = row.get("chosen")
     rejected: Any = row.get("rejected")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer is None:
+            raise BadRow(f"{name!r} is missing", code="value_missing")
         if not isinstance(answer, str | list):
-            raise BadRow(f"{name!r} is {'missing' if answer is None else 'neither a text nor a list of messages'}")
+            raise BadRow(f"{name!r} is neither a text nor a list of messages", code="not_an_answer")
     if not isinstance(rejected, type(chosen)):
-        raise BadRow("one of 'chosen' and 'rejected' is a text, the other a list of messages")
+        raise BadRow(
+            "one of 'chosen' and 'rejected' is a text, the other a list of messages", code="answers_differ_in_kind"
+        )
     if chosen == rejected:
-        raise BadRow("'chosen' and 'rejected' are the same")
+        raise BadRow("'chosen' and 'rejected' are the same", code="same_answers")
     if prompt is not None and isinstance(prompt, type(chosen)):
         return prompt, chosen, rejected
     if prompt is not None and isinstance(chosen, str):
-        raise BadRow("'prompt' is no text, 'chosen' and 'rejected' are texts")
+        raise BadRow("'prompt' is no text, 'chosen' and 'rejected' are texts", code="prompt_not_text")
     alike = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
     if isinstance(chosen, str) and chosen[:alike].endswith(" "):
         alike -= 1  # the blank before a word belongs to it
     if not alike or alike == min(len(chosen), len(rejected)):
-        raise BadRow("'prompt' is missing, and 'chosen' and 'rejected' do not begin alike and then go on differently")
+        raise BadRow(
+            "'prompt' is missing, and 'chosen' and 'rejected' do not begin alike and then go on differently",
+            code="no_common_prompt",
+        )
     return chosen[:alike], chosen[alike:], rejected[alike:]

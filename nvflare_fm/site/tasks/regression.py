@@ -44,13 +44,16 @@ class Regression(OfText):
         given = row.get("labels") if row.get("label") is None else row["label"]
         numbers = given if isinstance(given, list) else [given]
         if len(numbers) != count:
-            raise BadRow(f"the row has another count of numbers than the plan's labels, which are {count}")
+            raise BadRow(
+                f"the row has another count of numbers than the plan's labels, which are {count}", code="number_count"
+            )
         mean, scale = _standard(plan)
         found = [(_number(each) - m) / s for each, m, s in zip(numbers, mean, scale, strict=True)]
         if max(map(abs, found)) > FARTHEST:
             raise BadRow(
                 f"a number is more than {FARTHEST:.0f} target_scale from target_mean; is it in the unit that the job "
-                "expects?"
+                "expects?",
+                code="number_too_far",
             )
         return self.encoded(text, found, tokenizer, plan)
 
@@ -95,13 +98,17 @@ def _number(value: Any) -> float:
         BadRow: it is none, or out of bounds.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise BadRow("'label' is missing")
+        raise BadRow("'label' is missing", code="value_missing")
     if isinstance(value, str):
         if not _NUMBER.fullmatch(value):
-            raise BadRow("'label' is no number; write it with digits and a point, without a unit or a comma")
+            raise BadRow(
+                "'label' is no number; write it with digits and a point, without a unit or a comma", code="not_a_number"
+            )
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("'label' is no number; write it with digits and a point, without a unit or a comma")
+        raise BadRow(
+            "'label' is no number; write it with digits and a point, without a unit or a comma", code="not_a_number"
+        )
     if not abs(value) <= LARGEST:  # not a number is not, either
-        raise BadRow(f"'label' is not finite, or beyond ± {LARGEST:.0f}; use a larger unit")
+        raise BadRow(f"'label' is not finite, or beyond ± {LARGEST:.0f}; use a larger unit", code="number_too_large")
     return float(value)

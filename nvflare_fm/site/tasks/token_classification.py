@@ -37,16 +37,16 @@ class TokenClassification(Task):
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         words, labels = row.get("tokens"), row.get("labels")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-            raise BadRow("'tokens' is not a list of words")
+            raise BadRow("'tokens' is not a list of words", code="tokens_no_list")
         if not isinstance(labels, list) or len(labels) != len(words):
-            raise BadRow("'labels' is not a list with one label for each of 'tokens'")
+            raise BadRow("'labels' is not a list with one label for each of 'tokens'", code="label_count")
         found = [find(label, plan.labels) for label in labels]
         places = [place for place, _ in found]
         encoded, beyond = tokenized(tokenizer, " ".join(words), plan.max_length, return_offsets_mapping=True)
         began = first_tokens(words, encoded["offset_mapping"])
         learned = [IGNORED if word is None else places[word] for word in began]
         if all(label == IGNORED for label in learned):
-            raise BadRow("no word is left after tokenizing")
+            raise BadRow("no word is left after tokenizing", code="no_word_left")
         lost = entities_lost(places, began, plan.labels)
         example = {"input_ids": encoded["input_ids"], "labels": learned}
         remarks = frozenset(remark for _, remark in found if remark)

@@ -31,7 +31,7 @@ def evaluate(
     steps = -(-count // (world * settings.batch_size))  # the same at every process: they agree on stopping together
     for start in range(0, steps * settings.batch_size, settings.batch_size):
         if any_process(should_stop()):
-            raise TrainingError("stopped while evaluating, as told")
+            raise TrainingError("stopped while evaluating, as told", code="stopped")
         if chosen := order[start : start + settings.batch_size]:
             longest = len(rows[chosen[-1]]["input_ids"])
             at_once = texts_at_once(len(chosen), longest)

@@ -273,7 +273,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if any_process(self.should_stop()):
-            raise TrainingError("stopped while training, as told")
+            raise TrainingError("stopped while training, as told", code="stopped")
 
     on_substep_end = on_step_end = on_train_begin
 

@@ -178,7 +178,7 @@ def check_regular(folder: Path) -> None:
 def small(record: Mapping[str, Any]) -> Mapping[str, Any] | BadRow:
     """`record`, unless it is longer than a row may be."""
     if _size(record, 0) > ROW_LIMIT:
-        return BadRow(f"the row is longer than {ROW_LIMIT} characters")
+        return BadRow(f"the row is longer than {ROW_LIMIT} characters", code="row_too_long")
     return record
 
 

@@ -113,7 +113,7 @@ class _Sentence:
         self.line = 0  # where it begins
         self._words: list[list[str]] = []
         self._size = 0
-        self._bad = ""
+        self._bad: BadRow | None = None
 
     def add(self, number: int, line: str) -> None:
         cells, layout = self._layout.cells(line), self._layout
@@ -123,17 +123,22 @@ class _Sentence:
             return
         self.line, self._size = self.line or number, self._size + len(line)
         if self._size > ROW_LIMIT:
-            self._words, self._bad = [], f"the sentence is longer than {ROW_LIMIT} characters; a blank line ends one"
+            self._words = []
+            self._bad = BadRow(
+                f"the sentence is longer than {ROW_LIMIT} characters; a blank line ends one", code="row_too_long"
+            )
         elif not is_text(line):
-            self._bad = self._bad or f"line {number} is not {self._encoding.upper()}"
+            self._bad = self._bad or BadRow(f"line {number} is not {self._encoding.upper()}", code="wrong_encoding")
         elif not fits:
-            self._bad = self._bad or f"line {number} has not the columns that the other lines have"
+            self._bad = self._bad or BadRow(
+                f"line {number} has not the columns that the other lines have", code="field_count"
+            )
         elif not self._bad and (layout.names[0] != "id" or cells[0].isdecimal()):  # neither 3-4 nor 3.1
             self._words.append(cells)
 
     def row(self) -> Mapping[str, Any] | BadRow:
         if self._bad:
-            return BadRow(self._bad)
+            return self._bad
         columns = dict(zip(self._layout.names, map(list, zip(*self._words, strict=True)), strict=False))
         named = {"tokens": self._layout.token, "labels": self._layout.label}
         return columns | {name: columns.get(self._layout.names[place], []) for name, place in named.items()}

@@ -84,11 +84,11 @@ def _record(source: _Lines, delimiter: str, width: int, **how: Any) -> list[str]
     try:
         record = next(csv.reader(source, delimiter=delimiter, strict=True, **how))
     except csv.Error:
-        return BadRow("a quote in the line does not belong there, or nothing closes it")
+        return BadRow("a quote in the line does not belong there, or nothing closes it", code="stray_quote")
     except _TooLongError:
-        return BadRow(f"the record is longer than {ROW_LIMIT} characters or {_LINES} lines")
+        return BadRow(f"the record is longer than {ROW_LIMIT} characters or {_LINES} lines", code="row_too_long")
     if width > 1 and _are_records([line for _, line in source.taken[1:-1]], delimiter, width):
-        return BadRow("a quote in the line takes in the records below")
+        return BadRow("a quote in the line takes in the records below", code="open_quote")
     return record
 
 
@@ -146,9 +146,9 @@ def _rows(reading: Reading) -> Iterator[Row]:
 
 def _row(names: Sequence[str], record: list[str], encoding: str) -> dict[str, str] | BadRow:
     if len(record) != len(names):
-        return BadRow("the line has more or fewer fields than the header")
+        return BadRow("the line has more or fewer fields than the header", code="field_count")
     if not all(map(is_text, record)):
-        return BadRow(f"the line is not {encoding.upper()}")
+        return BadRow(f"the line is not {encoding.upper()}", code="wrong_encoding")
     return dict(zip(names, record, strict=True))
 
 

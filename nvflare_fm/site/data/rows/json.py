@@ -27,9 +27,9 @@ def _rows(reading: Reading) -> Iterator[Row]:
     records = _records(values[0], reading.split) if len(values) == 1 else values
     for number, record in enumerate(records, start=1):
         if not isinstance(record, Mapping):
-            yield number, BadRow("the row is not a JSON object")
+            yield number, BadRow("the row is not a JSON object", code="row_not_object")
         elif wrong and not text.is_text(json.dumps(record, ensure_ascii=False)):
-            yield number, BadRow(f"the row is not {reading.encoding.upper()}")
+            yield number, BadRow(f"the row is not {reading.encoding.upper()}", code="wrong_encoding")
         else:
             yield number, small(record)
 

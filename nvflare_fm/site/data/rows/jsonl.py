@@ -30,14 +30,14 @@ def _rows(reading: Reading) -> Iterator[Row]:
 def parse(text: str, encoding: str) -> Mapping[str, Any] | BadRow:
     """The row that a JSON object is."""
     if len(text) > ROW_LIMIT:
-        return BadRow(f"the line is longer than {ROW_LIMIT} characters")
+        return BadRow(f"the line is longer than {ROW_LIMIT} characters", code="row_too_long")
     if not is_text(text):
-        return BadRow(f"the line is not {encoding.upper()}")
+        return BadRow(f"the line is not {encoding.upper()}", code="wrong_encoding")
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
-        return BadRow("the line is not JSON")
-    return values if isinstance(values, dict) else BadRow("the line is not a JSON object")
+        return BadRow("the line is not JSON", code="row_not_json")
+    return values if isinstance(values, dict) else BadRow("the line is not a JSON object", code="row_not_object")
 
 
 registry.register("jsonl")(Format(ENDINGS, _rows, fits=is_lines))
