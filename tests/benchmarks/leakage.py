@@ -20,7 +20,7 @@ import typer
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.config import TaskPlan
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.privacy.audit.exposure import CANDIDATES
 from nvflare_fm.site.audit.canaries import TRAIN, VALIDATION, alternatives, plant
 from nvflare_fm.site.audit.measure import Audit, audit, exposure_of
@@ -85,7 +85,7 @@ def offered(model: Path, folder: Path) -> SiteConfig:
 def trained(site: SiteConfig, plan: TaskPlan, seed: int, folder: Path) -> tuple[Audit, Worker, Path]:
     worker = Worker("site", site, secret=str(seed).encode())
     worker.train(RoundTask(plan))
-    write_adapter(folder, *worker.submit(), Provenance(0, plan))
+    write_adapter(folder, Saved(*worker.submit(), 0, plan))
     return audit(site, folder), worker, folder
 
 

@@ -19,7 +19,7 @@ from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.cli import app
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, DataError, ModelError, PolicyError, WireError
-from nvflare_fm.export.folder import Provenance, read_adapter, write_adapter
+from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.job.tasks import TASKS
 from nvflare_fm.site.audit import canaries, measure, report
 from nvflare_fm.site.audit.canaries import RECORD, plant, record_of
@@ -63,7 +63,7 @@ def planted(site: SiteConfig, task: str, folder: Path, count: int = CANARIES) ->
 def trained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
     worker = Worker("alder", site)
     worker.train(RoundTask(plan))
-    return write_adapter(folder, *worker.submit(), Provenance(0, plan))
+    return write_adapter(folder, Saved(*worker.submit(), 0, plan))
 
 
 def untrained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
@@ -71,7 +71,7 @@ def untrained(site: SiteConfig, plan: TaskPlan, folder: Path) -> Path:
     with job.base.lent():
         values = job.attachment.extract(job.attachment.attach(job.base, Adapter(), job.plan))
     manifest = Manifest(job.base.fingerprint, plan.task, str(plan.peft["method"]), "", plan.labels)
-    return write_adapter(folder, values, manifest, Provenance(0, plan))  # as a job's, whose weights may need counts
+    return write_adapter(folder, Saved(values, manifest, 0, plan))  # as a job's, whose weights may need counts
 
 
 @pytest.fixture(autouse=True)
