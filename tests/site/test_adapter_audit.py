@@ -238,11 +238,11 @@ def test_an_admin_plants_canaries_and_audits_and_files_a_report_without_a_row(
 def test_a_claim_that_the_canaries_contradict_is_said_and_sets_the_exit_status(
     site: SiteConfig, overfit: Path, tmp_path: Path
 ):
-    values, manifest, provenance = read_adapter(overfit)
-    assert provenance.plan
-    privacy = provenance.plan.privacy.model_copy(update={"epsilon": 0.05})
-    claims = replace(provenance, plan=provenance.plan.model_copy(update={"privacy": privacy}))
-    folder = write_adapter(tmp_path / "claims", values, manifest, claims)
+    saved = read_adapter(overfit)
+    assert saved.plan
+    privacy = saved.plan.privacy.model_copy(update={"epsilon": 0.05})
+    claims = replace(saved, plan=saved.plan.model_copy(update={"privacy": privacy}))
+    folder = write_adapter(tmp_path / "claims", claims)
     done = typed("audit", folder, "--kit", kit_of(tmp_path / "kit", site), "-o", tmp_path / "a.html")
     assert done.exit_code == 1, done.output
     assert "The canaries contradict the ε of 0.05" in done.output
@@ -252,24 +252,26 @@ def test_a_claim_that_the_canaries_contradict_is_said_and_sets_the_exit_status(
 
 
 def test_what_is_not_whole_or_not_known_is_refused(site: SiteConfig, overfit: Path, bert: Path, tmp_path: Path):
-    values, manifest, provenance = read_adapter(overfit)
+    saved = read_adapter(overfit)
     other = tiny.save(tmp_path / "other", hidden_size=32)
     with refused("other_base_model", ModelError):
         audit(site.model_copy(update={"models": {"base": tiny.site(other, tmp_path).model("base")}}), overfit)
     with refused("no_plan", ConfigError):
-        audit(site, write_adapter(tmp_path / "bare", values, manifest))
+        audit(site, write_adapter(tmp_path / "bare", Saved(saved.adapter, saved.manifest)))
     with refused("not_offered", PolicyError):
         audit(site, overfit, data="diaries")
     with refused("above_limit", PolicyError):
         audit(site.model_copy(update={"limits": site.limits.model_copy(update={"max_rank": 2})}), overfit)
-    halves = Adapter(dense={f"{layer}.lora_A.weight": pair.A for layer, pair in values.lora.items()})
+    halves = Adapter(dense={f"{layer}.lora_A.weight": pair.A for layer, pair in saved.adapter.lora.items()})
     with refused("half_an_adapter", ModelError):
-        audit(site, write_adapter(tmp_path / "half", halves, manifest, provenance))
+        audit(site, write_adapter(tmp_path / "half", replace(saved, adapter=halves)))
     with refused("adapter_unreadable", ModelError):
-        audit(site, write_adapter(tmp_path / "task", values, replace(manifest, task="preference"), provenance))
-    broken = Adapter({n: replace(p, B=torch.full_like(p.B, torch.nan)) for n, p in values.lora.items()})
+        audit(
+            site, write_adapter(tmp_path / "task", replace(saved, manifest=replace(saved.manifest, task="preference")))
+        )
+    broken = Adapter({n: replace(p, B=torch.full_like(p.B, torch.nan)) for n, p in saved.adapter.lora.items()})
     with refused("loss_not_finite", ModelError):
-        audit(site, write_adapter(tmp_path / "nan", broken, manifest, provenance))
+        audit(site, write_adapter(tmp_path / "nan", replace(saved, adapter=broken)))
     damaged = shutil.copytree(overfit, tmp_path / "damaged")
     (damaged / "adapter_config.json").write_text("{}")
     with refused("adapter_damaged", ModelError):
