@@ -102,7 +102,7 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
     for epsilon in EPSILONS
     for name, method in {
         OURS: Method(),
-        "ours, A frozen": Method(Aggregation(merge="freeze_a")),
+        "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
         "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
     }.items()
 }
