@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -327,6 +328,8 @@ def test_lone_sites_make_one_line_of_what_each_has_at_home(tmp_path: Path) -> No
     tiny.jsonl(tmp_path / "own.jsonl", [*lone, ours])
     results = Results(empty_study(tmp_path, metric="accuracy"))
     results = Results(replace(results.study, lower_is_better=False))
+    (everywhere,) = results.final["alone, everywhere"].values()
+    assert everywhere["scores"] == {site: mean(scores[of][site] for of in scores) for site in scores}
     (line,) = results.final[ALONE].values()
     assert line["scores"] == {"lake": 0.9, "north": 0.5}
     assert line["score"] == pytest.approx(0.8)

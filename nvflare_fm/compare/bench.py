@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 from ..adapter import Adapter, Manifest, RoundTask
 from ..aggregation.combine import combine
 from ..algebra.lora import svd
-from ..config import RoundPlan, SiteOverrides, TaskPlan
+from ..config import PrivacySettings, RoundPlan, SiteOverrides, TaskPlan
 from ..job.settle import settle
 from ..simulate import SimulatedRound, federate, train_alone
 from ..site.model import base_model
 from ..site.offer.site_config import DataSource, ModelSource, SiteConfig
 from ..site.worker import Worker
 from . import data_sets, peers
-from .methods import BASELINES, Method
+from .methods import BASELINES, Method, is_lone
 from .study import RANKS, Study
 
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
@@ -94,19 +94,14 @@ class Bench:
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
-    def digest(self, method: Method | None, seed: int) -> str:
-        """Of all that a run's lines depend on but the base model's weights, in hexadecimal.
-
-        Args:
-            method: none for a baseline.
-        """
-        chosen = method or Method()
-        ranks = [chosen.rank or self._rank(place) for place in range(len(self.names))]
+    def digest(self, method: Method, seed: int) -> str:
+        """Of all that a run's lines depend on but the base model's weights, in hexadecimal."""
+        ranks = [method.rank or self._rank(place) for place in range(len(self.names))]
         parts = [
-            self.settled(chosen, seed).model_dump(mode="json"),
-            chosen.aggregation.model_dump(mode="json"),
-            [(rank, chosen.alpha(rank) if chosen.alpha else None) for rank in ranks],
-            [chosen.worker.__name__, chosen.folds, chosen.quantizations, chosen.at_home, chosen.slow, chosen.waits],
+            self.settled(method, seed).model_dump(mode="json"),
+            method.aggregation.model_dump(mode="json"),
+            [(rank, method.alpha(rank) if method.alpha else None) for rank in ranks],
+            [method.worker.__name__, method.folds, method.quantizations, method.at_home, method.slow, method.waits],
             [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -117,7 +112,8 @@ class Bench:
         alpha = method.alpha(rank) if method.alpha else ALPHA
         peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
-        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
+        privacy = PrivacySettings.read(method.privacy, "method")
+        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training, "privacy": privacy})
         return settle(asked, method.aggregation).plan
 
     def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[SimulatedRound]:
@@ -203,10 +199,11 @@ def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds. Tuned, a lone site is
     measured at home only.
     """
-    method = Method(training=BASELINES[name])
+    method = BASELINES[name]
     plan, sites, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
-    for trained_at, worker in sites.items() if name == "alone" else [("pooled", bench.pooled())]:
+    lone = is_lone(name)
+    for trained_at, worker in sites.items() if lone else [("pooled", bench.pooled())]:
         adapter, manifest, _ = train_alone(worker, plan, rounds)
-        bench.tick(rounds * (1 if name == "alone" else len(sites)))
-        judges = {trained_at: worker} if name == "alone" and bench.held_out else sites
+        bench.tick(rounds * (1 if lone else len(sites)))
+        judges = {trained_at: worker} if lone and bench.held_out else sites
         yield {"round": rounds, "trained_at": trained_at, "scores": bench.measure(judges, method, adapter, manifest)}

@@ -4,7 +4,7 @@ Every peer trains at ours' scales, but for the scale-blind one, which is defined
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import Aggregation, Quantization
@@ -30,6 +30,7 @@ class Method:
         folds: whether adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
         training: training settings that differ from the defaults.
+        privacy: differential privacy of what each site sends; empty: none.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
         slow: rounds that every third site takes for one.
         waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
@@ -42,6 +43,7 @@ class Method:
     folds: bool = False
     quantizations: tuple[Quantization, ...] = ("nf4",)
     training: dict[str, Any] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
     slow: int = 1
     waits: bool = False
@@ -86,10 +88,40 @@ SLOW = {  # three of ten sites need three rounds for one
     "slow sites late": Method(Aggregation(max_staleness=2), slow=3),
     "slow sites late, by age": Method(Aggregation(max_staleness=2, weigh=("uniform", "staleness")), slow=3),
 }
-METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW}
-BASELINES = {"pooled": PLAIN, "alone": {}, TOGETHER: {}}
+EPSILONS = (8.0, 3.0, 1.0)
+MOST_ROWS = {"local_steps": 1, "batch_size": 64, "gradient_accumulation_steps": 8}  # few steps of many rows: less noise
+
+
+def private(epsilon: float, method: Method, **training: Any) -> Method:
+    """Have a method's sites train by DP-SGD, at an ε of the whole federation."""
+    return replace(method, privacy={"epsilon": epsilon}, training={**method.training, **MOST_ROWS, **training})
+
+
+AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
+    f"{name}, ε = {epsilon:g}": private(epsilon, method)
+    for epsilon in EPSILONS
+    for name, method in {
+        OURS: Method(),
+        "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
+        "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
+    }.items()
+}
+METHODS = {
+    OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+}  # fmt: skip
+BASELINES = {
+    "pooled": Method(training=PLAIN),
+    "alone": Method(),
+    TOGETHER: Method(),
+    **{f"alone, ε = {epsilon:g}": private(epsilon, Method()) for epsilon in EPSILONS},
+}
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
+
+
+def is_lone(method: str) -> bool:
+    """Whether each site trains a model by itself."""
+    return method.startswith("alone")
 
 
 def methods_named(names: Sequence[str]) -> list[str]:

@@ -51,7 +51,7 @@ class Run:
     def digest(self) -> str:
         """Of the configuration that its lines depend on: plan, method, rows."""
         bench = Bench(self.study, self.rate, bool(self.tuning_of))
-        return bench.digest(METHODS.get(self.method), self.seed)
+        return bench.digest((METHODS | BASELINES)[self.method], self.seed)
 
     def done(self) -> bool:
         """Whether the results have it. A line without a digest is one of an earlier version, and stands."""

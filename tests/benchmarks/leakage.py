@@ -94,10 +94,9 @@ def told(found: Audit, worker: Worker, folder: Path, secret: dict[str, Any] | No
     said = {"auc": round(member.auc, 3), "low": round(member.low, 3), "high": round(member.high, 3)}
     if secret:
         saved = read_adapter(folder)
-        values = saved.adapter
-        job = worker.opened(RoundTask(found.plan, values, saved.manifest))
+        job = worker.opened(RoundTask(found.plan, saved.adapter, saved.manifest))
         with job.base.lent():
-            model = job.attachment.attach(job.base, values, job.plan)
+            model = job.attachment.attach(job.base, saved.adapter, job.plan)
             place = exposure_of(model, job, secret, alternatives(secret, CANDIDATES - 1, job.plan, seed))
         said |= {"rank": place.rank, "exposure_bits": round(place.bits, 2)}
     return said

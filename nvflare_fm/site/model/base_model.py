@@ -79,7 +79,7 @@ class BaseModel:
                 for trace in ("peft_config", "_hf_peft_config_loaded", "_require_grads_hook", "_require_grads_hooks"):
                     self.model.__dict__.pop(trace, None)
                 if self.model.supports_gradient_checkpointing:
-                    self.model.activation_checkpointing_disable()
+                    self.model.gradient_checkpointing_disable()  # its name since transformers 5.0, and until 6
                 self.model.requires_grad_(False).eval()
 
 
