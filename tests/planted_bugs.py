@@ -196,7 +196,7 @@ BUGS = [
     Bug("aggregation/admit.py", "if not mixed_ranks:", "if mixed_ranks:", "test_admit"),
     Bug("aggregation/admit.py", "return max(values, key", "return min(values, key", "test_admit"),
     Bug("aggregation/admit.py", "n: found[n].shape for n", "n: () for n", "test_admit"),
-    Bug("aggregation/admit.py", "rank != update.report.rank:", "False:", "test_admit"),
+    Bug("aggregation/admit.py", "if ranks != {terms.padded_to or rank} or", "if", "test_admit"),
     Bug("aggregation/admit.py", "if not math.isclose(scale, asked", "if not math.isclose(scale, scale", "test_admit"),
     Bug("aggregation/admit.py", "(taken := update.report.steps) not in terms.steps", "(taken := 0)", "test_admit"),
     Bug("aggregation/admit.py", "if bool(update.adapter.lora) != terms.pairs", "if False", "test_admit"),
@@ -501,7 +501,12 @@ BUGS = [
     Bug("site/offer/policy.py", "if embeddings and not limits.train_embeddings:", "if False:", "site/test_trainable"),
     Bug("site/offer/policy.py", 'if not any(f".{name}".endswith', 'if any(f".{name}".endswith', "site/test_trainable"),
     Bug("site/offer/policy.py", "if needs > limits.memory_gib", "if 0 > limits.memory_gib", "site/test_trainable"),
-    Bug("site/offer/policy.py", "if adapter.size(rank) > limits", "if 0 > limits", "site/test_trainable"),
+    Bug(
+        "site/offer/policy.py",
+        "if adapter.size(plan.padded_to or rank) > limits",
+        "if 0 > limits",
+        "site/test_trainable",
+    ),
     Bug(
         "site/model/attach.py", "answers is not None and answers in (module, original)", "False", "site/test_trainable"
     ),
@@ -514,7 +519,10 @@ BUGS = [
         "site/test_floors",
     ),
     Bug(
-        "site/worker.py", "if len({found.contents[0][row] for row in chosen}) <", "if len(chosen) <", "site/test_floors"
+        "site/worker.py",
+        "if self._different(found, chosen, task.plan, protected) <",
+        "if len(chosen) <",
+        "site/test_floors",
     ),
     Bug("site/worker.py", "if enough else None", "", "site/test_floors"),
     Bug("site/worker.py", "if name in told}", "}", "site/test_floors"),
@@ -703,7 +711,12 @@ BUGS = [
     Bug("job/settle.py", "promises(plan.task).classes and", "not promises(plan.task).learns_text and", "test_legality"),
     Bug("job/legality.py", "not job.task.exclusive and _shifts", "job.task.learns_text and _shifts", "test_legality"),
     Bug("job/legality.py", "(job.task.exclusive and not job.task.per_token)", "job.task.classes", "test_legality"),
-    Bug("job/cost.py", "batch_size * promises(plan.task).texts_per_row", "batch_size", "test_plan"),
+    Bug(
+        "job/cost.py",
+        "texts, width = plan.training.batch_size * promises(plan.task).texts_per_row",
+        "texts, width = plan.training.batch_size",
+        "test_plan",
+    ),
     Bug("site/tasks/regression.py", "(_number(each) - m) / s", "(_number(each) - m) * s", "site/test_numbers"),
     Bug("site/tasks/regression.py", "(answer - truth) * scale", "answer - truth", "site/test_numbers"),
     Bug("site/tasks/regression.py", 'reduction="sum") / targets.shape[1]', 'reduction="sum")', "site/test_numbers"),
@@ -770,8 +783,8 @@ BUGS = [
     ),
     Bug(
         "site/training/evaluation.py",
-        "at_once = texts_at_once(len(chosen), longest)",
-        "at_once = len(chosen)",
+        'at_once = texts_at_once(len(rows), max(len(row["input_ids"]) for row in rows))',
+        "at_once = len(rows)",
         "site/test_tasks",
     ),
     Bug("job/cost.py", "base.answers * min(positions, at_once)", "base.answers * positions", "test_plan"),
@@ -828,8 +841,8 @@ BUGS = [
     # plan: what a job costs
     Bug(
         "job/cost.py",
-        "Description(shape, torch.float32)).bytes for",
-        "Description(shape, torch.half)).bytes for",
+        "Description(shape, torch.float32) for name",
+        "Description(shape, torch.half) for name",
         "test_plan",
     ),
     Bug("job/cost.py", '"tail": max(0, widest - rank)', '"tail": 0', "test_plan"),
@@ -952,7 +965,12 @@ BUGS = [
     Bug("aggregation/downlink.py", "[1.0, 1.0, -1.0]", "[1.0, 0.0, 0.0]", "test_transforms flare/test_aggregator"),
     Bug("aggregation/downlink.py", "merged.A + (ours.A - theirs.A)", "merged.A", "test_transforms"),
     Bug("aggregation/downlink.py", "return merged + (whole", "return merged - (whole", "test_transforms"),
-    Bug("adapter.py", "sum(sent.get(name, whole).bytes", "sum(whole.bytes", "test_transforms flare/test_wire"),
+    Bug(
+        "adapter.py",
+        "(sent or self.descriptions()).values()",
+        "self.descriptions().values()",
+        "test_transforms flare/test_wire",
+    ),
     Bug("flare/wire.py", "if _transforms(content, site) != uplink:", "if False:", "flare/test_wire"),
     Bug("flare/wire.py", "if sent[name] != chain.encoded(name, before):", "if False:", "flare/test_wire"),
     Bug("flare/wire.py", "if sent.keys() != whole.keys():", "if False:", "flare/test_wire"),
@@ -962,7 +980,7 @@ BUGS = [
         "as_it_was = task.adapter",
         "flare/test_aggregator",
     ),
-    Bug("job/cost.py", 'if "B" in shares:', "if True:", "test_plan"),
+    Bug("job/cost.py", 'if "B" in shares else {}', "", "test_plan"),
     # what a job may say, and build
     Bug("job/hocon.py", "if unseen := _UNSEEN.search(text)", "if unseen := None", "test_hocon"),
     Bug("job/hocon.py", "if key in values:", "if False:", "test_hocon"),

@@ -42,7 +42,8 @@ def test_what_a_trainer_states_of_its_protection_reaches_its_site() -> None:
     sent = posted(wire.write_update(replace(update("alder", 1), protection=stated)))
     assert wire.read_protection(sent, "alder") == stated
     assert wire.read_protection(posted(wire.write_update(update("alder", 1))), "alder") is None
-    assert same(wire.read_update(sent, "alder").adapter, update("alder", 1).adapter)
+    with refused("protection_not_public", WireError):  # a sampling rate tells how many rows a site has
+        wire.read_update(sent, "alder")
 
 
 @given(
