@@ -37,6 +37,42 @@ class Bug:
 
 
 BUGS = [
+    # differential privacy
+    Bug(
+        "site/training/dp.py",
+        "private.noise_multiplier * private.clip_norm * noise",
+        "0.5 * private.noise_multiplier * private.clip_norm * noise",
+        "site/test_dp",
+    ),
+    Bug("site/training/dp.py", "noise) / private.expected", "noise) / max(1, private.expected - 1)", "site/test_dp"),
+    Bug(
+        "site/training/dp.py",
+        "found = [torch.cat([each[:1] + more, each[1:]])",
+        "found = [torch.cat([each[:1], each[1:]])",
+        "site/test_dp",
+    ),
+    Bug("site/training/dp.py", ".clamp(max=1.0)", "", "site/test_dp"),
+    Bug("site/training/dp.py", "finite = squares.isfinite()", "finite = ~squares.isnan()", "site/test_dp"),
+    Bug("site/training/dp.py", "drawn[rank::world]", "drawn", "site/test_distributed"),
+    Bug("site/training/dp.py", "steps * max(1, task.total_rounds)", "steps", "site/test_dp"),
+    Bug(
+        "site/training/distributed.py",
+        "if processes()[0] == 0:\n        vector = finish",
+        "if True:\n        vector = finish",
+        "site/test_distributed",
+    ),
+    Bug("site/training/chance.py", "mul_(-2).sqrt_()", "mul_(-1).sqrt_()", "site/test_dp"),
+    Bug("site/training/chance.py", "<= probability", "<= probability / 2", "site/test_dp"),
+    Bug("site/training/per_sample.py", 'base.quantization != "int8" and ', "", "site/test_dp"),
+    Bug("site/training/per_sample.py", "gradients /= items", "gradients /= 1 + 0 * items", "site/test_dp"),
+    Bug(
+        "site/training/job_events.py",
+        "epsilon(events, protection.delta) > most",
+        "epsilon(protection.events, protection.delta) > most",
+        "site/test_dp",
+    ),
+    Bug("site/worker.py", "        self.may_spend(job.private.protection)\n", "", "site/test_dp"),
+    Bug("site/data/loading.py", "return str(value).strip()", "return str(value)", "site/test_dp"),
     # adapter: values
     Bug("adapter.py", "return self.scale * (self.B @ self.A)", "return self.B @ self.A", "test_adapter"),
     Bug("adapter.py", "self.B * (self.scale / scale)", "self.B * (scale / self.scale)", "test_lora"),
@@ -489,7 +525,10 @@ BUGS = [
         "site/test_floors",
     ),
     Bug(
-        "site/worker.py", "if len({found.contents[0][row] for row in chosen}) <", "if len(chosen) <", "site/test_floors"
+        "site/worker.py",
+        "return len({found.contents[0][row] for row in chosen})",
+        "return len(chosen)",
+        "site/test_floors",
     ),
     Bug("site/worker.py", "if enough else None", "", "site/test_floors"),
     Bug("site/worker.py", "if name in told}", "}", "site/test_floors"),
@@ -678,7 +717,12 @@ BUGS = [
     Bug("job/settle.py", "promises(plan.task).classes and", "not promises(plan.task).learns_text and", "test_legality"),
     Bug("job/legality.py", "not job.task.exclusive and _shifts", "job.task.learns_text and _shifts", "test_legality"),
     Bug("job/legality.py", "(job.task.exclusive and not job.task.per_token)", "job.task.classes", "test_legality"),
-    Bug("job/cost.py", "batch_size * promises(plan.task).texts_per_row", "batch_size", "test_plan"),
+    Bug(
+        "job/cost.py",
+        "texts, width = plan.training.batch_size * promises(plan.task).texts_per_row",
+        "texts, width = plan.training.batch_size",
+        "test_plan",
+    ),
     Bug("site/tasks/regression.py", "(_number(each) - m) / s", "(_number(each) - m) * s", "site/test_numbers"),
     Bug("site/tasks/regression.py", "(answer - truth) * scale", "answer - truth", "site/test_numbers"),
     Bug("site/tasks/regression.py", 'reduction="sum") / targets.shape[1]', 'reduction="sum")', "site/test_numbers"),
