@@ -27,6 +27,7 @@ from nvflare_fm.aggregation.asked import Needs, settings_of
 from nvflare_fm.config import (
     Aggregation,
     EvaluationSettings,
+    PrivacySettings,
     RoundPlan,
     RoundSettings,
     SiteOverrides,
@@ -48,6 +49,7 @@ def settings() -> str:
         ("The plan: what the server asks of a site", RoundPlan),
         ("`training`", TrainingSettings),
         ("`evaluation`", EvaluationSettings),
+        ("The plan's `privacy`", PrivacySettings),
         *methods,
         ("Aggregation: how many adapters become one", Aggregation),
         ("Rounds: arguments of `FedPEFT`", RoundSettings),

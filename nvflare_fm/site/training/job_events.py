@@ -12,7 +12,7 @@ from ...files import MIB, read_bytes
 from ...privacy.accountant import epsilon
 from ...privacy.events import EVENTS, Event, together
 from ...privacy.protection import Protection
-from .distributed import processes
+from .distributed import gather, processes
 
 FOLDER, FILE = "privacy", "events.json"
 
@@ -57,7 +57,8 @@ class JobEvents:
             PolicyError: with this round the job would cost more.
             ModelError: the record cannot be read or written.
         """
-        events = together((*self.read(), *protection.events))
+        before = gather(self.read())[0]  # all have read by now, and the first process alone writes
+        events = together((*before, *protection.events))
         if most is not None and epsilon(events, protection.delta) > most:
             raise PolicyError(
                 "this round would take the job beyond its own privacy.epsilon: the server asks for more rounds or "

@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, Any]]
 _FP16_SCALE = 2.0**10  # of the loss, for gradients in fp16; those that overflow all the same are left out
 _CLOSE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}  # of a gradient's norm: rounding, no more
 
-_tried: WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[str, ...]], bool]] = WeakKeyDictionary()  # by base model
+_tried: WeakKeyDictionary[nn.Module, dict[Any, bool]] = WeakKeyDictionary()  # by base model
 
 
 class PerSample:
@@ -43,7 +43,7 @@ class PerSample:
         self.last_loss = 0.0  # the mean over all that was learned of the last rows
         if len(tried) > 1 and base.quantization != "int8" and self._known():
             self.hooks = GradSampleHooks(model, loss_reduction="sum")
-            known, case = _tried.setdefault(base.model, {}), (plan.task, self._names())
+            known, case = _tried.setdefault(base.model, {}), (plan.task, repr(plan.peft), self._names())
             if case not in known:
                 known[case] = self._agrees(tried)
             if not known[case]:
