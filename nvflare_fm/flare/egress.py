@@ -113,19 +113,22 @@ class Egress:
         if adapter.bytes() > self.config().limits.max_adapter_mib * 2**20:
             raise PolicyError("the update is larger than max_adapter_mib of this site", code="above_limit")
         update = replace(update, report=egress.public_report(update.report, asked.plan))
+        if update.protection is None:
+            digest, size = fingerprint(model)
+            _audit(f"let out encrypted: round {asked.round}, {size} bytes, sha256 {digest} {_for(fl_ctx)}", fl_ctx)
         disclosed = self._paid(update.protection, model, fl_ctx) if update.protection else None
         return FLModelUtils.to_shareable(wire.write_outgoing(update, disclosed))
 
     def _paid(self, protection: Protection, model: FLModel, fl_ctx: FLContext) -> Disclosed:
         """Charges the site's budget, and says what the server may know of it."""
-        privacy, who, asked = self.config().privacy, submitter(fl_ctx), fl_ctx.get_prop(ASKED)
-        entry = _entry(protection, model, who, str(fl_ctx.get_job_id()), asked)
+        privacy, asked = self.config().privacy, fl_ctx.get_prop(ASKED)
+        entry = _entry(protection, model, submitter(fl_ctx), str(fl_ctx.get_job_id()), asked)
         book = self.budget.charge(entry, privacy.unit, privacy.delta, privacy.max_epsilon)
         of_job = [each for each in book.of(entry.data, entry.unit) if each.job == entry.job]
         spent = cost(of_job, protection.delta)
         _audit(
             f"let out: round {entry.round}, {entry.bytes} bytes, sha256 {entry.digest or 'not known'}, ε of the job "
-            f"{spent:.4g} at δ {protection.delta:g} [for {who.name or 'unknown'} of {who.org or 'unknown'}]",
+            f"{spent:.4g} at δ {protection.delta:g} {_for(fl_ctx)}",
             fl_ctx,
         )
         to_come = max(0, asked.rounds - asked.round - 1) if asked else 0
@@ -227,6 +230,11 @@ def fingerprint(model: FLModel) -> tuple[str, int]:
         digest.update(flat.view(torch.uint8).numpy().data)
         size += tensor.nbytes
     return digest.hexdigest(), size
+
+
+def _for(fl_ctx: FLContext) -> str:
+    who = submitter(fl_ctx)
+    return f"[for {who.name or 'unknown'} of {who.org or 'unknown'}]"
 
 
 def _refusal(reason: str) -> Shareable:

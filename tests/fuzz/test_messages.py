@@ -63,6 +63,7 @@ def honest(site: str, seed: int, state: Adapter) -> AdapterUpdate:
 def message(sent: AdapterUpdate, uplink: Rules = ()) -> FLModel:
     model = wire.write_update(sent, pack(sent.adapter, transforms.read(uplink, "uplink"), sent.site))
     model.meta["client_name"] = sent.site
+    model.meta[wire.KEY]["protection"] = {"mechanism": "dp_sgd", "unit": "row", "delta": 1e-5, "epsilon": 2.0}
     return model
 
 
