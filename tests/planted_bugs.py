@@ -927,8 +927,8 @@ BUGS = [
     # encrypted sums
     Bug("encryption/ciphertexts.py", "and said.endswith(tail)", "", "test_encryption"),
     Bug("encryption/ciphertexts.py", "said.startswith(head) and ", "", "test_encryption"),
-    Bug("encryption/ciphertexts.py", "* share for part", "for part", "test_encryption"),
-    Bug("encryption/ciphertexts.py", " * keys.factor", "", "test_encryption"),
+    Bug("encryption/ciphertexts.py", "* share for part", "* counted[0][1] for part", "test_encryption"),
+    Bug("encryption/keys.py", "2.0 ** (bits[0] - scale - SPARE), secret", "1.0, secret", "test_encryption"),
     Bug("encryption/ciphertexts.py", "<= 2 * LARGEST", "<= 1e300", "test_encryption"),
     Bug("encryption/ciphertexts.py", "vector.size() == size and", "", "test_encryption"),
     Bug(
