@@ -181,8 +181,16 @@ DAMAGED = {
     "zeros": (ROW[:4] + bytes(LENGTH), "no_ciphertext"),
     "other count": (encrypted(SITE, numbers(8, 0, 0.01)), "other_ciphertext"),
     "a sum": (FRESH_SUM, "other_ciphertext"),
+    "a second size": (resized(LENGTH + 2) + b"\x08\x00", "other_ciphertext"),
     "its own scale": (OTHER_SCALE, "other_ciphertext"),  # TenSEAL reads it, and then fails to add it to any other
 }
+
+
+@pytest.mark.parametrize("count", [8, 10])
+def test_a_sum_of_another_number_of_numbers_is_not_decrypted(count: int) -> None:
+    with pytest.raises(WireError) as refused:
+        decrypted(SITE, FRESH_SUM, count)
+    assert refused.value.code == "other_ciphertext"
 
 
 @pytest.mark.parametrize("name", DAMAGED)

@@ -5,7 +5,6 @@ The server's has no key. All sites have the same secret key: whoever of them hel
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy
@@ -38,11 +37,6 @@ class Keys:
     factor: float
     secret: bool
     data: bytes
-
-    @cached_property
-    def most_bytes(self) -> int:
-        """The size of a fresh ciphertext, at most: two polynomials, and what says what they are."""
-        return 2 * self.primes * 2 * self.slots * 8 + 1024
 
 
 def tenseal() -> Any:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.algebra.lora import stack
@@ -67,11 +68,16 @@ def test_at_mixed_ranks_the_sum_is_the_mean_of_whole_trained_adapters_and_nobody
     for layer, pair in opened.lora.items():
         mean = stack([whole.lora[layer] for whole, _ in wholes], [weight for _, weight in wholes]).delta()
         assert (pair.delta() - mean).norm() <= 1e-5 * mean.norm()
+    first, (small, _) = unsealed(rounds[0].combined.adapter, site, rounds_plan(workers)), workers["site-0"].submit()
+    for layer, pair in first.lora.items():  # what a site does not train it sends back as it received it
+        assert pair.B[:, 1:].norm() > 0
+        torch.testing.assert_close(small.lora[layer].B[:, 1:], pair.B[:, 1:], rtol=1e-5, atol=1e-7)
+        assert not torch.equal(small.lora[layer].B[:, :1], pair.B[:, :1])
     loss = [sum(r.before["loss"] for r in done.reports.values()) for done in rounds]
     assert loss[1] < loss[0]
     saved = read_adapter(tmp_path / "job-0" / GLOBAL)
     assert (saved.round, saved.manifest) == (0, rounds[0].combined.manifest)
-    assert off(saved.adapter, unsealed(rounds[0].combined.adapter, site, rounds_plan(workers))) <= 1e-6
+    assert off(saved.adapter, first) <= 1e-6
 
 
 def rounds_plan(workers: dict[str, Worker]) -> TaskPlan:
