@@ -53,6 +53,7 @@ REFUSED = [
     ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"restricted_softmax": 0.5}}, {}),
     ("private_counts", {"privacy": {"noise_multiplier": 1.0}}, {"weigh": ["examples"]}),
     ("private_counts", {**CLASSIFY, "privacy": PRIVATE}, {"weigh": ["skew"]}),
+    ("private_own_half", {"privacy": PRIVATE}, {"merge": "share_a"}),
     ("private_loss", {"privacy": PRIVATE}, {"weigh": [{"rule": "loss", "q": 2}]}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
     ("no_linear_sum", {"uplink": "ckks"}, {"guard": []}),

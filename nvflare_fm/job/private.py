@@ -57,6 +57,13 @@ UNFIT = (
         "no noise covers what a site tells of its rows",
         "leave weigh out, which is uniform",
     ),
+    Unfit(
+        "private_own_half",
+        "a merge rule that shares one factor",
+        lambda plan: plan.shares != "AB",
+        "the factor that stays at a site would hold rounds whose updates never left, and which nobody has paid for",
+        "leave merge out",
+    ),
 )
 
 

@@ -236,15 +236,17 @@ class Worker:
         return self._last
 
     def packed(self, update: AdapterUpdate, plan: RoundPlan) -> Packed:
-        """Encode an update's adapter by the plan's `uplink`. What rounding loses is added to the next update.
+        """Encode an update's adapter by the plan's `uplink`. What rounding loses is added to the next update, but not
+        under differential privacy: it would be of an update that may never have left, and was not paid for.
 
         Raises:
             WireError: a tensor cannot be sent.
             ModelError: what is kept for the next round cannot be read or written.
         """
         chain = self.chain(plan)
-        packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
-        if chain:
+        keeps = bool(chain) and not plan.privacy.asked
+        packed = pack(update.adapter, chain, self.site, self.kept.read() if keeps else None)
+        if keeps:
             self.kept.keep(packed.kept)
         return packed
 

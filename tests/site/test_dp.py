@@ -23,6 +23,7 @@ from nvflare_fm.privacy.protection import Protection
 from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.training import chance, dp, fit, logits
 from nvflare_fm.site.training.job_events import FILE, FOLDER, JobEvents
+from nvflare_fm.site.training.kept_state import KeptState
 from nvflare_fm.site.training.per_sample import PerSample
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
@@ -425,6 +426,15 @@ def test_delta_must_be_below_one_in_the_number_of_records() -> None:
         settled(private_plan(privacy={"delta": 0.01}), 100)
     assert refused.value.code == "delta_too_large"
     assert settled(private_plan(privacy={"delta": 0.01}), 99).rate
+
+
+def test_no_rounding_is_carried_over_from_an_update_that_may_never_have_left(llama: Path, tmp_path: Path) -> None:
+    for privacy, carries in ((PRIVATE, False), ({"noise_multiplier": None}, True)):
+        kept = KeptState()
+        worker = tiny.worker(tmp_path, llama, "causal_lm", kept=kept)
+        plan = private_plan(privacy=privacy, peft={"method": "ia3"}, uplink=["int8"])
+        worker.packed(worker.train(RoundTask(plan)), plan)
+        assert bool(kept.read()) == carries
 
 
 def test_more_rounds_than_the_job_said_are_refused_before_they_begin(
