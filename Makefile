@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-gpu faults fuzz docs templates lint format clean
+.PHONY: demo test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
@@ -19,6 +19,9 @@ test: lint  ## all that must hold; minutes
 
 test-all: lint  ## and the slow proofs: planted bugs, every method of the comparison, tutorials, faults; hours
 	$(PYTEST) $(AT_ONCE) -m "slow or not slow"
+
+test-oldest: .venv-oldest/installed  ## as make test, with the oldest versions, in an environment of its own
+	.venv-oldest/bin/python -m pytest -q $(AT_ONCE)
 
 test-gpu: .venv/installed  ## what only a GPU can show; tiny models without one
 	$(PYTEST) -m "slow or not slow" tests/gpu
@@ -46,11 +49,16 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs dist
+	rm -rf .venv .venv-oldest .mypy_cache .pytest_cache .ruff_cache .hypothesis runs dist
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[site,demo,dev]"
+	touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[site,demo,dev]"
 	touch $@
 
 .venv/docs: .venv/installed
