@@ -307,6 +307,12 @@ def test_what_came_is_bounded_by_what_it_is_said_to_hold(came: dict[str, Descrip
     assert not transforms.read(("ckks",), "uplink").fits(came, adapters(1)[0].descriptions())
 
 
+def test_what_a_stranger_describes_costs_nothing_to_refuse() -> None:
+    endless = {f"l{place}": Description((2**35,) * 8, torch.float32) for place in range(9)}
+    came = {NAME: Description((9,), torch.uint8)}
+    assert not transforms.read(("ckks",), "uplink").fits(came, endless)
+
+
 def updates(count: int, examples: tuple[int, ...] = (10, 30, 60)) -> list[AdapterUpdate]:
     return [
         AdapterUpdate(f"site-{i}", without_keys(sealed(a, f"site-{i}")), MANIFEST, Report(examples=n, rank=3))
