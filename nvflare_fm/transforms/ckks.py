@@ -46,6 +46,8 @@ class Ckks(Encryption):
         return _sized(before, _SUMMED_BYTES)
 
     def fits(self, sent: Mapping[str, Description], before: Mapping[str, Description]) -> bool:
+        if len(sent) != -(-_count(before) // _PART):  # what is described may be of any size
+            return False
         parts = _parts(before)
         return sent.keys() == parts.keys() and all(
             sent[name].dtype == torch.uint8

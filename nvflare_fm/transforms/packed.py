@@ -117,6 +117,11 @@ def check_sealed(keys: Keys, adapter: Adapter, sender: str, apart: bool) -> None
     if not (isinstance(adapter, Sealed) and found):
         raise WireError(f"{sender} sent an update that is not encrypted", code="not_encrypted")
     packed = adapter.packed
+    if any(each.dtype != torch.float32 for each in packed.whole.tensors.values()):
+        raise WireError(
+            f"{sender} describes tensors that are not float32; the sum would be rounded to what one site says",
+            code="tensor_type",
+        )
     found.keyed(keys).check(packed.parcel, packed.chain.inner.described(packed.whole.tensors), apart)
 
 
