@@ -5,9 +5,9 @@ DATA ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-# Three at a time on two processors: one runs the tests that start NVFlare, and waits for it half of its time.
+# Four at a time on two processors: two of them run the tests that start NVFlare, and wait for it half of their time.
 PYTEST := $(BIN)/python -m pytest -q
-AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
+AT_ONCE := -n 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all test-gpu faults fuzz docs templates lint format clean
 

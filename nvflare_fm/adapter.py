@@ -90,7 +90,7 @@ class Described:
 
     tensors: Mapping[str, Description]  # by PEFT name
     scales: Mapping[str, float]  # by layer
-    sent: Mapping[str, Description] = field(default_factory=dict)  # of those that travelled encoded, as they did
+    sent: Mapping[str, Description] = field(default_factory=dict)  # what travelled, where it was encoded
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ class Adapter:
     def __bool__(self) -> bool:
         return bool(self.lora or self.dense)
 
+    @property
+    def sealed(self) -> bool:
+        """Whether only a site can read its values."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Collect all tensors as `{PEFT name: tensor}`, without the scales."""
         flat = dict(self.dense)
@@ -179,9 +184,9 @@ class Adapter:
         return sum(tensor.bytes for tensor in self.descriptions().values())
 
     def bytes_sent(self) -> int:
-        """Add up the sizes of all tensors as they travelled: fewer than `bytes` where transforms encoded them."""
+        """Add up the sizes of all tensors as they travelled: fewer than `bytes` where transforms compressed them."""
         sent = self.described.sent if self.described else {}
-        return sum(sent.get(name, whole).bytes for name, whole in self.descriptions().items())
+        return sum(tensor.bytes for tensor in (sent or self.descriptions()).values())
 
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -281,7 +286,7 @@ class AdapterUpdate:
     adapter: Adapter
     manifest: Manifest
     report: Report
-    began: Adapter | None = None  # the global adapter it was trained from, where that is an earlier round's
+    start: Adapter | None = None  # the global adapter it was trained from, where that is an earlier round's
     staleness: int = 0  # rounds since that one was sent
     protection: Protection | None = None  # how it is protected; None: it is not
 

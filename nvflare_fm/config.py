@@ -28,6 +28,7 @@ LENGTH, LABELS, ROWS = 2**20, 10_000, 2**16  # no plan asks for more tokens in a
 WIDEST = 2**16  # no adapter has a larger rank or a longer prompt
 STEPS, MANY = 10**6, 10**9  # no round has more steps, no site more rows
 SITES = 100_000  # no federation has more
+ROW = "row"  # the unit of privacy that is no column
 A_YEAR = 366 * 24 * 3600.0  # seconds
 
 one = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
@@ -118,17 +119,17 @@ def _explained(cls: type[BaseModel], error: Any) -> tuple[str, str]:
 
 
 def _along(cls: Any, path: Sequence[Any]) -> tuple[list[str], Any]:
-    """The names of the settings on the way from `cls`, with * for an alias, and the type the way ends at. Beyond a
-    setting, pydantic's path goes on with names of types and keys of the job.
+    """The names of the settings on the way from `cls`, with * for an alias or a place in a list, and the type the way
+    ends at. Beyond a setting, pydantic's path goes on with names of types and keys of the job.
     """
     names: list[str] = []
     for part in path:
         if isinstance(cls, type) and issubclass(cls, BaseModel) and part in cls.model_fields:
             names.append(str(part))
             cls = _present(cls.model_fields[part].annotation)
-        elif (inside := get_args(cls)) and isinstance(inside[-1], type) and issubclass(inside[-1], BaseModel):
+        elif groups := [kind for kind in get_args(cls) if isinstance(kind, type) and issubclass(kind, BaseModel)]:
             names.append("*")
-            cls = inside[-1]
+            cls = groups[-1]
         else:
             break
     return names, cls
@@ -267,8 +268,8 @@ class PrivacySettings(Settings):
     max_grad_norm: float = Field(
         1.0, gt=0, le=1e6, description="ℓ₂ norm to which the gradient of one record is clipped."
     )
-    unit: Text = Field(
-        "row",
+    unit: Annotated[Text, StringConstraints(min_length=1)] = Field(
+        ROW,
         description="Record that is protected: row, or the column that says whose row it is. Rows of one patient "
         "are clipped as one.",
         examples=["patient_id"],
@@ -376,6 +377,12 @@ class TaskPlan(RoundPlan):
         (), description="What a site must report about how often its labels occur."
     )
     counts: Counts = Field((), description="What a site must report about how many rows and steps it has.")
+    padded_to: int = Field(
+        0,
+        ge=0,
+        le=WIDEST,
+        description="Rank at which each site sends its pairs, at scale 1, so that they add up unread; 0: its own.",
+    )
 
 
 class Aggregation(Settings):

@@ -3,22 +3,26 @@
 import gc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from . import transforms
 from .adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from .aggregation.admit import check_values
 from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
+from .aggregation.encrypted import combine_unread
 from .aggregation.late import trained_from
 from .aggregation.step import Memory
 from .config import Aggregation, RoundPlan, TaskPlan
+from .encryption.keys import Keys
 from .job.settle import settle
+from .site.training.job_events import JobEvents
 from .site.worker import Worker
-from .transforms.packed import pack
+from .transforms.packed import added, check_sealed, pack
 
 
 @dataclass(frozen=True)
-class Round:
+class SimulatedRound:
     """One finished round."""
 
     number: int
@@ -34,32 +38,36 @@ class Round:
 def federate(
     workers: Mapping[str, Worker],
     plan: RoundPlan,
-    how: Aggregation,
+    aggregation: Aggregation,
     rounds: int,
     adapter: Adapter | None = None,
     manifest: Manifest | None = None,
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
-) -> Iterator[Round]:
+    keys: Keys | None = None,
+) -> Iterator[SimulatedRound]:
     """Run a federation in this process, and yield each round as it ends.
 
     Args:
         workers: site → its worker.
         plan: what the sites are asked to do.
-        how: how their adapters become one.
+        aggregation: how their adapters become one.
         rounds: how many to run.
         adapter: to start from; None: a fresh one.
         manifest: of that adapter.
         sites_per_round: sites drawn for each round; 0: all.
-        takes: site → rounds that its answer takes, if more than one. An answer that is more than `how.max_staleness`
-            rounds late does not count.
+        takes: site → rounds that its answer takes, if more than one. An answer that is more than
+            `aggregation.max_staleness` rounds late does not count.
+        keys: the server's, where the plan encrypts what sites send.
 
     Yields:
         The rounds, in order.
     Raises:
         FmError: a site fails; unlike NVFlare's controller, this function does not go on without it.
     """
-    settled = settle(plan, how, {site: worker.overrides for site, worker in workers.items()})
+    settled = settle(plan, aggregation, {site: worker.overrides for site, worker in workers.items()})
+    for worker in workers.values():
+        worker.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
     memory = Memory()
     at: dict[str, RoundTask] = {}  # site → what it works at
@@ -68,18 +76,26 @@ def federate(
         received = down.adapter() if down.chain else adapter
         task = RoundTask(settled.of_round(number), received, manifest, number, rounds)
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
-        due = sorted(site for site, began in at.items() if number - began.round + 1 >= (takes or {}).get(site, 1))
+        due = sorted(site for site, sent in at.items() if number - sent.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
-        updates = tuple(trained_from(began, _answer(workers[site], began), task) for site, began in tasks.items())
+        updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
         for update in updates:
-            check_values(update)
+            if keys:
+                check_sealed(keys, update.adapter, update.site, apart=False)
+            else:
+                check_values(update)
         whole = adapter if down.chain else None
-        combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
+        if keys:
+            combined = combine_unread(received, manifest, updates, settled.aggregation, partial(added, keys))
+        else:
+            combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory
-        at = {site: began for site, began in at.items() if began.adapter and number - began.round < how.max_staleness}
+        at = {
+            site: sent for site, sent in at.items() if sent.adapter and number - sent.round < aggregation.max_staleness
+        }
         if number == 0:
             gc.freeze()  # a Trainer collects garbage once a round: over all that transformers holds, half its time
-        yield Round(number, combined, updates)
+        yield SimulatedRound(number, combined, updates)
 
 
 def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
@@ -89,10 +105,11 @@ def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
     return replace(update, adapter=packed.adapter()) if packed.chain else update
 
 
-def alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
+def train_alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, Manifest, Report]:
     """Train one worker by itself for as many steps as it would take in `rounds` rounds, as a baseline."""
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds
     training = plan.training.model_copy(update={"local_steps": steps, "local_epochs": epochs})
+    worker.events = JobEvents()
     update = worker.train(RoundTask(plan.model_copy(update={"training": training})))
     return *worker.submit(), update.report

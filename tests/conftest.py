@@ -18,9 +18,10 @@ CORE = [f"nvflare_fm.{name}" for name in ("adapter", "algebra", "aggregation")]
 assert all(map(importlib.util.find_spec, CORE)), "a room of the core has another name: its shapes are not checked"
 jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
-# Whole systems, longest first. They run one after the other, on one worker: each waits for NVFlare half of its time,
-# while the other workers run all the rest.
-SYSTEMS = ("tests/deployment/", "test_interruptions", "integration/test_federation", "test_templates")
+# Whole systems, longest first: deployed ones run on one worker, simulated ones, one after the other, on a second. Each
+# waits for NVFlare half of its time, while two workers more run all the rest.
+DEPLOYED, *SIMULATED = "tests/deployment/", "test_interruptions", "integration/test_federation", "test_templates"
+SYSTEMS = (DEPLOYED, *SIMULATED)
 
 settings.register_profile(
     "suite",
@@ -64,12 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadFileScheduling:
-    """A file's tests go to one worker, because they share what its fixtures have made; systems count as one."""
+    """A file's tests go to one worker, because they share what its fixtures have made; so do all systems of a kind."""
 
     class OneAfterTheOther(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
-            return "systems" if any(name in file for name in SYSTEMS) else file
+            if DEPLOYED in file:
+                return DEPLOYED
+            return "simulated" if any(name in file for name in SIMULATED) else file
 
     return OneAfterTheOther(config, log)
 

@@ -59,16 +59,16 @@ def offer(kit: Path, model: dict[str, str], rows: list[dict[str, Any]]) -> None:
 def test_a_site_that_is_ready_is_told_so_with_what_a_step_costs(kit: Path):
     status, found = checked(kit)
     assert status == 0, found
-    assert "holds the weights" in found["model base"]["said"]
-    assert found["data notes"]["said"].startswith("22 rows to train on; ")
-    assert "MiB at its peak" in found["data notes"]["said"]
-    assert "read as jsonl, encoding utf-8 (guessed: encoding)" in found["data notes"]["said"]
-    assert re.search(r"1 row is cut: \d+ tokens, 1 answer not .*max_length = 48", found["data notes"]["said"])
-    assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["said"])
-    assert found["device"]["said"]
-    assert re.search(r"[\d.]+ GB free", found["disk"]["said"])
-    assert "no metric would leave" in found["data notes"]["said"]  # two rows are held out
-    assert found["welcome"]["said"] == "anyone of company"
+    assert "holds the weights" in found["model base"]["text"]
+    assert found["data notes"]["text"].startswith("22 rows to train on; ")
+    assert "MiB at its peak" in found["data notes"]["text"]
+    assert "read as jsonl, encoding utf-8 (guessed: encoding)" in found["data notes"]["text"]
+    assert re.search(r"1 row is cut: \d+ tokens, 1 answer not .*max_length = 48", found["data notes"]["text"])
+    assert re.search(r"nvflare 2\.9\S* torch \S+ transformers \S+ peft \S+ bitsandbytes", found["versions"]["text"])
+    assert found["device"]["text"]
+    assert re.search(r"[\d.]+ GB free", found["disk"]["text"])
+    assert "no metric would leave" in found["data notes"]["text"]  # two rows are held out
+    assert found["welcome"]["text"] == "anyone of company"
 
 
 def test_a_site_that_names_nobody_is_not_ready(kit: Path):
@@ -76,7 +76,7 @@ def test_a_site_that_names_nobody_is_not_ready(kit: Path):
     file.write_text(file.read_text().replace('  orgs: ["company"]', '  # orgs: ["company"]'))
     status, found = checked(kit)
     assert (status, found["welcome"]["good"]) == (1, False)
-    assert found["welcome"]["said"].startswith("nobody is welcome; name submitters, orgs or both")
+    assert found["welcome"]["text"].startswith("nobody is welcome; name submitters, orgs or both")
 
 
 def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
@@ -85,11 +85,11 @@ def test_whatever_is_wrong_is_marked_with_its_remedy(kit: Path, base: Path):
     (kit / "local" / job_check.FILE).unlink()
     status, found = checked(kit)
     assert status == 1
-    assert "'nvflare_fm.' is no component of this version" in found["allow list"]["said"]
-    assert found["allow list"]["said"].endswith("run nvflare-fm site allow")
-    assert found["job files"] == {"what": "job files", "good": False, "said": "run nvflare-fm site allow"}
-    assert f"its fingerprint is {fingerprint(base)}" in found["model base"]["said"]
-    assert "pins" in found["data notes"]["said"]
+    assert "'nvflare_fm.' is no component of this version" in found["allow list"]["text"]
+    assert found["allow list"]["text"].endswith("run nvflare-fm site allow")
+    assert found["job files"] == {"what": "job files", "good": False, "text": "run nvflare-fm site allow"}
+    assert f"its fingerprint is {fingerprint(base)}" in found["model base"]["text"]
+    assert "pins" in found["data notes"]["text"]
     assert [found[what]["good"] for what in ("allow list", "model base", "data notes")] == [False] * 3
 
 
@@ -97,32 +97,32 @@ def test_an_unpinned_model_is_fine_and_its_fingerprint_is_shown(kit: Path, base:
     offer(kit, {"path": str(base)}, tiny.rows("causal_lm"))
     status, found = checked(kit, "--rank", 2)
     assert status == 0
-    assert found["model base"]["said"] == f"not pinned; to pin it, add fingerprint: {fingerprint(base)}"
+    assert found["model base"]["text"] == f"not pinned; to pin it, add fingerprint: {fingerprint(base)}"
 
 
 def test_error_logs_stay_at_the_site_and_the_check_says_when_they_do_not(kit: Path):
     (kit / "local" / "fm_site.yaml").write_text("limits: {max_rnak: 2}\n")
-    assert checked(kit)[1]["error logs"]["said"] == "stay here"
+    assert checked(kit)[1]["error logs"]["text"] == "stay here"
     own = kit / "local" / "resources.json"
     own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
-    assert checked(kit)[1]["error logs"]["said"].startswith("go to the server")
+    assert checked(kit)[1]["error logs"]["text"].startswith("go to the server")
 
 
 def test_a_site_with_a_floor_is_ready_only_where_the_egress_filter_is_in_its_kit(kit: Path):
     file, filtered = kit / "local" / "fm_site.yaml", kit / "local" / privacy_scope.FILE
-    assert checked(kit)[1]["egress filter"]["said"] == "no floor is stated in the site file"
+    assert checked(kit)[1]["egress filter"]["text"] == "no floor is stated in the site file"
     file.write_text(file.read_text().replace("# max_epsilon: 8.0", "max_epsilon: 8.0"))
     status, found = checked(kit)
     assert status == 0, found  # rows and model are tried without the protection that only jobs ask for
-    assert found["egress filter"]["said"] == "under a floor: only protected updates leave"
+    assert found["egress filter"]["text"] == "under a floor: only protected updates leave"
     filtered.unlink()
     status, found = checked(kit)
     assert (status, found["egress filter"]["good"]) == (1, False)
-    assert found["egress filter"]["said"].endswith("run nvflare-fm site allow")
+    assert found["egress filter"]["text"].endswith("run nvflare-fm site allow")
     assert typed("site", "allow", "--kit", kit).exit_code == 0
     own = kit / "local" / "resources.json"
     own.write_text(own.read_text().replace('"allow_log_streaming": false', '"allow_log_streaming": true'))
-    assert "allow_log_streaming" in checked(kit)[1]["egress filter"]["said"]
+    assert "allow_log_streaming" in checked(kit)[1]["egress filter"]["text"]
 
 
 def test_a_package_that_fetches_code_is_found_before_it_can(kit: Path, monkeypatch: pytest.MonkeyPatch):
@@ -130,7 +130,7 @@ def test_a_package_that_fetches_code_is_found_before_it_can(kit: Path, monkeypat
     monkeypatch.syspath_prepend(kit)
     status, found = checked(kit)
     assert status == 1
-    assert "pip uninstall kernels" in found["package kernels"]["said"]
+    assert "pip uninstall kernels" in found["package kernels"]["text"]
     assert "data notes" not in found  # bitsandbytes was not imported
 
 
@@ -169,13 +169,13 @@ def test_every_template_is_listed_with_what_it_is_for() -> None:
     assert lines[0].split() == ["continue_from_adapter", *templates.load("continue_from_adapter").description.split()]
 
 
-def test_the_help_of_a_template_has_every_knob_with_its_comment() -> None:
+def test_the_help_of_a_template_has_every_setting_with_its_comment() -> None:
     shown = " ".join(typed("new", "lora_text_classification", "--help").stdout.split())
-    knobs = templates.load("lora_text_classification").knobs()
-    assert len(knobs) > 55
-    for knob in knobs:
-        assert templates.shortest(knob, knobs) in shown
-        assert knob.meaning.split()[0] in shown
+    settings = templates.load("lora_text_classification").settings()
+    assert len(settings) > 55
+    for setting in settings:
+        assert templates.shortest(setting, settings) in shown
+        assert setting.meaning.split()[0] in shown
     assert "key=value" in typed("new", "--help").stdout
 
 

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,7 @@ from nvflare_fm.compare import grid, peers, run, tuning
 from nvflare_fm.compare.bench import Bench
 from nvflare_fm.compare.methods import ALONE, BASELINES, METHODS, OWN_RATE
 from nvflare_fm.compare.results import Results, overview, spread, verdict
-from nvflare_fm.compare.run import Run, carry_out, carry_out_all, lines, write
+from nvflare_fm.compare.run import Run, carry_out, carry_out_all, read_lines, write
 from nvflare_fm.compare.study import Study, Workspace, study
 from nvflare_fm.errors import FmError
 from tests.codes import refused
@@ -109,7 +110,7 @@ def test_one_command_tunes_runs_and_reports(
     typed += ["--methods", "ours, finished at home", "--seeds", "1", "--first-seed", "4", "--rates", "0.005,0.01,0.02"]
     said = CliRunner().invoke(app, typed)
     assert said.exit_code == 0, said.output
-    trials, found = (lines(tmp_path / "results" / f"own{end}.jsonl") for end in ("-tuning", ""))
+    trials, found = (read_lines(tmp_path / "results" / f"own{end}.jsonl") for end in ("-tuning", ""))
     best = max(trials, key=lambda row: row["score"])
     assert {row["method"] for row in trials} == {"ours"}  # whose rate the other takes
     assert len(trials) >= 3
@@ -126,10 +127,10 @@ def test_runs_side_by_side_are_shown_as_they_go_and_not_done_twice(
     asked = [Run(own, "ours", 1e-3, 0)]
     carry_out_all(asked, 1)
     assert "6/6" in capsys.readouterr().out  # rounds of three sites
-    (line, *_) = before = lines(asked[0].file)
+    (line, *_) = before = read_lines(asked[0].file)
     assert line["digest"] == asked[0].digest
     carry_out_all(asked, 1)
-    assert lines(asked[0].file) == before
+    assert read_lines(asked[0].file) == before
 
 
 def test_a_line_counts_only_for_the_configuration_that_made_it(own: Study) -> None:
@@ -201,7 +202,7 @@ def test_a_study_is_named_for_a_file_and_damaged_results_are_told_by_their_line(
     with own.results().open("a") as file:
         file.write('{"method": "ou')
     with refused("unreadable_row", FmError, "line 2") as error:
-        lines(own.results())
+        read_lines(own.results())
     assert error.value.code == "unreadable_row"
 
 
@@ -327,6 +328,8 @@ def test_lone_sites_make_one_line_of_what_each_has_at_home(tmp_path: Path) -> No
     tiny.jsonl(tmp_path / "own.jsonl", [*lone, ours])
     results = Results(empty_study(tmp_path, metric="accuracy"))
     results = Results(replace(results.study, lower_is_better=False))
+    (everywhere,) = results.final["alone, everywhere"].values()
+    assert everywhere["scores"] == {site: mean(scores[of][site] for of in scores) for site in scores}
     (line,) = results.final[ALONE].values()
     assert line["scores"] == {"lake": 0.9, "north": 0.5}
     assert line["score"] == pytest.approx(0.8)

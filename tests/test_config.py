@@ -31,7 +31,7 @@ from nvflare_fm.flare.arguments import Arguments
 from nvflare_fm.flare.locator import Measurement
 from nvflare_fm.job import peft as peft_methods
 from nvflare_fm.site.offer.site_config import SiteConfig
-from nvflare_fm.transforms import Transform
+from nvflare_fm.transforms import Encryption, Transform
 from nvflare_fm.transforms.compression import Compression
 from tests.codes import refused
 
@@ -111,7 +111,7 @@ def test_no_group_of_settings_is_left_out_of_that_law():
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for
     arguments = {kind for kind in ours if issubclass(kind, Arguments)}
-    assert ours - of_rules - held - arguments == {Settings, peft_methods.PeftMethod, Transform, Compression}
+    assert ours - of_rules - held - arguments == {Settings, peft_methods.PeftMethod, Transform, Compression, Encryption}
 
 
 @pytest.mark.parametrize("name", components.OURS)

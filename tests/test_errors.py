@@ -10,6 +10,7 @@ import pytest
 
 from nvflare_fm import errors
 from nvflare_fm.errors import FmError, PolicyError
+from nvflare_fm.privacy import egress
 
 ROOT = Path(__file__).parents[1]
 KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, FmError)}
@@ -34,7 +35,16 @@ def test_every_error_is_raised_with_a_code_that_stands_there() -> None:
         choices = [code.body, code.orelse] if isinstance(code, ast.IfExp) else [code]
         literal = all(isinstance(one, ast.Constant) and CODE.fullmatch(str(one.value)) for one in choices)
         passed_on = isinstance(code, ast.Attribute) and code.attr == "code"
-        assert literal or passed_on, where
+        of_a_process = code is not None and ast.unparse(code).startswith("_CODES.get(")  # what its exit status means
+        assert literal or passed_on or of_a_process, where
+
+
+def test_the_codes_that_may_leave_a_site_under_a_floor_are_codes_of_errors() -> None:
+    others = [file for file in (ROOT / "nvflare_fm").rglob("*.py") if file != Path(egress.__file__)]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in others)
+    given = {*re.findall(r'"(\w+)"', source), *re.findall(r"\[(\w+)\]", source)}
+    own = {*re.findall(r'code="(\w+)"', Path(egress.__file__).read_text(encoding="utf-8"))}
+    assert egress.TOLD - given - own == set()
 
 
 def test_no_test_matches_the_wording_of_an_error() -> None:

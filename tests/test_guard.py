@@ -38,8 +38,8 @@ def moved(site: str, state: Adapter, far: float, seed: int, rank: int = 3, dense
     lora = {}
     for name, change in changes.items():
         step = replace(change, B=change.B * far / length).to(SINGLE)
-        began = head(state.lora[name], rank) if state else None
-        lora[name] = stack([began, step], [1.0, 1.0]) if began else step
+        start = head(state.lora[name], rank) if state else None
+        lora[name] = stack([start, step], [1.0, 1.0]) if start else step
     turn = torch.randn(5, generator=torch.Generator().manual_seed(seed))
     before = state.dense["head"] if state else torch.zeros(5)
     return update(site, Adapter(lora, {"head": before + turn / turn.norm() * (far if dense is None else dense)}))
@@ -164,7 +164,7 @@ def test_of_two_sites_neither_is_judged(far):
 def test_a_late_change_is_measured_from_where_it_began_and_clipped_like_any_other():
     before, today = start(3), Adapter({n: replace(p, B=5 * p.B) for n, p in start(3).lora.items()}, start(3).dense)
     honest = [moved(f"s{i}", today, 1.0, i) for i in range(3)]
-    late = {far: replace(moved("late", before, far, 9), began=before, staleness=1) for far in (1.0, 40.0)}
+    late = {far: replace(moved("late", before, far, 9), start=before, staleness=1) for far in (1.0, 40.0)}
     assert not merged(today, [*honest, late[1.0]]).guarded
     result = merged(today, [*honest, late[40.0]])
     assert result.guarded["late"].multiplier == pytest.approx(0.1, rel=1e-3)

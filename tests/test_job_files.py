@@ -79,7 +79,7 @@ def test_nvflare_would_resolve_them(value: str) -> None:
 
 @given(values)
 def test_json_means_what_it_says(said: dict[str, Any]) -> None:
-    assert job_files.read_config("a.json", json.dumps(said).encode()) == said
+    assert job_files.parse_config("a.json", json.dumps(said).encode()) == said
 
 
 def test_a_job_of_ours_is_accepted() -> None:

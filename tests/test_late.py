@@ -31,8 +31,8 @@ def _only(merge: str) -> Aggregation:
     return Aggregation(merge=merge, weigh=["examples"], step="plain", guard=())
 
 
-def late(one: AdapterUpdate, began: Adapter, rounds: int = 1) -> AdapterUpdate:
-    return replace(one, began=began, staleness=rounds)
+def late(one: AdapterUpdate, start: Adapter, rounds: int = 1) -> AdapterUpdate:
+    return replace(one, start=start, staleness=rounds)
 
 
 @given(updates=cohorts(), old=ranks, new=ranks, which=st.integers(0, 15))
@@ -44,13 +44,13 @@ def test_the_global_adapter_moves_by_what_each_site_changed_whenever_it_began(me
     for layer in today.lora:
         moved, size = today.lora[layer].delta().double(), 1.0
         for one in sent:
-            trained, start = one.adapter.lora[layer], (one.began or today).lora[layer]
+            trained, start = one.adapter.lora[layer], (one.start or today).lora[layer]
             from_ = 0 if merge == "stack" else head(start, trained.rank).delta().double()
             moved += result.weights[one.site] * (trained.delta().double() - from_)
             size += float(trained.delta().norm() + start.delta().norm() + today.lora[layer].delta().norm())
         close(result.adapter.lora[layer].delta(), moved, 1e-5, size)
     for name, tensor in today.dense.items():
-        changes = [(u.adapter.dense[name] - (u.began or today).dense[name]) * result.weights[u.site] for u in sent]
+        changes = [(u.adapter.dense[name] - (u.start or today).dense[name]) * result.weights[u.site] for u in sent]
         close(result.adapter.dense[name], tensor + sum(changes), 1e-5, 100.0)
 
 
@@ -83,9 +83,9 @@ def test_who_is_in_time_is_left_as_it_is() -> None:
 
 
 def test_a_late_update_knows_how_late_it_is_and_what_it_was_trained_from() -> None:
-    began = RoundTask(TaskPlan(), Adapter(dense={"head": torch.ones(2)}), round=3)
-    found = trained_from(began, update("alder", Adapter()), replace(began, round=5, adapter=Adapter()))
-    assert (found.staleness, found.began) == (2, began.adapter)
+    start = RoundTask(TaskPlan(), Adapter(dense={"head": torch.ones(2)}), round=3)
+    found = trained_from(start, update("alder", Adapter()), replace(start, round=5, adapter=Adapter()))
+    assert (found.staleness, found.start) == (2, start.adapter)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.sampled_from([0.0, 0.5, 2.0]))

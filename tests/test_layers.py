@@ -19,6 +19,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"transformers", "peft", "bitsandbytes", "accelerate", "datasets", "trl", "sentence_transformers"}
 CORE_KNOWS = {"torch", "numpy", "pydantic", "jaxtyping", "safetensors", "nvflare_fm"}
 PRIVACY_KNOWS = CORE_KNOWS | {"opacus"}  # sites and the command line load it, the server's side does not
+ENCRYPTION_KNOWS = {"numpy", "tenseal", "nvflare_fm"}  # no torch, so that a process that reads ciphertexts starts fast
+KNOWS = {"privacy": PRIVACY_KNOWS, "encryption": ENCRYPTION_KNOWS}
 BRIDGES = {"simulate"}  # files that bring the core and what a site does together
 COMMANDS = {"cli"}
 ROOMS_ABOVE = {
@@ -88,7 +90,7 @@ def dotted(module: Path) -> str:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) == "core"], ids=dotted)
 def test_the_core_knows_torch_and_little_else(module):
-    assert third_party(module) <= (PRIVACY_KNOWS if module.parent.name == "privacy" else CORE_KNOWS)
+    assert third_party(module) <= KNOWS.get(module.parent.name, CORE_KNOWS)
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if room(m) != "flare"], ids=dotted)
@@ -133,6 +135,10 @@ def test_importing_what_the_server_runs_loads_no_hugging_face():
     loaded = loaded_after("nvflare_fm.job.settle", *(f"nvflare_fm.flare.{name}" for name in server))
     assert "nvflare" in loaded
     assert not loaded & HUGGING_FACE
+
+
+def test_what_reads_a_strangers_ciphertexts_loads_no_torch():
+    assert not loaded_after("nvflare_fm.encryption.reader") & (HUGGING_FACE | {"torch", "nvflare", "tenseal"})
 
 
 def test_what_the_parent_processes_of_a_site_and_the_server_run_loads_no_torch():

@@ -15,6 +15,8 @@ from nvflare_fm.job.settle import settle
 
 CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}
+PRIVATE = {"epsilon": 8.0}
+FROZEN = {"merge": "freeze_a", "guard": []}
 REFUSED = [
     ("rank_is_fixed", {"negotiable": "rank"}, {"merge": "factor_mean"}),
     ("rank_is_fixed", {"negotiable": "rank", "peft": DORA}, {}),
@@ -43,7 +45,27 @@ REFUSED = [
     ("no_head", {"training": {"head_lr_ratio": 2.0}}, {}),
     ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
     ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
+    ("private_steps", {"privacy": PRIVATE, "training": {"local_steps": 0}}, {}),
+    ("private_checkpointing", {"privacy": PRIVATE, "training": {"gradient_checkpointing": True}}, {}),
+    ("private_max_grad_norm", {"privacy": PRIVATE, "training": {"max_grad_norm": 0.5}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"logit_adjustment": 1.0}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"logit_calibration": 1.0}}, {}),
+    ("private_classes", {**CLASSIFY, "privacy": PRIVATE, "training": {"restricted_softmax": 0.5}}, {}),
+    ("private_counts", {"privacy": {"noise_multiplier": 1.0}}, {"weigh": ["examples"]}),
+    ("private_counts", {**CLASSIFY, "privacy": PRIVATE}, {"weigh": ["skew"]}),
+    ("private_loss", {"privacy": PRIVATE}, {"weigh": [{"rule": "loss", "q": 2}]}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
+    ("no_linear_sum", {"uplink": "ckks"}, {"guard": []}),
+    *(("no_linear_sum", {"uplink": "ckks"}, {"guard": [], "merge": rule}) for rule in ("svd", "zero_pad", "alternate")),
+    ("nothing_readable", {"uplink": "ckks"}, {"merge": "freeze_a"}),
+    ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["examples", "agreement"]}),
+    ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["norm"]}),
+    ("nothing_readable", {"uplink": "ckks", "peft": {"method": "ia3"}}, {}),
+    ("step_needs_canonical", {"uplink": "ckks"}, FROZEN | {"step": "momentum"}),
+    ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"normalize_steps": True}),
+    ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"max_staleness": 1}),
+    ("encrypted_downlink", {"uplink": "ckks", "downlink": "int8"}, FROZEN),
+    ("uplink_only", {"downlink": "ckks"}, {}),
 ]
 
 
@@ -100,6 +122,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({"peft": {"method": "lora", "use_dora": True}}, {"merge": "exact"}),
         ({}, {"keep_energy": 0.9, "max_weight": 0.4}),
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
+        ({"uplink": "ckks", "negotiable": "rank"}, FROZEN | {"weigh": ["examples", "loss"], "max_weight": 0.4}),
+        ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
     ],
 )
 def test_what_goes_together_is_let_through(plan, how):

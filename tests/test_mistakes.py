@@ -79,6 +79,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved.mkdir(parents=True)
         for file in ("adapter_config.json", "adapter_model.safetensors", "provenance.json"):
             (saved / file).write_bytes(content)
+        sealed = root / "sealed" / name
+        sealed.mkdir(parents=True)
+        for file in ("sealed.json", "ciphertexts.safetensors", "SHA256SUMS"):
+            (sealed / file).write_bytes(content)
         (root / "results" / name).mkdir(parents=True)
         (root / "results" / name / "rounds.jsonl").write_bytes(content + b"\n")
         (root / "models" / name).mkdir(parents=True)
@@ -122,6 +126,8 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("resume",): [str(place / "empty")],
         ("explain",): [str(place / "empty")],
         ("export",): [str(place / "adapter"), "-o", str(place / "exported")],
+        ("decrypt",): [str(place / "adapter"), "-o", str(place / "decrypted"), "--kit", str(place / "kit")],
+        ("audit",): [str(place / "adapter"), "--kit", str(place / "kit"), "-o", str(place / "audit.html")],
         ("data", "check"): [str(place / "notes.jsonl"), "--task", "sequence_classification"],
         ("compare", "run"): ["clinics", "--folder", str(place / "empty")],
         ("compare", "report"): ["clinics", "--folder", str(place / "empty")],
@@ -130,6 +136,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("compare", "overview"): [],
         ("compare", "data"): ["medquad-lm", str(place / "sets")],
         ("site", "allow"): ["--kit", str(place / "kit")],
+        ("site", "canaries"): ["--data", "notes", "--task", "causal_lm", "--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],
     }[words]
 
@@ -160,6 +167,11 @@ def test_no_file_ends_in_a_traceback_whatever_is_in_it(name: str, place: Path) -
         ["new", "continue_from_adapter", "-o", place / "made", f"adapter={saved}"],
         ["export", saved, "-o", place / "made"],
         ["export", place / "adapter", "-o", place / "made", "--merge", "--base", model],
+        ["export", place / "sealed" / name, "-o", place / "made"],
+        ["decrypt", place / "sealed" / name, "-o", place / "made", "--kit", place / "kit"],
+        ["audit", saved, "--kit", place / "kit", "-o", place / "report"],
+        ["audit", place / "adapter", "--kit", kit, "-o", place / "report"],
+        ["site", "canaries", "--data", "notes", "--task", "causal_lm", "--kit", kit],
         ["explain", place / "results" / name],
         ["resume", place / "results" / name],
         ["site", "check", "--kit", kit],
@@ -179,19 +191,19 @@ def test_a_path_is_shown_as_it_is_and_the_detail_with_it(place: Path) -> None:
 
 
 def test_a_kit_that_is_not_there_is_said_to_be_missing(place: Path) -> None:
-    for kit, said in (("none", "there is no folder"), ("empty", "no folder startup and no folder local")):
+    for kit, text in (("none", "there is no folder"), ("empty", "no folder startup and no folder local")):
         done = typed("site", "check", "--kit", place / kit, "--json")
         (found,) = json.loads(done.stdout)
         assert (done.exit_code, found["what"]) == (1, "kit")
-        assert said in found["said"]
-        assert kit in found["said"]
+        assert text in found["text"]
+        assert kit in found["text"]
 
 
 def test_what_a_library_raises_in_a_trial_is_a_finding_that_says_where() -> None:
     found = checkup._tried("data notes", lambda: {}["modules_to_save"])  # type: ignore[return-value]
     assert not found.good
-    assert "please report it: KeyError at " in found.said
-    assert "modules_to_save" in found.said
+    assert "please report it: KeyError at " in found.text
+    assert "modules_to_save" in found.text
 
 
 def test_a_message_cannot_steer_the_terminal() -> None:

@@ -13,8 +13,8 @@ from nvflare_fm.cli import app
 from nvflare_fm.errors import DataError
 from nvflare_fm.flare.ledger import Ledger
 from nvflare_fm.record.reason import Reason, Verdict
-from nvflare_fm.record.result import explained, last_errors, read_result
-from nvflare_fm.record.round import FILE_NAME, SPECTRA, Round, Spectra, read_line, read_rounds, read_spectra, told
+from nvflare_fm.record.result import explanation, last_errors, read_result
+from nvflare_fm.record.round import FILE_NAME, SPECTRA, Round, Spectra, in_words, read_line, read_rounds, read_spectra
 from nvflare_fm.record.site_report import Contribution
 from tests.strategies import update
 
@@ -38,7 +38,7 @@ def write(folder: Path, outs: list[dict[str, str]]) -> Path:
 def test_each_site_is_told_how_often_it_counted_and_why_not(tmp_path: Path) -> None:
     rank, silent = "refused: rank 99 is more than the 8 this site allows", "silent: no answer before the round ended"
     outs = [{"cedar": rank}, {"cedar": rank, "birch": silent}, {"cedar": rank}]
-    lines = list(explained(read_result(write(tmp_path, outs))))
+    lines = list(explanation(read_result(write(tmp_path, outs))))
     assert lines[0].startswith("after 0 of 3 rounds: loss 2; then 2 of 3 sites trained, training loss 1.5, ")
     assert lines[3:] == [
         "alder: counted in 3 of 3 rounds",
@@ -55,7 +55,7 @@ def test_what_a_job_has_cost_a_site_in_privacy_is_told_at_last(tmp_path: Path) -
         ledger.result = {"sites": {"alder": Contribution(weight=0.5, epsilon=spent), "birch": Contribution(weight=0.5)}}
         assert ledger.progress({})["epsilon"] == f"alder: at most {spent:g}"
         ledger.write(tmp_path)
-    lines = list(explained(read_result(tmp_path)))
+    lines = list(explanation(read_result(tmp_path)))
     assert lines[2:] == [
         "alder: counted in 2 of 2 rounds",
         "  ε of the job at this site: at most 2",
@@ -64,7 +64,7 @@ def test_what_a_job_has_cost_a_site_in_privacy_is_told_at_last(tmp_path: Path) -
 
 
 def test_a_job_in_which_all_refuse_says_so_at_once(tmp_path: Path) -> None:
-    lines = list(explained(read_result(write(tmp_path, [dict.fromkeys(["alder", "birch", "cedar"], "refused: no")]))))
+    lines = list(explanation(read_result(write(tmp_path, [dict.fromkeys(["alder", "birch", "cedar"], "refused: no")]))))
     assert lines[0] == "after 0 of 1 rounds: not measured; no site gave a usable answer"
     assert lines.count("  round 0: refused: no") == 3
 
@@ -99,7 +99,7 @@ def test_where_an_adapter_was_not_measured_is_told_with_the_reason(tmp_path: Pat
         '{"alder": {"SRV_last": {"loss": 0.51234}}, "oak": {"SRV_last": {}}}'
     )
     (folder / "cross_val_refused.json").write_text('{"oak": {"SRV_last": "quantization \\u001b[2J"}}')
-    assert list(explained(read_result(tmp_path))) == [
+    assert list(explanation(read_result(tmp_path))) == [
         "alder: measured SRV_last: loss 0.5123",
         "oak: did not measure SRV_last: quantization \\x1b[2J",
     ]
@@ -111,7 +111,7 @@ def test_a_job_that_ended_before_a_round_is_explained_by_its_last_errors(tmp_pat
     )
     (tmp_path / "error_log.txt").write_text("".join(line.format(i) for i in (1, 2, 3, 4, 4)) + "no error\n")
     assert last_errors(tmp_path / "error_log.txt") == ["plan: unknown 3", "plan: unknown 4"]
-    assert list(explained(read_result(tmp_path)))[1:] == ["  plan: unknown 3", "  plan: unknown 4"]
+    assert list(explanation(read_result(tmp_path)))[1:] == ["  plan: unknown 3", "  plan: unknown 4"]
     assert last_errors(tmp_path / "none") == []
 
 
@@ -130,7 +130,7 @@ def test_a_line_that_is_half_written_is_left_for_later_and_a_strange_one_is_refu
 def test_what_a_site_writes_cannot_steer_the_screen() -> None:
     out = {"alder": "refused: \x1b[2J\nall is well"}
     line = read_line(json.dumps({"round": 0, "total_rounds": 1, "out": out, "metrics": {"loss": float("nan")}}))
-    assert told(line)[1] == "  alder: refused: \\x1b[2J all is well"
+    assert in_words(line)[1] == "  alder: refused: \\x1b[2J all is well"
 
 
 def test_a_round_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_site_that_counts_in_part_is_explained_by_the_round_in_which_it_counte
         ledger.result = {"sites": sites, "guarded": {"cedar": Verdict(much, f"{number}")} if much < 1 else {}}
         ledger.out = {} if much else {"cedar": Reason("guard", "far off")}
         ledger.write(tmp_path)
-    lines = list(explained(read_result(tmp_path)))
+    lines = list(explanation(read_result(tmp_path)))
     assert lines[-3:] == [
         "cedar: counted in 3 of 4 rounds",
         "  round 3: guard: far off",
@@ -195,6 +195,6 @@ def test_a_line_as_earlier_versions_wrote_it_is_read(tmp_path: Path) -> None:
     assert read.out["b"] == Reason("refused", "rank: 9 is too much", "rank_too_large")
     assert (read.loss, read.trained, read.scaled["a"].multiplier) == (1.5, True, 0.5)
     (tmp_path / FILE_NAME).write_text(json.dumps(line) + "\n")
-    lines = list(explained(read_result(tmp_path)))
+    lines = list(explanation(read_result(tmp_path)))
     assert f"  round 1: {out['b']}" in lines
     assert f"  round 1: {out['c']}" in lines

@@ -1,4 +1,4 @@
-"""The job templates: submit-ready, without code, every knob explained and read, the same job as the recipe's."""
+"""The job templates: submit-ready, without code, every setting explained and read, the same job as the recipe's."""
 
 import inspect
 import json
@@ -34,7 +34,7 @@ from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
 from nvflare_fm.flare.jobs import render_template
-from nvflare_fm.flare.jobs.simulate_job import prepare
+from nvflare_fm.flare.jobs.simulate_job import prepare_simulation
 from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
 from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
@@ -49,8 +49,8 @@ SOURCES = render_template.sources()
 TEMPLATES = list(SOURCES)
 TRAINING = [name for name, source in SOURCES.items() if "measurement" not in source]
 FROM_ADAPTER = {name for name, source in SOURCES.items() if "measurement" in source or "initial_adapter" in source}
-NOT_KNOBS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
-NOT_KNOBS |= {"task_data_filters", "task_result_filters"}
+NOT_SETTINGS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
+NOT_SETTINGS |= {"task_data_filters", "task_result_filters"}
 every_template = pytest.mark.parametrize("template", TEMPLATES)
 every_training = pytest.mark.parametrize("template", TRAINING)
 
@@ -133,11 +133,11 @@ def test_an_argument_nobody_knows_is_refused(template: str) -> None:
 
 
 @every_template
-def test_every_knob_is_explained_on_its_own_line(template: str) -> None:
+def test_every_setting_is_explained_on_its_own_line(template: str) -> None:
     for file in (FOLDER / template).rglob("config_fed_*.conf"):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            knob = re.match(r"\s+(?:# )?(\w+) = ", line)
-            if knob and knob[1] not in NOT_KNOBS:
+            setting = re.match(r"\s+(?:# )?(\w+) = ", line)
+            if setting and setting[1] not in NOT_SETTINGS:
                 assert re.search(r" {2}# \S.{4,}$", line), f"{file.name}, line {number} explains nothing: {line}"
 
 
@@ -181,7 +181,7 @@ def test_a_setting_costs_one_field(monkeypatch: pytest.MonkeyPatch, writer: Modu
                 monkeypatch.setattr(module, name, more)
     plan, how, _ = recipe_module.sorted_out({"trim": 3, "hurry": False})
     assert (plan, how) == ({"hurry": False}, {"trim": 3})
-    assert aggregator_module.AdapterAggregator({"trim": 3}).how.trim == 3
+    assert aggregator_module.AdapterAggregator({"trim": 3}).aggregation.trim == 3
     assert PeftExecutor(settings={"trim": 3}).overrides.trim == 3
     source = SOURCES["lora_text_classification"]
     files = render_template.render("mine", {**source, "training": {"noise": 0.5}, "trim": 3})
@@ -296,7 +296,7 @@ def simulated(job: Path, output: Path, model: Path, task: str, sites: Sequence[s
     """Runs a job folder as `nvflare-fm simulate` does; the server's folder of it. At oak, nothing is quantized."""
     files = {n: tiny.jsonl(output.parent / f"{n}.jsonl", tiny.rows(task, shift=i)) for i, n in enumerate(sites)}
     if "oak" in sites:
-        _, run = prepare(job, model, files, {}, output / job.name)
+        _, run = prepare_simulation(job, model, files, {}, output / job.name)
         offer = tiny.site(model, files["oak"], limits={"threads": 1, "quantizations": ["fp32"]})
         write_site(run.workspace / "local" / "oak.fm_site.yaml", offer)
         assert list(run.run()) == []  # a round is one that trains

@@ -27,6 +27,7 @@ from nvflare_fm.aggregation.asked import Needs, settings_of
 from nvflare_fm.config import (
     Aggregation,
     EvaluationSettings,
+    PrivacySettings,
     RoundPlan,
     RoundSettings,
     SiteOverrides,
@@ -48,6 +49,7 @@ def settings() -> str:
         ("The plan: what the server asks of a site", RoundPlan),
         ("`training`", TrainingSettings),
         ("`evaluation`", EvaluationSettings),
+        ("The plan's `privacy`", PrivacySettings),
         *methods,
         ("Aggregation: how many adapters become one", Aggregation),
         ("Rounds: arguments of `FedPEFT`", RoundSettings),
@@ -157,12 +159,14 @@ def rules() -> str:
         'written `merge = {rule = "name", setting = value}`.\n',
     ]
     lines += [
-        "| rule | settings | exact | mixed ranks | canonical | rest | trains, in turn | shares | follows |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| rule | settings | exact | mixed ranks | canonical | linear sum | rest | trains in turn | shares | follows |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in merge.registry:
         rule = merge.registry[name]
-        promises = " | ".join("yes" if p else "–" for p in (rule.exact, rule.mixed_ranks, rule.canonical))
+        promises = " | ".join(
+            "yes" if p else "–" for p in (rule.exact, rule.mixed_ranks, rule.canonical, rule.linear_sum)
+        )
         turns = ", ".join(rule.factors)
         said = f"{_of_rule(rule.merge)} | {promises} | {rule.rest} | {turns} | {rule.shares}"
         lines.append(f"| `{name}` | {said} | {_first_line(rule.merge)} |")
@@ -171,6 +175,8 @@ def rules() -> str:
         "- **exact**: equals Σ wₖΔWₖ before it is shortened to the global rank.",
         "- **mixed ranks**: sites may train at different ranks.",
         "- **canonical**: the result is kept as U Σ Vᵀ, the strongest direction first.",
+        "- **linear sum**: the server can add what sites send without reading it (`ckks`); then the rule is exact, and",
+        "  sites may train at different ranks.",
         "- **rest**: the part of the global adapter that a site holds frozen beside what it trains: none, its tail",
         "  (the directions above the site's rank), or all of it (the site trains a fresh pair).",
         "- **trains**, **shares**: the factors of B @ A that are trained and that leave a site.\n",
@@ -201,7 +207,7 @@ def rules() -> str:
         "",
         "- **stage**: a sender applies transforms in the order protect, compress, encrypt.",
         "- **error**: of a number at most, in units of the largest number of its block (`int8`) or of itself (`bf16`);",
-        "  0: lossless.",
+        "  of a sum, in units of its norm (`ckks`); 0: lossless.",
         "- **linear**: what several sites encode can be added up, and decodes to the sum.\n",
         "## What does not go together\n",
         "A job that asks for it is refused while it loads.\n",
@@ -222,10 +228,10 @@ def _functions(registry: Any) -> list[str]:
 
 def _transforms() -> list[str]:
     lines = ["| transform | stage | error | linear | bits a number | what it is |", "|---|---|---|---|---|---|"]
-    before = Description((64, 64), torch.float32)
+    before = {"head.weight": Description((1024, 1024), torch.float32)}
     for name in transforms.registry:
         kind = transforms.registry[name]
-        bits = 8 * kind().encoded("head.weight", before).bytes / 64**2
+        bits = round(8 * sum(each.bytes for each in kind().described(before).values()) / 1024**2, 1)
         linear = "yes" if kind.linear else "–"
         lines.append(f"| `{name}` | {kind.stage} | {kind.error:.2g} | {linear} | {bits:g} | {_first_line(kind)} |")
     return lines

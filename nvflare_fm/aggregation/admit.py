@@ -34,6 +34,7 @@ class Terms:
     pairs: bool = True  # whether LoRA pairs are sent
     ranks: range = range(0)  # of them
     scale: Callable[[int], float] = lambda rank: 1.0  # of a pair, by its rank
+    padded_to: int = 0  # the rank at which pairs of any rank are sent, at scale 1; 0: each at its own
     steps: range | None = None  # none: as many as it likes
 
 
@@ -105,14 +106,15 @@ def _rejected(site: str, reason: Reason) -> WireError:
 def _check_pairs(update: AdapterUpdate, terms: Terms) -> None:
     site, found = update.site, update.adapter.descriptions()
     ranks = {found[layer + LORA_A].shape[0] for layer in update.adapter.lora}
-    if len(ranks) != 1 or (rank := ranks.pop()) not in terms.ranks or rank != update.report.rank:
+    rank = update.report.rank
+    if ranks != {terms.padded_to or rank} or rank not in terms.ranks:
         raise WireError(
-            f"{site} reports rank {update.report.rank} and sent {sorted({*ranks, update.report.rank})}; the plan asks "
+            f"{site} reports rank {update.report.rank} and sent {sorted({*ranks, rank})}; the plan asks "
             f"for {_span(terms.ranks)}, the same in all layers. Where its job gives it another rank, list it under the "
             "controller's `sites`",
             code="rank_not_in_plan",
         )
-    asked = terms.scale(rank)
+    asked = 1.0 if terms.padded_to else terms.scale(rank)
     for layer, scale in update.adapter.scales().items():
         if not math.isclose(scale, asked, rel_tol=1e-6):
             raise WireError(
@@ -213,7 +215,7 @@ def admit(
     return updates, refused
 
 
-def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+def shared_shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """What every site of a federation must share: layer → (fan_out, fan_in), dense name → shape. Ranks may differ."""
     found = adapter.descriptions()
     pairs = {n: (found[n + LORA_B].shape[0], found[n + LORA_A].shape[1]) for n in adapter.lora}
@@ -221,7 +223,7 @@ def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes(adapter: Adapter) -> frozenset[tuple[str, tuple[int, ...]]]:
-    return frozenset(shapes(adapter).items())
+    return frozenset(shared_shapes(adapter).items())
 
 
 def _ranks(adapter: Adapter) -> tuple[int, ...]:

@@ -123,24 +123,24 @@ def measure(
     found = {need: torch.zeros(size, dtype=torch.float64) for need, size in sizes.items() if need in needs}
     first = updates[0].adapter if updates else Adapter()
     for layer in sorted(first.lora) if {"moved", "norms", "products"} & set(needs) else ():
-        _layer(found, Trained(updates, layer), state.lora[layer] if state and rest != "all" else None)
+        _layer(found, TrainedPairs(updates, layer), state.lora[layer] if state and rest != "all" else None)
     for name in sorted(first.dense) if {"moved", "dense"} & set(needs) else ():
         _tensor(found, Held(updates, name), state.dense[name].float() if state else torch.zeros(()))
     return found
 
 
-def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], began: LoraPair | None) -> None:
+def _layer(found: dict[Read, Tensor], pairs: Sequence[LoraPair], before: LoraPair | None) -> None:
     """One layer. Of the inner products each Dₖ is a sum over the same directions: those of all sites, and those of the
     global adapter, of which site k started from the first rₖ.
     """
     ranks = [pair.rank for pair in pairs]
-    start = zero(*pairs[0].shape) if began is None else began.to(torch.float32)
+    start = zero(*pairs[0].shape) if before is None else before.to(torch.float32)
     every = Stack([start.rank, *ranks]) if "products" in found else None
     if every:
         every.add(start)
     for place, pair in enumerate(pairs):
         if "moved" in found:
-            change = energy(pair) if began is None else _change(pair, head(start, pair.rank))
+            change = energy(pair) if before is None else _change(pair, head(start, pair.rank))
             row = [change, 0.0, _square(pair.A), pair.scale**2 * _square(pair.B)]
             found["moved"][place] += torch.tensor(row, dtype=torch.float64)
         if "norms" in found:
@@ -172,7 +172,7 @@ def _tensor(found: dict[Read, Tensor], tensors: Sequence[Tensor], start: Tensor)
         found["dense"] += some.double() @ some.double().T
 
 
-class Trained(Sequence[LoraPair]):
+class TrainedPairs(Sequence[LoraPair]):
     """One layer of every site in float32, read anew at each access and not kept: a sum holds one site at a time."""
 
     def __init__(self, updates: Sequence[AdapterUpdate], layer: str) -> None:
@@ -186,7 +186,7 @@ class Trained(Sequence[LoraPair]):
 
 
 class Held(Sequence[Tensor]):
-    """One tensor without factors of every site in float32, read as `Trained` reads a layer."""
+    """One tensor without factors of every site in float32, read as `TrainedPairs` reads a layer."""
 
     def __init__(self, updates: Sequence[AdapterUpdate], name: str) -> None:
         self.updates, self.name = updates, name

@@ -17,7 +17,7 @@ from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit
 from .claims import held
-from .cohort import Cohort, Held, Trained
+from .cohort import Cohort, Held, TrainedPairs
 from .downlink import restored, restored_tensor
 from .late import rebased
 from .needed import needed
@@ -46,7 +46,7 @@ def combine(
     state: Adapter,
     manifest: Manifest | None,
     updates: Sequence[AdapterUpdate],
-    how: Aggregation,
+    aggregation: Aggregation,
     max_rank: int,
     memory: Memory | None = None,
     whole: Adapter | None = None,
@@ -60,7 +60,7 @@ def combine(
         state: the global adapter as the sites received it.
         manifest: what it belongs to; None in the first round.
         updates: trained from `state`.
-        how: merge rule, weights, guards and server step.
+        aggregation: merge rule, weights, guards and server step.
         max_rank: of the result.
         memory: what the server step remembers of earlier rounds.
         whole: the global adapter as the server keeps it, if a transform encoded what was sent; None: it is `state`.
@@ -70,36 +70,37 @@ def combine(
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
     """
-    rule = merge.choose(how.merge)
+    rule = merge.choose(aggregation.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:
-        raise _nothing_left(refused)
-    accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], _weighed_by(how))
-    asked = how.step or "plain"  # a settled plan names one
-    everyone = Cohort(accepted, state, rule.rest, (needed(how) | step.registry.needs([asked])).reads)
-    verdicts = guard.judge(how.guard, everyone)
+        raise nothing_left(refused)
+    accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], weighed_by(aggregation))
+    asked = aggregation.step or "plain"  # a settled plan names one
+    everyone = Cohort(accepted, state, rule.rest, (needed(aggregation) | step.registry.needs([asked])).reads)
+    verdicts = guard.judge(aggregation.guard, everyone)
     refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
     cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
     if not cohort.updates:
-        raise _nothing_left(refused)
+        raise nothing_left(refused)
     accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
-    weights = weigh.weigh(how.weigh, cohort, how.max_weight)
+    weights = weigh.weigh(aggregation.weigh, cohort, aggregation.max_weight)
     shares = list(weights.shares.values())
-    counts = [c * m for c, m in zip(per_step(shares, accepted) if how.normalize_steps else shares, left, strict=True)]
+    counted = per_step(shares, accepted) if aggregation.normalize_steps else shares
+    counts = [c * m for c, m in zip(counted, left, strict=True)]
     taken = step.choose(asked, cohort, shares)
     mover = step.Mover(taken, memory or Memory(), max_rank)
     lora, lost, spectra = {}, {}, {}
     for layer in sorted(accepted[0].adapter.lora):
-        pairs = Trained(accepted, layer)
+        pairs = TrainedPairs(accepted, layer)
         start = state.lora[layer].to(torch.float32) if state else zero(*pairs[0].shape)
         merged = mover.pair(layer, start, rule.merge(start, pairs, counts))
         if whole:
             merged = restored(merged, whole.lora[layer].to(torch.float32), start, rule.canonical)
         if rule.canonical:
-            short, lost[layer] = shorten(merged, max_rank, how.sigma, how.keep_energy)
+            short, lost[layer] = shorten(merged, max_rank, aggregation.sigma, aggregation.keep_energy)
             spectra[layer] = tuple(spectrum(short).tolist())
-            fixed = how.keep_energy == 1 and rule.rest != "all"  # what nobody trains needs no empty directions
-            merged = refill(short, max_rank, layer, how.seed) if fixed else short
+            fixed = aggregation.keep_energy == 1 and rule.rest != "all"  # what nobody trains needs no empty directions
+            merged = refill(short, max_rank, layer, aggregation.seed) if fixed else short
         lora[layer] = merged
         _give_back()
     first = _first(shares, left)  # of what no round has made yet there is no change that could count less
@@ -125,15 +126,16 @@ def combine(
     )
 
 
-def _nothing_left(refused: Mapping[str, Reason]) -> WireError:
+def nothing_left(refused: Mapping[str, Reason]) -> WireError:
+    """Make the error of a round of which nothing counts."""
     why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items())) or "no site answered"
     return WireError(f"no update can be merged: {why}", code="nothing_to_merge")
 
 
-def _weighed_by(how: Aggregation) -> set[str]:
+def weighed_by(aggregation: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
-    needs = needed(how)
-    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if how.normalize_steps else [])}
+    needs = needed(aggregation)
+    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if aggregation.normalize_steps else [])}
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:

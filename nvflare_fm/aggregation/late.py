@@ -11,10 +11,10 @@ from ..algebra.lora import head
 from ..config import Rest
 
 
-def trained_from(began: RoundTask, update: AdapterUpdate, now: RoundTask) -> AdapterUpdate:
+def trained_from(sent: RoundTask, update: AdapterUpdate, now: RoundTask) -> AdapterUpdate:
     """`update`, marked with the adapter it was trained from where that is not the one of `now`."""
-    late = now.round - began.round
-    return replace(update, began=began.adapter, staleness=late) if late else update
+    late = now.round - sent.round
+    return replace(update, start=sent.adapter, staleness=late) if late else update
 
 
 def rebased(update: AdapterUpdate, state: Adapter, rest: Rest) -> AdapterUpdate:
@@ -27,13 +27,13 @@ def rebased(update: AdapterUpdate, state: Adapter, rest: Rest) -> AdapterUpdate:
         For "tail" G + ΔWₖ − ΔW⁰ₖ in each layer, at the rank of G and twice the site's, with G of `state` and ΔW⁰ₖ the
         part of the earlier adapter that the site trained; for "all" ΔWₖ, which is the change. Made when it is read.
     """
-    began, theirs = update.began, update.adapter
-    if began is None:
+    start, theirs = update.start, update.adapter
+    if start is None:
         return update
 
     def pair(layer: str) -> LoraPair:
         trained = theirs.lora[layer].to(torch.float32)
-        today, before = state.lora[layer].to(torch.float32), began.lora[layer].to(torch.float32)
+        today, before = state.lora[layer].to(torch.float32), start.lora[layer].to(torch.float32)
         terms = [(today, 1.0), (trained, 1.0), (head(before, trained.rank), -1.0)]
         (fan_out, fan_in), rank = today.shape, sum(term.rank for term, _ in terms)
         return WaitingPair(
@@ -42,7 +42,7 @@ def rebased(update: AdapterUpdate, state: Adapter, rest: Rest) -> AdapterUpdate:
         )
 
     def tensor(name: str) -> torch.Tensor:
-        change: torch.Tensor = theirs.dense[name].float() - began.dense[name].float()
+        change: torch.Tensor = theirs.dense[name].float() - start.dense[name].float()
         return state.dense[name].float() + change
 
     lora: Mapping[str, Any] = theirs.lora if rest == "all" else Lazy(theirs.lora, pair)

@@ -5,11 +5,13 @@ from . import guard, step, weigh
 from .asked import Needs
 
 
-def needed(how: Aggregation) -> Needs:
+def needed(aggregation: Aggregation) -> Needs:
     """What the weight factors, guards and server step need that a job names.
 
     Raises:
         ConfigError: an unknown name or setting, or a value out of range.
     """
-    steps = [] if how.step is None else [how.step]
-    return weigh.registry.needs(how.weigh) | guard.registry.needs(how.guard) | step.registry.needs(steps)
+    steps = [] if aggregation.step is None else [aggregation.step]
+    return (
+        weigh.registry.needs(aggregation.weigh) | guard.registry.needs(aggregation.guard) | step.registry.needs(steps)
+    )

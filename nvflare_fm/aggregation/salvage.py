@@ -9,10 +9,10 @@ from ..errors import WireError
 from ..record.reason import Reason
 from .combine import Combined
 
-Merge = Callable[[Sequence[AdapterUpdate]], Combined]
+RoundMerge = Callable[[Sequence[AdapterUpdate]], Combined]
 
 
-def without_the_largest(merge: Merge, updates: Sequence[AdapterUpdate], why: str) -> Combined:
+def without_the_largest(merge: RoundMerge, updates: Sequence[AdapterUpdate], why: str) -> Combined:
     """Merges all but the sites with the largest values: first without one, then two, four, … while most remain.
 
     Args:
@@ -36,5 +36,7 @@ def without_the_largest(merge: Merge, updates: Sequence[AdapterUpdate], why: str
 
 
 def _largest(update: AdapterUpdate) -> float:
+    if update.adapter.sealed:
+        return 0.0  # nobody here can tell
     found = [float(tensor.abs().max()) for tensor in update.adapter.tensors().values() if tensor.numel()]
     return max((value if math.isfinite(value) else math.inf for value in found), default=0.0)

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import FmError
 from ..untrusted import one_line
+from . import audit as cli_audit
 from . import budget as cli_budget
 from . import compare as cli_compare
 from . import data as cli_data
@@ -43,6 +44,9 @@ app.command()(cli_simulate.simulate)
 app.command()(cli_job.resume)
 app.command()(cli_explain.explain)
 app.command()(cli_export.export)
+app.command()(cli_export.decrypt)
+app.command()(cli_audit.audit)
+site.command()(cli_audit.canaries)
 
 Kit = Annotated[Path, typer.Option("--kit", help="the site's startup kit: the folder that holds startup/ and local/")]
 
@@ -118,12 +122,13 @@ def _findings(kit: Path, plan: "TaskPlan") -> "Iterator[Finding]":
     from ..site.check.machine import machine
     from ..site.offer.site_config import FILE_NAME
 
-    if said := _no_kit(kit):
-        yield Finding("kit", False, said)
+    if text := _no_kit(kit):
+        yield Finding("kit", False, text)
         return
     yield from machine(kit)
     yield from _certificates(kit)
     yield from _kit(kit)
+    yield _encryption(kit)
     yield from checkup(kit / "local" / FILE_NAME, plan)
 
 
@@ -175,6 +180,18 @@ def _kit(kit: Path) -> "list[Finding]":
     ]
 
 
+def _encryption(kit: Path) -> "Finding":
+    from ..flare.encryption import SITE, site_keys
+    from ..site.check.finding import Finding
+
+    if not (kit / "startup" / SITE).exists():
+        return Finding("encryption", True, "the kit has no context: jobs that encrypt what sites send are refused")
+    try:
+        return Finding("encryption", True, f"{2 * site_keys(kit / 'startup').slots} coefficients, exact enough")
+    except FmError as error:
+        return Finding("encryption", False, str(error))
+
+
 def _show(finding: "Finding") -> None:
     mark = typer.style("✓", fg="green") if finding.good else typer.style("✗", fg="red")
-    typer.echo(f"{mark} {one_line(finding.what)}: {one_line(finding.said)}")
+    typer.echo(f"{mark} {one_line(finding.what)}: {one_line(finding.text)}")

@@ -54,13 +54,13 @@ def run(
     base model with random weights.
     """
     from ..compare.grid import runs
-    from ..compare.methods import COMPARED, named
+    from ..compare.methods import COMPARED, methods_named
     from ..compare.run import carry_out_all
     from ..compare.study import Workspace
     from ..compare.tuning import MOST_RATES, tune_all, tuned_on
 
     workspace = Workspace.at(output)
-    asked = named([part.strip() for part in methods.split(";") if part.strip()] or COMPARED)
+    asked = methods_named([part.strip() for part in methods.split(";") if part.strip()] or COMPARED)
     options = (folder, model, task, max_length, rounds, test_rows, rates)
     data = _study(name, workspace, *options)
     tuning_of = name if folder else tuned_on(name)
@@ -86,10 +86,10 @@ def report(
     output: Output = HERE,
 ) -> None:
     """Print the tables of a study and draw its curves."""
-    from ..compare.methods import named
+    from ..compare.methods import methods_named
     from ..compare.study import Workspace
 
-    _show(_study(name, Workspace.at(output), folder, model, task), *named([against]))
+    _show(_study(name, Workspace.at(output), folder, model, task), *methods_named([against]))
 
 
 @compare.command()

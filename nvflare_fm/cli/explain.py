@@ -29,7 +29,7 @@ def explain(
     """
     if Path(job).is_dir():
         found = result.read_result(Path(job))
-        typer.echo("\n".join(result.explained(found)))
+        typer.echo("\n".join(result.explanation(found)))
         return
     if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}", job):
         raise ConfigError(f"{job!r} is neither a folder nor the id of a job", code="no_such_result")
@@ -40,6 +40,6 @@ def explain(
     with tempfile.TemporaryDirectory() as folder:
         told = fetch(job, kit, Path(folder))
         if isinstance(told, Path):
-            typer.echo("\n".join(result.explained(result.read_result(told))))
+            typer.echo("\n".join(result.explanation(result.read_result(told))))
         else:
             typer.echo("\n".join(one_line(f"{name}: {value}") for name, value in told.items()))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -37,10 +38,16 @@ def export(
     from ..export import card
     from ..export.folder import CONFIG, PROVENANCE, WEIGHTS, read_adapter
     from ..export.peft_config import adapter_config
+    from ..flare.sealed import is_sealed
     from ..record.round import FILE_NAME, read_rounds
 
     if output.exists():
         raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
+    if is_sealed(adapter):
+        raise ConfigError(
+            f"{adapter} is encrypted; a site makes a folder of it that can be exported: nvflare-fm decrypt",
+            code="sealed",
+        )
     here = bool(base) and Path(base).is_dir()
     if merge and not here:
         raise ConfigError("--merge needs the base model's folder: --base FOLDER", code="no_base")
@@ -55,7 +62,7 @@ def export(
         base_checked=here,
         merged=merge,
         one_rank=not (config.get("rank_pattern") or config.get("alpha_pattern")),
-        versions=_versions(),
+        versions=versions(),
         exported=datetime.now(UTC).date(),
     )
     with replacing(output) as folder:
@@ -78,13 +85,40 @@ def export(
         typer.echo(one_line(f"there is no folder {base}: its weights were not compared with the adapter's base model"))
 
 
+def decrypt(
+    adapter: Annotated[Path, typer.Argument(help="folder of an encrypted adapter, such as RESULT/adapters/best")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not exist yet")],
+    kit: Annotated[Path, typer.Option("--kit", help="the site's startup kit, which holds the key")] = Path("."),
+) -> None:
+    """Write an adapter that only the sites can read as a PEFT folder, at a site.
+
+    The server of a job that encrypts what sites send keeps its adapters encrypted. Each site writes the last one it
+    received by itself, into global_adapter in the job's folder.
+    """
+    from ..export.folder import write_adapter
+    from ..flare.encryption import site_keys
+    from ..flare.sealed import read_sealed
+    from ..site.model.sealed import unsealed
+
+    if output.exists():
+        raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
+    saved, keys = read_sealed(adapter), site_keys(kit / "startup")
+    if saved.plan is None:
+        raise ConfigError(
+            "the encrypted adapter does not say how it was trained; take another copy", code="adapter_without_plan"
+        )
+    write_adapter(output, replace(saved, adapter=unsealed(saved.adapter, keys, saved.plan)))
+    typer.echo(one_line(f"wrote {output}, as PEFT loads it; do not give it to the server's operator"))
+
+
 def _layers(adapter: "Adapter") -> dict[str, list[str]]:
     """Each layer by its full name: PEFT then stops on a class that names them otherwise, where it would only warn."""
     names = [layer.removeprefix("base_model.model.") for layer in sorted(adapter.lora)]
     return {"target_modules": names} if names else {}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages on which an adapter depends, with their versions here."""
     found = {"nvflare_fm": __version__}
     for name in _SHOWN:
         with suppress(metadata.PackageNotFoundError):

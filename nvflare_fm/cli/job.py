@@ -17,7 +17,9 @@ from .terminal import add_row, console, plain
 if TYPE_CHECKING:
     from ..flare.jobs.forecast import Forecast
 
-Asked = Annotated[bool, typer.Option("--help", help="show this message, and all settings of TEMPLATE if it is named")]
+WantsHelp = Annotated[
+    bool, typer.Option("--help", help="show this message, and all settings of TEMPLATE if it is named")
+]
 
 
 def templates() -> None:
@@ -33,7 +35,7 @@ def new(
         list[str], typer.Argument(metavar="key=value …", help="settings that differ from the template")
     ] = [],  # noqa: B006
     output: Annotated[Path | None, typer.Option("--output", "-o", help="folder of the job; must not exist yet")] = None,
-    asked: Asked = False,
+    wants_help: WantsHelp = False,
 ) -> None:
     """Make a job from a template.
 
@@ -42,7 +44,7 @@ def new(
     Use the shortest unambiguous name of a setting as key. With adapter=FOLDER the job starts from that adapter.
     sites.NAME.KEY=value sets what one site does differently; the sites that you name are then the sites of the job.
     """
-    if asked or not template:
+    if wants_help or not template:
         _explain(context, template)
         return
     if output is None:
@@ -68,11 +70,11 @@ def _explain(context: typer.Context, template: str) -> None:
     typer.echo(context.get_help())
     if not template:
         return
-    knobs = job_templates.load(template).knobs()
+    settings = job_templates.load(template).settings()
     table = Table("setting", "value", "meaning", title=template, show_edge=False)
-    for knob in knobs:
-        value = knob.value if knob.is_set else f"not set, e.g. {knob.value}"
-        add_row(table, (job_templates.shortest(knob, knobs), value, knob.meaning))
+    for setting in settings:
+        value = setting.value if setting.is_set else f"not set, e.g. {setting.value}"
+        add_row(table, (job_templates.shortest(setting, settings), value, setting.meaning))
     console().print(table)
 
 
@@ -87,6 +89,9 @@ def plan(
     memory: Annotated[
         list[str], typer.Option(help="GiB that a site has for training, 24, or SITE=24 for one site")
     ] = [],  # noqa: B006
+    records: Annotated[
+        list[str], typer.Option(help="records a site trains on, 1000, or SITE=1000: for the noise of a job's privacy")
+    ] = [],  # noqa: B006
     measure: Annotated[
         bool,
         typer.Option(
@@ -97,12 +102,14 @@ def plan(
 ) -> None:
     """Estimate what a job costs each site, before it runs.
 
-    The command prints memory, seconds per round, and bytes per round up and down. It also checks the job.
+    The command prints memory, seconds per round, and bytes per round up and down. Of a job with privacy it also prints
+    the noise, and what all rounds together cost. It also checks the job.
     """
     from ..flare.jobs.forecast import forecast
 
     rates = dict(_by_site("--seconds-per-step", text) for text in seconds_per_step)
-    told = forecast(job, model, rates, measure, dict(_by_site("--memory", text) for text in memory))
+    has = dict(_by_site("--memory", text) for text in memory)
+    told = forecast(job, model, rates, measure, has, dict(_by_site("--records", text) for text in records))
     if as_json:
         typer.echo(json.dumps(told.plain(), indent=2))
     else:
@@ -182,8 +189,30 @@ def _show(told: "Forecast") -> None:
         add_row(table, cells)
     screen = console()
     screen.print(table)
+    if told.noise:
+        screen.print(_noise_table(told))
     for note in told.notes:
         screen.print(plain(f"- {note}"))
+
+
+def _noise_table(told: "Forecast") -> Table:
+    table = Table(title="privacy", show_edge=False)
+    names = ["site", "records", "in a step", "steps in all", "σ", "ε (RDP)", "ε (PRV)", "noise : clip"]
+    for name in names:
+        table.add_column(name, justify="left" if name == "site" else "right", no_wrap=name == "site")
+    for each in told.noise:
+        cells = (
+            each.site,
+            each.records,
+            f"{each.records_per_step:g}",
+            each.steps,
+            f"{each.noise_multiplier:.3g}",
+            f"{each.epsilon_rdp:.3g}",
+            f"{each.epsilon_prv:.3g}",
+            _known(each.ratio, f"{each.ratio or 0:.3g} : 1"),
+        )
+        add_row(table, cells)
+    return table
 
 
 def _known(value: object, text: str) -> str:

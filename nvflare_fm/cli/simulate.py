@@ -29,18 +29,18 @@ def simulate(
     NVFlare's simulator starts a server and the sites, each as a process. Whatever aliases the job uses for model and
     data, it gets the model and files named here. If the job names its sites, each needs a file.
     """
-    from ..flare.jobs.simulate_job import prepare
-    from ..record.result import measured, read_result
-    from ..record.round import told
+    from ..flare.jobs.simulate_job import prepare_simulation
+    from ..record.result import measurements, read_result
+    from ..record.round import in_words
 
     rows, held_out = _by_site("--data", data), _by_site("--validation", validation)
-    asked, run = prepare(job, model, rows, held_out, output / job.resolve().name)
+    asked, run = prepare_simulation(job, model, rows, held_out, output / job.resolve().name)
     started = time.monotonic()
     typer.echo(one_line(f"{asked.name}: {len(rows)} sites ({', '.join(rows)}); they start within a minute"))
     for line in run.run():
-        typer.echo("\n".join(told(line)))
+        typer.echo("\n".join(in_words(line)))
     found = read_result(run.results)
-    typer.echo("".join(f"{line}\n" for line in measured(found)), nl=False)
+    typer.echo("".join(f"{line}\n" for line in measurements(found)), nl=False)
     adapters = [("adapter", place) for place in found.adapters.values()]
     for name, place in (*adapters, ("results", run.results), ("log", run.log)):
         typer.echo(one_line(f"{name:<8} {place}"))

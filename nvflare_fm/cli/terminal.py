@@ -36,7 +36,7 @@ def add_row(table: Table, cells: Iterable[object], style: str | None = None) -> 
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def errors_shown() -> Iterator[None]:
     """Ends the program with one line on what a user can put right, and with exit status 1; no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name need not be text in the terminal's encoding
@@ -52,10 +52,10 @@ def errors_told() -> Iterator[None]:
 
 
 class Commands(TyperGroup):
-    """A group of commands that ends as `errors_told` says."""
+    """A group of commands that ends as `errors_shown` says."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        with errors_told():
+        with errors_shown():
             return super().main(*args, **kwargs)
 
 

@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 from ..adapter import Adapter, Manifest, RoundTask
 from ..aggregation.combine import combine
 from ..algebra.lora import svd
-from ..config import RoundPlan, SiteOverrides, TaskPlan
+from ..config import PrivacySettings, RoundPlan, SiteOverrides, TaskPlan
 from ..job.settle import settle
-from ..simulate import Round, alone, federate
+from ..simulate import SimulatedRound, federate, train_alone
 from ..site.model import base_model
 from ..site.offer.site_config import DataSource, ModelSource, SiteConfig
 from ..site.worker import Worker
 from . import data_sets, peers
-from .methods import BASELINES, Method
+from .methods import BASELINES, Method, is_lone
 from .study import RANKS, Study
 
 ALPHA = 2.0  # of rsLoRA: the scale is 1 at rank 4
@@ -94,19 +94,14 @@ class Bench:
         worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
         return worker
 
-    def digest(self, method: Method | None, seed: int) -> str:
-        """Of all that a run's lines depend on but the base model's weights, in hexadecimal.
-
-        Args:
-            method: none for a baseline.
-        """
-        chosen = method or Method()
-        ranks = [chosen.rank or self._rank(place) for place in range(len(self.names))]
+    def digest(self, method: Method, seed: int) -> str:
+        """Of all that a run's lines depend on but the base model's weights, in hexadecimal."""
+        ranks = [method.rank or self._rank(place) for place in range(len(self.names))]
         parts = [
-            self.settled(chosen, seed).model_dump(mode="json"),
-            chosen.how.model_dump(mode="json"),
-            [(rank, chosen.alpha(rank) if chosen.alpha else None) for rank in ranks],
-            [chosen.worker.__name__, chosen.folds, chosen.quantizations, chosen.at_home, chosen.slow, chosen.waits],
+            self.settled(method, seed).model_dump(mode="json"),
+            method.aggregation.model_dump(mode="json"),
+            [(rank, method.alpha(rank) if method.alpha else None) for rank in ranks],
+            [method.worker.__name__, method.folds, method.quantizations, method.at_home, method.slow, method.waits],
             [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -117,29 +112,30 @@ class Bench:
         alpha = method.alpha(rank) if method.alpha else ALPHA
         peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
-        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training})
-        return settle(asked, method.how).plan
+        privacy = PrivacySettings.read(method.privacy, "method")
+        asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training, "privacy": privacy})
+        return settle(asked, method.aggregation).plan
 
-    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[Round]:
+    def rounds(self, method: Method, workers: dict[str, Worker], seed: int) -> Iterator[SimulatedRound]:
         plan = self.settled(method, seed)
         if method.folds:
             return self._folding(method, workers, plan)
         takes = {} if method.waits else dict.fromkeys(self.names[2::3], method.slow)
-        return federate(workers, plan, method.how, self.together(method), takes=takes)
+        return federate(workers, plan, method.aggregation, self.together(method), takes=takes)
 
     def together(self, method: Method) -> int:
         """Rounds of the federation; in the others each site trains by itself, or waits for the slow ones."""
         rounds = math.ceil(self.study.rounds / method.slow) if method.waits else self.study.rounds
         return rounds - math.ceil(method.at_home * rounds)
 
-    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[Round]:
+    def _folding(self, method: Method, workers: dict[str, Worker], plan: TaskPlan) -> Iterator[SimulatedRound]:
         adapter, manifest = Adapter(), None
         for number in range(self.study.rounds):
             task = RoundTask(plan, adapter, manifest, number, self.study.rounds)
             updates = tuple(workers[name].train(task) for name in sorted(workers))
-            combined = combine(adapter, manifest, updates, method.how, sum(RANKS))
+            combined = combine(adapter, manifest, updates, method.aggregation, sum(RANKS))
             adapter, manifest = peers.fold(combined, workers[self.names[0]], task)
-            yield Round(number, replace(combined, adapter=adapter), updates)
+            yield SimulatedRound(number, replace(combined, adapter=adapter), updates)
         base_model._loaded.clear()  # what was folded into is nobody else's base
 
     def measure(
@@ -148,7 +144,9 @@ class Bench:
         task = RoundTask(self.settled(method), adapter, manifest)
         return {name: worker.validate(task)[self.study.metric] for name, worker in workers.items()}
 
-    def finished_at_home(self, method: Method, workers: dict[str, Worker], seed: int, last: Round) -> dict[str, float]:
+    def finished_at_home(
+        self, method: Method, workers: dict[str, Worker], seed: int, last: SimulatedRound
+    ) -> dict[str, float]:
         """The score at home of each site's own adapter, which goes on from the global one, at half the rate."""
         plan, scores = self.settled(method, seed), {}
         training = {
@@ -201,10 +199,11 @@ def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:
     """Pooled training, or each site alone, for as many steps as a site takes in all rounds. Tuned, a lone site is
     measured at home only.
     """
-    method = Method(training=BASELINES[name])
+    method = BASELINES[name]
     plan, sites, rounds = bench.settled(method, seed), bench.workers(method), bench.study.rounds
-    for trained_at, worker in sites.items() if name == "alone" else [("pooled", bench.pooled())]:
-        adapter, manifest, _ = alone(worker, plan, rounds)
-        bench.tick(rounds * (1 if name == "alone" else len(sites)))
-        judges = {trained_at: worker} if name == "alone" and bench.held_out else sites
+    lone = is_lone(name)
+    for trained_at, worker in sites.items() if lone else [("pooled", bench.pooled())]:
+        adapter, manifest, _ = train_alone(worker, plan, rounds)
+        bench.tick(rounds * (1 if lone else len(sites)))
+        judges = {trained_at: worker} if lone and bench.held_out else sites
         yield {"round": rounds, "trained_at": trained_at, "scores": bench.measure(judges, method, adapter, manifest)}

@@ -31,7 +31,7 @@ from ..site.offer.site_config import Privacy
 
 OPEN = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1, counts=("examples", "tokens"))  # of public data
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that
-Row = dict[str, Any]
+RawRow = dict[str, Any]
 
 
 def shared() -> Path:
@@ -96,32 +96,32 @@ def fraction(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
 
 
-def medquad() -> Iterator[Row]:
+def medquad() -> Iterator[RawRow]:
     """Read the rows of MedQuAD from the shared folder."""
     with gzip.open(shared() / "data" / "medquad" / "medquad.jsonl.gz", "rt") as lines:
         yield from map(json.loads, lines)
 
 
-def question_and_answer(row: Row) -> Row:
+def question_and_answer(row: RawRow) -> RawRow:
     """Make a row of MedQuAD one for text generation."""
     return {"prompt": row["question"].strip() + "\n", "completion": row["answer"].strip()[:CUT]}
 
 
-def answer_and_type(row: Row) -> Row:
+def answer_and_type(row: RawRow) -> RawRow:
     """Make a row of MedQuAD one for classification by the type of its question."""
     return {"text": row["answer"].strip()[:CUT], "label": row["qtype"]}
 
 
 def dirichlet(
-    splits: dict[str, list[Row]], alpha: float, count: int = 10, seed: int = 0
-) -> Iterator[tuple[str, str, Row]]:
+    splits: dict[str, list[RawRow]], alpha: float, count: int = 10, seed: int = 0
+) -> Iterator[tuple[str, str, RawRow]]:
     """(site, split, row), labels spread over `count` sites by a Dirichlet law (arXiv:1909.06335): each label's rows go
     to the sites in proportions drawn from Dir(α), train and test alike. α = 0: all alike (IID).
     """
     shares = numpy.random.default_rng(seed)
     bounds: dict[str, Any] = {}
     for split, rows in splits.items():
-        by_label: dict[str, list[Row]] = {}
+        by_label: dict[str, list[RawRow]] = {}
         for row in rows:
             by_label.setdefault(row["label"], []).append(row)
         for label, found in sorted(by_label.items()):
@@ -134,7 +134,7 @@ def dirichlet(
                 yield f"site-{min(site, count - 1):02d}", split, row
 
 
-def banking77() -> dict[str, list[Row]]:
+def banking77() -> dict[str, list[RawRow]]:
     """Utterance → intent, as published."""
     splits = {}
     for split in ("train", "test"):
@@ -143,9 +143,9 @@ def banking77() -> dict[str, list[Row]]:
     return splits
 
 
-def mts_dialog() -> dict[str, list[Row]]:
+def mts_dialog() -> dict[str, list[RawRow]]:
     """Dialogue → header of the note's section. All rows, three in ten of them to test on."""
-    splits: dict[str, list[Row]] = {"train": [], "test": []}
+    splits: dict[str, list[RawRow]] = {"train": [], "test": []}
     for path in sorted((shared() / "data" / "mts_dialog").glob("*.csv")):
         with path.open() as file:
             for row in csv.DictReader(file):
@@ -154,11 +154,11 @@ def mts_dialog() -> dict[str, list[Row]]:
     return splits
 
 
-SETS: dict[str, Callable[[Row], Row]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
+SETS: dict[str, Callable[[RawRow], RawRow]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
 _SPLIT_BY_LABEL = re.compile(r"(banking77|banking77lm|mts|mtslm)-\d+(\.\d+)?")
 
 
-def request(row: Row) -> Row:
+def request(row: RawRow) -> RawRow:
     """What is to be written from the label: the note's section, or the utterance itself."""
     return {
         "prompt": row["label"].replace("_", " ").strip() + "\n",
@@ -166,7 +166,7 @@ def request(row: Row) -> Row:
     }
 
 
-def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
+def split_by_label(name: str) -> Iterator[tuple[str, str, RawRow]]:
     """Spread banking77 or MTS-Dialog over sites by label: (site, split, row)."""
     kind, alpha = name.split("-")
     rows = banking77() if kind.startswith("banking77") else mts_dialog()
@@ -174,7 +174,7 @@ def split_by_label(name: str) -> Iterator[tuple[str, str, Row]]:
         yield site, split, request(row) if kind.endswith("lm") else {"text": row["text"], "label": row["label"]}
 
 
-def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, Row]]:
+def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, RawRow]]:
     """Spread MedQuAD over its institutes, and split it by disease: (site, split, row)."""
     for row in medquad():
         yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)

@@ -40,10 +40,10 @@ def runs(data: Study, tuning_of: str, methods: Sequence[str], seeds: Sequence[in
     return [Run(data, method, rates[method], seed) for seed in seeds for method in methods]
 
 
-def run_all(asked: Mapping[str, Sequence[str]], workspace: Workspace, seeds: Sequence[int], cores: int) -> None:
+def run_all(methods: Mapping[str, Sequence[str]], workspace: Workspace, seeds: Sequence[int], cores: int) -> None:
     """Tune what has no rate yet and run what the results lack."""
-    for name in dict.fromkeys(map(tuned_on, asked)):
-        together = [method for other in asked if tuned_on(other) == name for method in asked[other]]
+    for name in dict.fromkeys(map(tuned_on, methods)):
+        together = [method for other in methods if tuned_on(other) == name for method in methods[other]]
         tune_all(study(name, workspace), name, together, cores)
-    found = {name: study(name, workspace) for name in asked}
-    carry_out_all([run for name in asked for run in runs(found[name], tuned_on(name), asked[name], seeds)], cores)
+    found = {name: study(name, workspace) for name in methods}
+    carry_out_all([run for name in methods for run in runs(found[name], tuned_on(name), methods[name], seeds)], cores)

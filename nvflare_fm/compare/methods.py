@@ -4,7 +4,7 @@ Every peer trains at ours' scales, but for the scale-blind one, which is defined
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..config import Aggregation, Quantization
@@ -23,25 +23,27 @@ class Method:
     """A method of the comparison: how adapters become one, and what its sites do differently.
 
     Args:
-        how: merge rule, weights, guards and server step.
+        aggregation: merge rule, weights, guards and server step.
         rank: of all sites; 0: mixed.
         alpha: rank of a site → its α, for a scale of α / rank; None: one α and a scale of α / √rank (rsLoRA).
         worker: what a site does; a peer's may differ.
         folds: whether adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
         training: training settings that differ from the defaults.
+        privacy: differential privacy of what each site sends; empty: none.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
         slow: rounds that every third site takes for one.
         waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
     """
 
-    how: Aggregation = field(default_factory=Aggregation)
+    aggregation: Aggregation = field(default_factory=Aggregation)
     rank: int = 0
     alpha: Callable[[int], float] | None = None
     worker: type[Worker] = Worker
     folds: bool = False
     quantizations: tuple[Quantization, ...] = ("nf4",)
     training: dict[str, Any] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
     slow: int = 1
     waits: bool = False
@@ -86,21 +88,51 @@ SLOW = {  # three of ten sites need three rounds for one
     "slow sites late": Method(Aggregation(max_staleness=2), slow=3),
     "slow sites late, by age": Method(Aggregation(max_staleness=2, weigh=("uniform", "staleness")), slow=3),
 }
-METHODS = {OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW}
-BASELINES = {"pooled": PLAIN, "alone": {}, TOGETHER: {}}
+EPSILONS = (8.0, 3.0, 1.0)
+MOST_ROWS = {"local_steps": 1, "batch_size": 64, "gradient_accumulation_steps": 8}  # few steps of many rows: less noise
+
+
+def private(epsilon: float, method: Method, **training: Any) -> Method:
+    """Have a method's sites train by DP-SGD, at an ε of the whole federation."""
+    return replace(method, privacy={"epsilon": epsilon}, training={**method.training, **MOST_ROWS, **training})
+
+
+AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
+    f"{name}, ε = {epsilon:g}": private(epsilon, method)
+    for epsilon in EPSILONS
+    for name, method in {
+        OURS: Method(),
+        "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
+        "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
+    }.items()
+}
+METHODS = {
+    OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+}  # fmt: skip
+BASELINES = {
+    "pooled": Method(training=PLAIN),
+    "alone": Method(),
+    TOGETHER: Method(),
+    **{f"alone, ε = {epsilon:g}": private(epsilon, Method()) for epsilon in EPSILONS},
+}
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 
-def named(asked: Sequence[str]) -> list[str]:
+def is_lone(method: str) -> bool:
+    """Whether each site trains a model by itself."""
+    return method.startswith("alone")
+
+
+def methods_named(names: Sequence[str]) -> list[str]:
     """Check the names of methods and baselines.
 
     Raises:
         ConfigError: `unknown_name`.
     """
     known = [*METHODS, *BASELINES]
-    if unknown := sorted({*asked} - {*known}):
+    if unknown := sorted({*names} - {*known}):
         raise ConfigError(
             f"no method {unknown[0]!r}; {nearest(unknown[0], known)}known: {'; '.join(known)}", code="unknown_name"
         )
-    return [*asked]
+    return [*names]

@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from .bench import overall
-from .methods import ALONE, AT_HOME, METHODS, OURS, PEERS
-from .run import lines
+from .methods import ALONE, AT_HOME, METHODS, OURS, PEERS, is_lone
+from .run import read_lines
 from .study import RANKS, Study
 
 TARGET = "FedIT, rank 4"  # what this one ends with is the score to reach
@@ -32,7 +32,7 @@ class Results:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return lines(self.study.results())
+        return read_lines(self.study.results())
 
     @property
     def sign(self) -> int:
@@ -40,17 +40,25 @@ class Results:
 
     @cached_property
     def final(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """method → seed → the last line; the best method first. Of sites alone the scores at home make one line."""
+        """method → seed → the last line; the best method first.
+
+        The sites' models of a lone baseline make two: each at home, and all of them, in the mean, on all sites' rows.
+        """
         found: dict[str, dict[int, dict[str, Any]]] = {}
+        lone: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
         for row in self.rows:
-            if row["method"] == "alone":
-                line = found.setdefault(ALONE, {}).setdefault(row["seed"], row | {"scores": {}})
-                line["scores"][row["trained_at"]] = row["scores"][row["trained_at"]]
+            if is_lone(row["method"]):
+                lone.setdefault((row["method"], row["seed"]), {})[row["trained_at"]] = row
             else:
                 found.setdefault(row["method"], {})[row["seed"]] = row
         rows = {site: self.study.scored_rows(self.study.folder / site / "test.jsonl") for site in self.study.names}
-        for line in found.get(ALONE, {}).values():
-            line["score"] = overall(line["scores"], rows)
+        for (method, seed), models in lone.items():
+            at_home = {site: row["scores"][site] for site, row in models.items()}
+            measured = next(iter(models.values()))["scores"]
+            everywhere = {site: statistics.mean(row["scores"][site] for row in models.values()) for site in measured}
+            for where, scores in (("at home", at_home), ("everywhere", everywhere)):
+                line = next(iter(models.values())) | {"scores": scores, "score": overall(scores, rows)}
+                found.setdefault(f"{method}, {where}", {})[seed] = line
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
 
     def _mean(self, by_seed: dict[int, dict[str, Any]]) -> float:

@@ -51,16 +51,16 @@ class Run:
     def digest(self) -> str:
         """Of the configuration that its lines depend on: plan, method, rows."""
         bench = Bench(self.study, self.rate, bool(self.tuning_of))
-        return bench.digest(METHODS.get(self.method), self.seed)
+        return bench.digest((METHODS | BASELINES)[self.method], self.seed)
 
     def done(self) -> bool:
         """Whether the results have it. A line without a digest is one of an earlier version, and stands."""
         mine = (self.method, self.seed, self.rate)
-        found = [row for row in lines(self.file) if (row["method"], row["seed"], row["rate"]) == mine]
+        found = [row for row in read_lines(self.file) if (row["method"], row["seed"], row["rate"]) == mine]
         return any(row.get("digest", self.digest) == self.digest for row in found)
 
 
-def lines(file: Path) -> list[Line]:
+def read_lines(file: Path) -> list[Line]:
     """A file of JSON lines; none where there is no file."""
     return [*json_lines(file)] if file.exists() else []
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 from .methods import AS_OURS, OURS
-from .run import Run, carry_out_all, lines
+from .run import Run, carry_out_all, read_lines
 from .study import Study
 
 MOST_RATES, TUNING_SEED = 5, 100
@@ -21,7 +21,7 @@ def tuned_on(name: str) -> str:
 def tried(study: Study, tuning_of: str) -> dict[str, dict[float, float]]:
     """method → rate → score; of sites alone the mean over them."""
     found: dict[str, dict[float, list[float]]] = {}
-    for row in lines(study.results(tuning_of)):
+    for row in read_lines(study.results(tuning_of)):
         found.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row["score"])
     return {method: {rate: mean(scores) for rate, scores in rates.items()} for method, rates in found.items()}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cli.terminal import console as terminal
-from ..cli.terminal import errors_told, plain
+from ..cli.terminal import errors_shown, plain
 from ..record.round import Round
 from . import baselines, federation, report
 from .generator import FOLDER, generate
@@ -150,5 +150,5 @@ def _picture(
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(demo)
-    with errors_told():
+    with errors_shown():
         app()

@@ -44,7 +44,7 @@ def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scor
     from ..adapter import RoundTask
     from ..config import Aggregation, SiteOverrides
     from ..job.settle import settle
-    from ..simulate import alone as train_alone
+    from ..simulate import train_alone
     from ..site.worker import Worker
 
     plan = settle(trial.plan(), Aggregation()).plan

@@ -24,7 +24,7 @@ class Made:
     rounds: int | None = None
     sites: int | None = None  # that had a part in it
     ended: str = ""
-    how: Mapping[str, Any] = field(default_factory=dict)
+    aggregation: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # the sites' own measurements of it
 
 
@@ -103,7 +103,7 @@ def _what(card: Card) -> str:
 
 
 def _table(card: Card) -> str:
-    plan, found, how = card.saved.plan, card.made, card.made.how
+    plan, found, aggregation = card.saved.plan, card.made, card.made.aggregation
     checked = "its weights were compared with the fingerprint" if card.base_checked else "its weights were not compared"
     rows = [
         ("base model", f"{card.base or 'not named'}; {checked}"),
@@ -111,8 +111,8 @@ def _table(card: Card) -> str:
         ("method", f"{card.saved.manifest.peft}{_peft(plan.peft) if plan else ''}"),
         ("rounds", found.rounds),
         ("sites that took part", found.sites),
-        ("merge rule", how.get("merge")),
-        ("weights", json.dumps(how["weigh"]) if how.get("weigh") else None),
+        ("merge rule", aggregation.get("merge")),
+        ("weights", json.dumps(aggregation["weigh"]) if aggregation.get("weigh") else None),
         ("quantization of the base model in training", plan.quantization if plan else None),
         ("texts in training were cut after (tokens)", plan.max_length if plan else None),
         ("multiply each answer by", _numbers(plan.target_scale) if plan else None),

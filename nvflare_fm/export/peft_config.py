@@ -25,13 +25,13 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
     Returns:
         Plain JSON. Of pairs: the rank and α that make α/r each pair's own scale.
     """
-    asked: Mapping[str, Any] = plan.peft if plan else {}
+    settings: Mapping[str, Any] = plan.peft if plan else {}
     if adapter.lora or any(_is_lora(name) for name in adapter.dense):
-        own = _lora(adapter, asked)
+        own = _lora(adapter, settings)
     elif any(name.endswith(_IA3) for name in adapter.dense):
         own = _ia3(adapter)
     elif any(name.endswith(_VERA_D) for name in adapter.dense):
-        own = _vera(adapter, asked)
+        own = _vera(adapter, settings)
     else:
         own = _prompt(adapter)
     return own | {
@@ -43,12 +43,12 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
     }
 
 
-def _lora(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _lora(adapter: Adapter, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = adapter.descriptions()
     shared = [
         name.removesuffix(LORA_A) for name in adapter.dense if name.endswith(LORA_A)
     ]  # whose B stays at the sites
-    scales = {**dict.fromkeys(shared, _asked_scale(asked)), **adapter.scales()}
+    scales = {**dict.fromkeys(shared, _scale(settings)), **adapter.scales()}
     ranks = {_module(layer): found[layer + LORA_A].shape[0] for layer in scales}
     alphas = {_module(layer): scale * ranks[_module(layer)] for layer, scale in scales.items()}
     rank, alpha = _usual(ranks), _usual(alphas)
@@ -57,20 +57,20 @@ def _lora(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
         "lora_alpha": _short(alpha),
         "use_rslora": False,  # α/√r with rsLoRA: the scale is already the right one
         "use_dora": any(_MAGNITUDE in name for name in adapter.dense),
-        "lora_dropout": float(asked.get("lora_dropout", 0.0)),
+        "lora_dropout": float(settings.get("lora_dropout", 0.0)),
         "rank_pattern": {exactly(m): r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {exactly(m): _short(a) for m, a in alphas.items() if a != alpha},
-        "target_modules": _targets(asked.get("target_modules"), list(ranks)),
-        "modules_to_save": _trained_whole(adapter, asked),
+        "target_modules": _targets(settings.get("target_modules"), list(ranks)),
+        "modules_to_save": _trained_whole(adapter, settings),
     }
 
 
-def _asked_scale(asked: Mapping[str, Any]) -> float:
+def _scale(settings: Mapping[str, Any]) -> float:
     """α/r, or α/√r with rsLoRA, of the pairs that a plan asks for; 1 where it says nothing of them."""
-    if "lora_alpha" not in asked or "rank" not in asked:
+    if "lora_alpha" not in settings or "rank" not in settings:
         return 1.0
-    rank = float(asked["rank"])
-    return float(asked["lora_alpha"]) / (rank**0.5 if asked.get("use_rslora") else rank)
+    rank = float(settings["rank"])
+    return float(settings["lora_alpha"]) / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def _ia3(adapter: Adapter) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def _ia3(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _vera(adapter: Adapter, asked: Mapping[str, Any]) -> dict[str, Any]:
+def _vera(adapter: Adapter, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = {_module(n.removesuffix(_VERA_D)): t for n, t in adapter.descriptions().items() if n.endswith(_VERA_D)}
     return {
         "r": max(t.shape[0] for t in found.values()),
-        "vera_dropout": float(asked.get("vera_dropout", 0.0)),
+        "vera_dropout": float(settings.get("vera_dropout", 0.0)),
         "projection_prng_key": PROJECTION_PRNG_KEY,
         "save_projection": False,
-        "target_modules": _targets(asked.get("target_modules"), sorted(found)),
-        "modules_to_save": _trained_whole(adapter, asked),
+        "target_modules": _targets(settings.get("target_modules"), sorted(found)),
+        "modules_to_save": _trained_whole(adapter, settings),
     }
 
 
@@ -105,14 +105,14 @@ def _auto_mapping(base_class: str) -> dict[str, str] | None:
     return {"base_model_class": name, "parent_library": library} if name else None
 
 
-def _trained_whole(adapter: Adapter, asked: Mapping[str, Any]) -> list[str] | None:
+def _trained_whole(adapter: Adapter, settings: Mapping[str, Any]) -> list[str] | None:
     """The modules that are trained beside factors: as the plan calls them, a head by its name, others in full."""
     own = {n for n in adapter.dense if _is_lora(n) or n.endswith((_IA3, _VERA_B, _VERA_D))}
     tensors = [_module(n) for n in adapter.dense if n not in own]
     adapted = {_module(n).split(".")[0] for n in [*adapter.lora, *own]}
     modules = set()
     for tensor in tensors:
-        listed = [end for end in asked.get("modules_to_save", ()) if f".{end}." in f".{tensor}"]
+        listed = [end for end in settings.get("modules_to_save", ()) if f".{end}." in f".{tensor}"]
         top, module = tensor.split(".")[0], tensor.rpartition(".")[0]
         modules |= {*listed} or {module if top in adapted else top}
     return sorted(filter(None, modules)) or None
@@ -122,10 +122,12 @@ def _is_lora(name: str) -> bool:
     return name.endswith((LORA_A, LORA_B)) or _MAGNITUDE in name
 
 
-def _targets(said: Any, modules: list[str]) -> list[str]:
+def _targets(listed: Any, modules: list[str]) -> list[str]:
     """The plan's own target_modules where they cover every layer of the adapter, else each layer by its full name."""
-    covering = isinstance(said, list | tuple) and all(any(f".{m}".endswith(f".{end}") for end in said) for m in modules)
-    return [*said] if covering else modules
+    covering = isinstance(listed, list | tuple) and all(
+        any(f".{m}".endswith(f".{end}") for end in listed) for m in modules
+    )
+    return [*listed] if covering else modules
 
 
 def _usual(values: Mapping[str, float]) -> float:

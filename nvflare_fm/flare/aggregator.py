@@ -4,6 +4,7 @@ The same for every merge and weight rule. It loads neither the base model nor tr
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pydantic import Field
 from ..adapter import Adapter, AdapterUpdate, RoundTask
 from ..aggregation.admit import check_terms, check_values
 from ..aggregation.combine import Combined, combine, per_step
+from ..aggregation.encrypted import combine_unread
 from ..aggregation.late import trained_from
 from ..aggregation.metrics import mean
 from ..aggregation.salvage import without_the_largest
@@ -26,9 +28,11 @@ from ..aggregation.step import Memory
 from ..aggregation.weigh import check
 from ..algebra.lora import effective_rank
 from ..config import Aggregation
+from ..encryption.keys import Keys
 from ..errors import FmError
 from ..export.folder import Saved
 from ..job.settle import SettledPlan
+from ..transforms.packed import added, check_sealed
 from ..untrusted import printable
 from . import wire
 from .arguments import Arguments
@@ -54,9 +58,10 @@ class AdapterAggregator(ModelAggregator):
         FLComponent.__init__(self)
         super().__init__()
         self.settings = dict(settings or {})  # as given: NVFlare writes it into the job
-        self.how = Aggregation.read(self.settings, "aggregator")
+        self.aggregation = Aggregation.read(self.settings, "aggregator")
         self.updates: dict[str, AdapterUpdate] = {}
         self.memory = Memory()  # of the server step
+        self.keys: Keys | None = None  # of the server, where it adds what it cannot read
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         super().handle_event(event_type, fl_ctx)
@@ -75,24 +80,27 @@ class AdapterAggregator(ModelAggregator):
     def reset_stats(self) -> None:
         self.updates, self.combined = {}, Combined(self.task.adapter, self.task.manifest, {})
 
-    def accept_model(self, model: FLModel, began: RoundTask | None = None) -> None:
+    def accept_model(self, model: FLModel, sent: RoundTask | None = None) -> None:
         """Check a site's update, and keep it for the merge.
 
         Args:
-            began: what the site was sent, if that was in an earlier round.
+            sent: what the site was sent, if that was in an earlier round.
 
         Raises:
             WireError, ConfigError: names the site and what is wrong; its update does not count.
         """
-        began = began or self.task
-        names = began.adapter.descriptions()
-        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, began.plan.uplink)
-        check_terms(update, self.settled.terms(update.site), began.adapter, self.task.manifest)
-        check_values(update)
-        check(self.how.weigh, update)
-        if self.how.normalize_steps:
+        sent = sent or self.task
+        names = () if self.keys else sent.adapter.descriptions()  # what is encrypted travels under other names
+        update = wire.read_update(model, model.meta["client_name"], self.task.plan.labels, names, sent.plan.uplink)
+        check_terms(update, self.settled.terms(update.site), sent.adapter, self.task.manifest)
+        if self.keys:
+            check_sealed(self.keys, update.adapter, update.site, apart=True)
+        else:
+            check_values(update)
+        check(self.aggregation.weigh, update)
+        if self.aggregation.normalize_steps:
             per_step([1.0], [update])
-        self.updates[update.site] = trained_from(began, update, self.task)
+        self.updates[update.site] = trained_from(sent, update, self.task)
 
     def aggregate_model(self) -> FLModel:
         """The next global adapter; this one again where nothing can be merged, which `combined` then says."""
@@ -106,10 +114,12 @@ class AdapterAggregator(ModelAggregator):
         return model
 
     def _combined(self, updates: Sequence[AdapterUpdate]) -> Combined:
-        task, how, rank = self.task, self.settled.aggregation, self.settled.global_rank
+        task, aggregation, rank = self.task, self.settled.aggregation, self.settled.global_rank
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
-            return combine(task.adapter, task.manifest, updates, how, rank, self.memory, self.whole)
+            if self.keys:
+                return combine_unread(task.adapter, task.manifest, updates, aggregation, partial(added, self.keys))
+            return combine(task.adapter, task.manifest, updates, aggregation, rank, self.memory, self.whole)
 
         try:
             return merge(updates)

@@ -45,9 +45,10 @@ from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
+from .encryption import server_keys
 from .ledger import Ledger
 from .persistor import REMEMBERED
-from .standing import Sent, StandingTasks, call_offs
+from .standing import SentTask, StandingTasks, call_offs
 from .stats import PROGRESS, let_be_seen
 
 POLL_S = 0.2  # how often a round looks whether it is over
@@ -101,7 +102,7 @@ class FedPEFT(ModelController):
                 code="too_few_sites",
             )
         aggregator = aggregator or AdapterAggregator()
-        if aggregator.how.max_staleness and not (given.grace_s or given.deadline_s):
+        if aggregator.aggregation.max_staleness and not (given.grace_s or given.deadline_s):
             raise ConfigError(
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
                 code="nobody_late",
@@ -116,7 +117,7 @@ class FedPEFT(ModelController):
         self.plan, self.persistor_id, self.aggregator = dict(plan or {}), persistor_id, aggregator
         self.sites = dict(sites or {})
         overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
-        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.how, overrides)
+        self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.aggregation, overrides)
         check_best(self.settled.plan.task, given.key_metric, given.key_metric_mode)
         self.ledger = Ledger(0, given.num_rounds, [], 0)
         self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
@@ -124,7 +125,7 @@ class FedPEFT(ModelController):
         self.best: float | None = None
         self._turn = threading.Lock()  # answers come in NVFlare's threads
         self._open: RoundTask | None = None  # the round that is going on
-        self.standing = StandingTasks(aggregator.how.max_staleness, given.num_rounds)
+        self.standing = StandingTasks(aggregator.aggregation.max_staleness, given.num_rounds)
         self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other
@@ -146,6 +147,9 @@ class FedPEFT(ModelController):
             cleanup_tensor_disk_offload(self.engine, offload)
 
     def _run_rounds(self) -> None:
+        if self.settled.encrypts:
+            startup = Path(self.engine.get_workspace().get_startup_kit_dir())
+            self.aggregator.keys = server_keys(startup)
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
@@ -165,6 +169,12 @@ class FedPEFT(ModelController):
     def _first_round(self, model: FLModel) -> int:
         """The round after the one that made `model`, where the job resumes; what the step remembered comes with it."""
         saved = wire.read_saved(model.params, model.meta, "the persistor")
+        if saved and saved.adapter.sealed != self.settled.encrypts:
+            raise ConfigError(
+                "a job that encrypts what sites send starts afresh or from an encrypted adapter, and no other job does "
+                "from one that is encrypted; leave initial_adapter out, or change uplink",
+                code="other_start",
+            )
         made_by = saved.round if saved else None
         first = 0 if made_by is None else made_by + 1
         if first >= self.num_rounds:
@@ -186,10 +196,13 @@ class FedPEFT(ModelController):
         super().save_model(model)
 
     def _free_sites(self, number: int) -> list[str]:
-        """The connected sites of a round that are not at an earlier one, in the order of their names."""
+        """The sites of a round: of those that are free, all or as many as are drawn; in the order of their names."""
+        return drawn(self._free(), self.sites_per_round, self.settled.plan.seed, number)
+
+    def _free(self) -> set[str]:
+        """The connected sites that are not at an earlier round."""
         there = {client.name for client in self.engine.get_clients()}
-        free = {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
-        return drawn(free, self.sites_per_round, self.settled.plan.seed, number)
+        return {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
 
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
@@ -216,7 +229,7 @@ class FedPEFT(ModelController):
         self._show()
         self._open = task
         self.send_model(task_name=name, data=message, targets=sites, callback=callback)
-        self.standing.add(Sent(task, self._last_prepared))
+        self.standing.add(SentTask(task, self._last_prepared))
         self._wait(self._last_prepared)
         with self._turn:
             self._open = None
@@ -376,10 +389,13 @@ class FedPEFT(ModelController):
         return value < than if self.key_metric_mode == "min" else value > than
 
     def _evaluate_last(self) -> None:
-        """The adapter of the last round has not been measured yet: it may be the best."""
+        """The adapter of the last round has not been measured yet: it may be the best. Where only the sites can read
+        it, they are sent it for good.
+        """
         last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
         saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
-        if not (self.key_metric and self.settled.plan.evaluation.before and saved):
+        measures = bool(self.key_metric) and self.settled.plan.evaluation.before
+        if not saved or not (measures or saved.adapter.sealed):
             return
         weights = self.aggregator.combined.weights
         task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
@@ -394,11 +410,13 @@ class FedPEFT(ModelController):
             self.ledger.answered.append(site)
             return True
 
-        sites = sorted(weights) if self.sites_per_round else self._free_sites(self.num_rounds)
+        all_sites = saved.adapter.sealed or not self.sites_per_round
+        sites = sorted(self._free() if all_sites else weights)
         self._ask(*self._encoded(task), AppConstants.TASK_VALIDATION, sites, take)
         self.ledger.measured(measured, weights)
         self._close()
-        self._consider(self.ledger.line.medians)
+        if measures:
+            self._consider(self.ledger.line.medians)
         self._tell_widgets()
         if self.best is None:
             self.info(

@@ -92,7 +92,7 @@ def _check_floor(local: Path, job_meta: Mapping[str, Any], data: bytes) -> None:
     with zipfile.ZipFile(BytesIO(data)) as archive:
         names = archive.namelist()
         (config,) = [name for name in names if name.startswith(f"config/{job_files.CLIENT}.")]
-        client = job_files.read_config(config, _head(archive, config))
+        client = job_files.parse_config(config, _head(archive, config))
     brings_code = any(name.split("/")[0] == "custom" for name in names)
     privacy_scope.check_job(local, scope if isinstance(scope, str) else repr(scope), brings_code, client)
 
@@ -127,7 +127,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigError: it is no folder of an app that a job may bring; see `job_files.check_app`.
     """
-    job_files.check_app(_listed(folder), lambda name: head(folder / name))
+    job_files.check_app(_listed(folder), lambda name: first_bytes(folder / name))
 
 
 def _listed(folder: Path) -> Any:
@@ -135,7 +135,7 @@ def _listed(folder: Path) -> Any:
         yield f"{path.relative_to(folder).as_posix()}{'/' if path.is_dir() else ''}"
 
 
-def head(file: Path) -> bytes:
+def first_bytes(file: Path) -> bytes:
     """The first bytes of a file of configuration, one more than it may have.
 
     Raises:
@@ -172,7 +172,7 @@ class _Plain(ConfigLoader):
     def load_config(self, file_path: str) -> Config:
         file = Path(file_path)
         if file.name.startswith((job_files.CLIENT, job_files.SERVER)):
-            self._check(file.name, head(file))
+            self._check(file.name, first_bytes(file))
         return self.parser.load_config(file_path)
 
     def load_config_from_str(self, config_str: str) -> Config:
@@ -186,6 +186,6 @@ class _Plain(ConfigLoader):
         if self.get_format() != ConfigFormat.PYHOCON:
             raise ValueError(f"{name} is YAML; write JSON or HOCON")
         try:
-            job_files.read_config(name, data)
+            job_files.parse_config(name, data)
         except FmError as error:  # NVFlare tells the submitter what a ValueError says, and nothing of others
             raise ValueError(error.message) from None

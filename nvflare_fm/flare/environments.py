@@ -12,7 +12,7 @@ from nvflare.job_config.api import FedJob
 from nvflare.recipe import sim_env
 
 from ..errors import FmError
-from ..record.round import told
+from ..record.round import in_words
 from ..site.offer.site_config import ANYONE, FILE_NAME, SiteConfig
 from .kit import allow_list
 from .simulation import Simulation
@@ -61,7 +61,7 @@ class SimEnv(sim_env.SimEnv):
             run = Simulation(Path(exported) / job.name, workspace, list(self.sites), self.gpu_config, self.log_config)
             try:
                 for line in run.run():
-                    print(*told(line), sep="\n")
+                    print(*in_words(line), sep="\n")
             except FmError as error:
                 self.last_run_failed = True
                 raise RuntimeError(str(error)) from None

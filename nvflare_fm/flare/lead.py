@@ -26,14 +26,14 @@ def fetch(job_id: str, kit: Path, destination: Path) -> dict[str, Any] | Path:
             raise ConfigError(f"the server knows no job {job_id}", code="no_such_job")
         if status.startswith("FINISHED"):
             return Path(session.download_job_result(job_id, str(destination)))
-        told = session.show_stats(job_id, "server") if status == "RUNNING" else {}
-        return {"status": status, **_ours(told)}
+        stats = session.show_stats(job_id, "server") if status == "RUNNING" else {}
+        return {"status": status, **_ours(stats)}
 
 
-def _ours(told: Any) -> dict[str, Any]:
+def _ours(stats: Any) -> dict[str, Any]:
     """Our group, wherever in the answer it is: NVFlare nests it below the target and the component."""
-    if not isinstance(told, dict):
+    if not isinstance(stats, dict):
         return {}
-    if isinstance(told.get(GROUP), dict):
-        return dict(told[GROUP])
-    return next((found for value in told.values() if (found := _ours(value))), {})
+    if isinstance(stats.get(GROUP), dict):
+        return dict(stats[GROUP])
+    return next((found for value in stats.values() if (found := _ours(value))), {})

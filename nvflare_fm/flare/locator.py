@@ -47,7 +47,8 @@ class Measurement(Settings):
 
     def applied(self, plan: TaskPlan | None) -> TaskPlan:
         """The plan an adapter was trained by, turned into one that trains nothing. Its rank is free to be lowered:
-        what a site does not hold as trained rides along frozen. Limits on training do not bite.
+        what a site does not hold as trained rides along frozen. Limits on training do not bite, and nothing is sent
+        that could be encrypted.
 
         Raises:
             ConfigError: the adapter does not say how it was trained.
@@ -61,7 +62,9 @@ class Measurement(Settings):
         given = self.model_dump(exclude_none=True, exclude={"batch_size", "max_examples"})
         evaluation = EvaluationSettings(batch_size=self.batch_size, max_examples=self.max_examples)
         idle = TrainingSettings(local_steps=1, batch_size=1)
-        return plan.model_copy(update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",)})
+        return plan.model_copy(
+            update={**given, "evaluation": evaluation, "training": idle, "negotiable": ("rank",), "uplink": ()}
+        )
 
 
 class _Arguments(Arguments):
@@ -87,10 +90,10 @@ class AdapterLocator(ModelLocator):
         super().__init__()
         _Arguments.check(locals(), "locator")
         self.persistor_id, self.measurement = persistor_id, measurement
-        self.asked = None if measurement is None else Measurement.read(measurement, "measurement")
+        self.asks = None if measurement is None else Measurement.read(measurement, "measurement")
 
     def get_model_names(self, fl_ctx: FLContext) -> list[str]:
-        if self.asked is None:
+        if self.asks is None:
             return [name for name in (BEST, LAST) if name in self._persistor(fl_ctx).get_model_inventory(fl_ctx)]
         if brought := self._persistor(fl_ctx).initial_adapter:
             return [brought]
@@ -101,8 +104,8 @@ class AdapterLocator(ModelLocator):
     def locate_model(self, model_name: str, fl_ctx: FLContext) -> DXO:
         learnable = self._persistor(fl_ctx).get_model(model_name, fl_ctx)
         weights, meta = learnable[ModelLearnableKey.WEIGHTS], learnable[ModelLearnableKey.META]
-        if self.asked is not None and (saved := wire.read_saved(weights, meta, "the persistor")):
-            meta = wire.write_saved(replace(saved, plan=self.asked.applied(saved.plan))).meta
+        if self.asks is not None and (saved := wire.read_saved(weights, meta, "the persistor")):
+            meta = wire.write_saved(replace(saved, plan=self.asks.applied(saved.plan))).meta
         return DXO(DataKind.WEIGHTS, data=weights, meta=meta)
 
     def _persistor(self, fl_ctx: FLContext) -> AdapterPersistor:

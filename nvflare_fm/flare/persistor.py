@@ -21,10 +21,12 @@ from pydantic import Field
 from ..aggregation.step import Memory
 from ..config import OptionalId, Rule
 from ..errors import ConfigError
-from ..export.folder import WEIGHTS, Saved, read_adapter, read_tensors, write_adapter
+from ..export.folder import WEIGHTS, Saved, read_tensors, write_adapter
 from ..files import write_text
 from . import wire
 from .arguments import Arguments
+from .sealed import WEIGHTS as SEALED_WEIGHTS
+from .sealed import is_sealed, read_any, sealed_tensors, write_sealed
 
 FOLDER, LAST, BEST, MANIFEST = "adapters", "last", "best", "artifact_manifest.json"
 REMEMBERED = "nvflare_fm.step"  # in the FLContext: the server step, and what it remembers after the round
@@ -68,7 +70,7 @@ class AdapterPersistor(ModelPersistor):
         """The initial adapter, or nothing: round 0 needs none."""
         if not self.initial_adapter:
             return make_model_learnable({}, {})
-        saved = read_adapter(self._brought(fl_ctx))
+        saved = read_any(self._brought(fl_ctx))
         if self.resume and saved.round is None:
             raise ConfigError(
                 f"initial_adapter {self.initial_adapter!r} does not say its round, so nothing can resume",
@@ -87,11 +89,12 @@ class AdapterPersistor(ModelPersistor):
         if self.keep_rounds:
             self._write(model, f"round-{fl_ctx.get_prop(AppConstants.CURRENT_ROUND):03d}", fl_ctx, step, memory)
         if weights := model[ModelLearnableKey.WEIGHTS]:
-            weights.update(read_tensors(_adapters(fl_ctx) / LAST))  # mapped, not copied
+            last = _adapters(fl_ctx) / LAST
+            weights.update(sealed_tensors(last) if is_sealed(last) else read_tensors(last))  # mapped, not copied
 
     def get_model_inventory(self, fl_ctx: FLContext) -> dict[str, ModelDescriptor]:
         """The adapters saved in this job, and the one it brought."""
-        folders = sorted(f for f in _adapters(fl_ctx).glob("[!.]*") if (f / WEIGHTS).is_file())
+        folders = sorted(f for f in _adapters(fl_ctx).glob("[!.]*") if (f / WEIGHTS).is_file() or is_sealed(f))
         if self.initial_adapter:
             folders = [self._brought(fl_ctx), *folders]
         return {f.name: ModelDescriptor(name=f.name, location=str(f), model_format="peft") for f in folders}
@@ -100,7 +103,7 @@ class AdapterPersistor(ModelPersistor):
         known = self.get_model_inventory(fl_ctx)
         if model_file not in known:
             raise ConfigError(f"no adapter {model_file!r} is saved, only {sorted(known)}", code="no_such_adapter")
-        model = wire.write_saved(read_adapter(Path(known[model_file].location)))
+        model = wire.write_saved(read_any(Path(known[model_file].location)))
         return make_model_learnable(model.params, model.meta)
 
     def _brought(self, fl_ctx: FLContext) -> Path:
@@ -119,11 +122,15 @@ class AdapterPersistor(ModelPersistor):
         if saved is None:
             return
         folder = _adapters(fl_ctx) / name
-        write_adapter(folder, replace(saved, step=step, memory=memory or Memory()))
+        if saved.adapter.sealed:
+            write_sealed(folder, model[ModelLearnableKey.WEIGHTS], model[ModelLearnableKey.META])
+        else:
+            write_adapter(folder, replace(saved, step=step, memory=memory or Memory()))
         self.logger.info(f"saved adapter {name} of round {saved.round}")
         best = folder.with_name(BEST)
         chosen = best if best.exists() else folder.with_name(LAST)
-        listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{WEIGHTS}"}}
+        file = SEALED_WEIGHTS if saved.adapter.sealed else WEIGHTS
+        listed = {"schema_version": "1", "artifacts": {"global_model": f"{FOLDER}/{chosen.name}/{file}"}}
         write_text(folder.parent.parent / MANIFEST, json.dumps(listed, indent=2) + "\n")
 
 

@@ -15,7 +15,6 @@ from nvflare.recipe.spec import Recipe
 
 from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError
-from ..export import folder as export
 from ..job.feasible import check_plan, check_sites
 from ..job.settle import CHECKED
 from ..registry import nearest
@@ -24,6 +23,7 @@ from .controller import FedPEFT
 from .executor import PeftExecutor
 from .locator import AdapterLocator
 from .persistor import AdapterPersistor
+from .sealed import files_of, read_any
 from .stats import RoundStats
 
 TASKS = [AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION, AppConstants.TASK_SUBMIT_MODEL]
@@ -205,6 +205,6 @@ def held_to(overrides: Mapping[str, SiteOverrides]) -> dict[str, dict[str, Any]]
 
 
 def _bring(job: BaseFedJob, folder: Path) -> None:
-    export.read_adapter(folder)  # a folder that cannot be read is found out here, not at the server
-    for file in export.files_of(folder):
+    read_any(folder)  # a folder that cannot be read is found out here, not at the server
+    for file in files_of(folder):
         job.add_file_to_server(str(folder / file), dest_dir=INITIAL, app_folder_type="config")

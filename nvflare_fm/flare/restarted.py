@@ -22,18 +22,18 @@ class RestartedSites(FLComponent):
 
     def __init__(self) -> None:
         super().__init__()
-        self._told: set[tuple[str, str, str]] = set()
+        self._reported: set[tuple[str, str, str]] = set()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type != EventType.CLIENT_REGISTER_PROCESSED:  # of a site, or of an admin
             return
         engine = fl_ctx.get_engine()
         found = set(gone(dict(engine.run_processes), dict(engine.client_manager.clients)))
-        for job_id, site, _ in sorted(found - self._told):
+        for job_id, site, _ in sorted(found - self._reported):
             self.logger.warning(f"{site} was started again while job {job_id} ran")
             engine.notify_dead_job(job_id, site, "the site was started again")
             engine.job_runner.resolve_client_outcome(job_id, site)  # else the job would fail at its end for want of it
-        self._told = found
+        self._reported = found
 
 
 def gone(running: Mapping[str, Mapping[str, Any]], registered: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -12,7 +12,7 @@ from ..adapter import RoundTask
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
-class Sent:
+class SentTask:
     """What sites were sent for a round, as we and as NVFlare know it."""
 
     round: RoundTask
@@ -34,9 +34,9 @@ class StandingTasks:
 
     def __init__(self, max_staleness: int, total_rounds: int) -> None:
         self.max_staleness, self.total_rounds = max_staleness, total_rounds
-        self._sent: list[Sent] = []
+        self._sent: list[SentTask] = []
 
-    def add(self, sent: Sent) -> None:
+    def add(self, sent: SentTask) -> None:
         self._sent.append(sent)
 
     def working(self) -> set[str]:

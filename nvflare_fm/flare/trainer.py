@@ -1,8 +1,8 @@
-"""The process that trains: `python -m nvflare_fm.flare.trainer`, started by `PeftExecutor`, given orders by NVFlare.
+"""The process that trains: `python -m nvflare_fm.flare.trainer`, started by `PeftExecutor`, given tasks by NVFlare.
 
-It reports for duty first and loads the base model after, because NVFlare waits for the former only so long. What goes
+It connects first and loads the base model after, because NVFlare waits for the former only so long. What goes
 wrong becomes a reply with the reason, and the site stays in the federation. Under `torch.distributed.run` the first
-process speaks with NVFlare and shares every order with the others.
+process speaks with NVFlare and shares every task with the others.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,19 +28,21 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
-from .. import transforms
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
+from ..privacy.budget import Budget
 from ..privacy.egress import public_report
-from ..site.offer.site_config import load_site
+from ..privacy.protection import Protection
+from ..site.offer.site_config import FILE_NAME, load_site
 from ..transforms import Chain
 from ..transforms.packed import pack
 from . import wire
+from .encryption import site_keys
 
 if TYPE_CHECKING:
     from ..site.worker import Worker
 
-Order = tuple[str, FLModel]  # NVFlare's name of the task, and what came with it
+NamedTask = tuple[str, FLModel]  # NVFlare's name of the task, and what came with it
 logger = logging.getLogger("nvflare_fm.trainer")
 terminated = threading.Event()
 
@@ -51,16 +54,14 @@ def main() -> None:
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     flare.init()
-    crew = Crew() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    post = Post(given.site_file, given.job_folder)
-    while (order := _next_order(crew)) is not None:
-        answer = post.answer(*order)
+    processes = SiteProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    handler = TaskHandler(given.site_file, given.job_folder)
+    while (task := _next_task(processes)) is not None:
+        answer = handler.answer(*task)
         if speaks() and not should_stop():
             flare.send(answer)
-        if crew and post.unwell:
-            raise SystemExit(
-                1
-            )  # processes that failed apart wait for each other for ever; the executor starts new ones
+        if processes and handler.failed:
+            raise SystemExit(1)  # processes that failed apart wait for each other for ever; new ones are started
     flare.shutdown()
 
 
@@ -73,12 +74,12 @@ def should_stop() -> bool:
     return terminated.is_set() or (speaks() and get_context().api._abort_signal.triggered)
 
 
-def _next_order(crew: "Crew | None") -> Order | None:
-    order = _receive() if speaks() else None
-    return crew.share(order) if crew else order
+def _next_task(processes: "SiteProcesses | None") -> NamedTask | None:
+    task = _receive() if speaks() else None
+    return processes.share(task) if processes else task
 
 
-def _receive() -> Order | None:
+def _receive() -> NamedTask | None:
     try:
         while not should_stop():
             if (message := flare.receive(timeout=1.0)) is not None:
@@ -94,14 +95,14 @@ def _report(name: str, value: float, step: int) -> None:
         flare.log(name, value, AnalyticsDataType.SCALAR, global_step=step)
 
 
-class Post:
-    """Carries out orders, and answers each whatever happens."""
+class TaskHandler:
+    """Carries out tasks, and answers each whatever happens."""
 
     def __init__(self, site_file: Path, job_folder: Path) -> None:
         self.site_file, self.job_folder = site_file, job_folder
-        self.unwell = False  # failed in a way that other processes of the site need not have noticed
+        self.failed = False  # failed in a way that other processes of the site need not have noticed
         self._worker: Worker | None = None
-        self._asked: TaskPlan | None = None  # what the server asked of the adapter that we may be told to submit
+        self._requested: TaskPlan | None = None  # what the server asked of the adapter that we may be told to submit
         self._labels: tuple[str, ...] = ()  # of this job, as the server named them
 
     def answer(self, name: str, message: FLModel) -> FLModel:
@@ -109,19 +110,19 @@ class Post:
             return self._carry_out(name, message)
         except FmError as error:
             logger.error("%s refused: %s", name, error)
-            self.unwell |= isinstance(error, TrainingError)
+            self.failed |= isinstance(error, TrainingError)
             return wire.write_refusal(error.message)
         except Exception as error:
             logger.exception("%s failed", name)
-            self.unwell = True
+            self.failed = True
             return wire.write_refusal(f"internal error: {type(error).__name__}; see the site's log")
 
     def _carry_out(self, name: str, message: FLModel) -> FLModel:
-        worker = self._hire()
+        worker = self._loaded()
         if name == AppConstants.TASK_SUBMIT_MODEL:
             adapter, manifest = worker.submit()
-            chain = transforms.read(self._asked.uplink, "uplink") if self._asked else Chain()
-            return wire.write_submission(adapter, manifest, self._asked, pack(adapter, chain, worker.site))
+            chain = worker.chain(self._requested) if self._requested else Chain()
+            return wire.write_submission(adapter, manifest, self._requested, pack(adapter, chain, worker.site))
         task = wire.labelled(wire.read_decided(message), self._labels)
         self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
@@ -133,34 +134,48 @@ class Post:
         update = worker.train(task)
         if worker.config.privacy.floor:
             update = replace(update, report=public_report(update.report, task.plan))
-        self._asked = wire.read_task(message).plan
+        self._requested = wire.read_task(message).plan
         packed = worker.packed(update, task.plan)
         for event in packed.events:
             logger.info("round %d: %s", task.round, event)
         return wire.write_update(update, packed)
 
-    def _hire(self) -> "Worker":
-        """On the first order: transformers takes seconds to import, a faulty site file is worth a reply."""
+    def _loaded(self) -> "Worker":
+        """On the first task: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
-            with _importing():
-                from ..site.model.own_adapter import OwnAdapter
+            with quick_imports():
+                from ..site.model.own_adapter import GLOBAL, OwnAdapter
                 from ..site.offer import secret
                 from ..site.offer.confine import confine
+                from ..site.training.job_events import JobEvents
                 from ..site.training.kept_state import KeptState
                 from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
             own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state = KeptState(self.job_folder)
-            self._worker = Worker(flare.get_site_name(), config, None, should_stop, _report, own, kept, state)
+            state, events = KeptState(self.job_folder), JobEvents(self.job_folder)
+            budget, privacy = Budget.beside(self.site_file, FILE_NAME), config.privacy
+
+            def may_spend(cost: Protection) -> None:
+                budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
+
+            startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
+            keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
+            site = flare.get_site_name()
+            self._worker = Worker(
+                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole
+            )
         return self._worker
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
-    """Imports in two thirds of their time. They make a million objects that all stay: Python need not look for garbage
-    among them. And nothing here is compiled: bitsandbytes loads torch's compiler on the chance that something is.
+def quick_imports() -> Iterator[None]:
+    """Import in less time, and train in less time afterwards.
+
+    Imports make a million objects that all stay, so Python need not look for garbage among them, neither now nor after
+    each round, when transformers' Trainer asks it to. And nothing here is compiled, while bitsandbytes loads torch's
+    compiler on the chance that something is.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     gc.disable()
@@ -171,7 +186,7 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-class Crew:
+class SiteProcesses:
     """The processes of one site. What they tell each other never leaves the machine."""
 
     def __init__(self) -> None:
@@ -179,10 +194,10 @@ class Crew:
 
         threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
         join()
-        self.group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))  # the next order may take a while
+        self.group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))  # the next task may take a while
 
-    def share(self, order: Order | None) -> Order | None:
-        box = [order]
+    def share(self, task: NamedTask | None) -> NamedTask | None:
+        box = [task]
         distributed.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 

@@ -421,6 +421,13 @@ def _check_encoded(
     Raises:
         WireError: another tensor came, or one of another size or type, so that it cannot be decoded.
     """
+    if chain.encrypts:
+        if not chain.fits(sent, whole):
+            raise WireError(
+                f"{sender} sent no ciphertexts of the {len(whole)} tensors that it described; update nvflare_fm there",
+                code="encoded_size",
+            )
+        return
     if sent.keys() != whole.keys():
         raise WireError(
             f"{sender} sent {len(sent)} tensors and described {len(whole)} others; update nvflare_fm there",

@@ -26,6 +26,7 @@ _PER_LOGIT, _PER_PICKED_LOGIT = 3, 7  # copies a loss makes, and one that picks 
 _MEASURED_WIDTH, _MEASURED_INNER, _MEASURED_LOGIT = 12, 2, 2.5  # copies held at once where none is kept
 LOGITS_AT_ONCE = 2**26  # of a language model whose head can answer for some positions at a time
 MEASURED_AT_ONCE = 2**13  # positions of texts that are measured
+_NOISED = 7  # numbers of four bytes beside a gradient: sums, and noise in float64
 _OPTIMIZER = {"adamw_torch": 8, "sgd": 0, "paged_adamw_8bit": 2}  # bytes of state for a trained number
 
 
@@ -41,20 +42,31 @@ class AdapterShape:
     def numbers(self, rank: int) -> int:
         return sum(self.dense) + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
 
-    def size(self, rank: int, chain: Chain | None = None, shares: str = "AB") -> int:
+    def trained(self, rank: int, factors: str) -> int:
+        """How many numbers are trained at once, where of each pair only `factors` are."""
+        sides = [("A" in factors) * fan_in + ("B" in factors) * fan_out for fan_out, fan_in in self.layers.values()]
+        return sum(self.dense) + rank * sum(sides)
+
+    def size(self, rank: int, chain: Chain | None = None, shares: str = "AB", summed: bool = False) -> int:
         """Bytes of its tensors in a message.
 
         Args:
             chain: the transforms they go through; None: none.
             shares: the factors that travel.
+            summed: of the sum that the server makes of such messages without reading them.
         """
-        tensors: list[tuple[str, tuple[int, ...]]] = [("dense", (numbers,)) for numbers in self.dense]
-        if "A" in shares:
-            tensors += [(LORA_A, (rank, fan_in)) for _, fan_in in self.layers.values()]
-        if "B" in shares:
-            tensors += [(LORA_B, (fan_out, rank)) for fan_out, _ in self.layers.values()]
+        found: Mapping[str, Description] = self._described(rank, shares)
         chain = chain or Chain()
-        return sum(chain.encoded(name, Description(shape, torch.float32)).bytes for name, shape in tensors)
+        last = chain.encryption if summed else None
+        found = last.summed(chain.inner.described(found)) if last else chain.described(found)
+        return sum(each.bytes for each in found.values())
+
+    def _described(self, rank: int, shares: str) -> dict[str, Description]:
+        shapes: dict[str, tuple[int, ...]] = {f"dense{place}": (numbers,) for place, numbers in enumerate(self.dense)}
+        for name, (fan_out, fan_in) in self.layers.items():
+            shapes |= {name + LORA_A: (rank, fan_in)} if "A" in shares else {}
+            shapes |= {name + LORA_B: (fan_out, rank)} if "B" in shares else {}
+        return {name: Description(shape, torch.float32) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,13 @@ def number_width(plan: RoundPlan) -> int:
 
 
 def trained_bytes(shape: AdapterShape, plan: TaskPlan, rank: int, widest: int) -> int:
-    """Memory of what is trained: its values, gradients and optimizer state, what FedProx keeps, and the directions
-    of the global adapter that ride along frozen.
+    """Memory of what is trained: its values, gradients and optimizer state, what FedProx and differential privacy keep,
+    and the directions of the global adapter that ride along frozen.
     """
     state = FLOAT32 * 2 + _OPTIMIZER[plan.training.optim] + (FLOAT32 if plan.training.proximal_mu else 0)
     beside = {"none": 0, "tail": max(0, widest - rank), "all": widest}[plan.rest]
+    if plan.privacy.asked:  # a gradient for each row of two batches of short texts, their sum, and noise in float64
+        state += FLOAT32 * (2 * plan.training.batch_size * promises(plan.task).texts_per_row + _NOISED)
     return shape.numbers(rank) * state + FLOAT32 * (shape.numbers(beside) - sum(shape.dense))
 
 
@@ -226,8 +240,8 @@ def cost(
         steps=steps,
         seconds=seconds_per_step * steps if seconds_per_step is not None and steps else None,
         bytes_down_first=starts_at,
-        bytes_down=(_sent(adapter, widest, plan, plan.downlink) if adapter else None) if trains else starts_at,
-        bytes_up=(_sent(adapter, rank, plan, plan.uplink) if adapter else None) if trains else 0,
+        bytes_down=(_received(adapter, widest, plan) if adapter else None) if trains else starts_at,
+        bytes_up=(_sent(adapter, plan.padded_to or rank, plan, plan.uplink) if adapter else None) if trains else 0,
         base_bytes=base.size(plan) if base else None,
         trained_bytes=_held_bytes(adapter, plan, rank, widest, trains) if adapter else None,
         activation_bytes=_most_bytes(base, adapter, plan, trains) if base and adapter else None,
@@ -252,6 +266,14 @@ def _held_bytes(adapter: AdapterShape, plan: TaskPlan, rank: int, widest: int, t
 def _most_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan, trains: bool = True) -> int:
     measures = not trains or plan.evaluation.before or plan.evaluation.after
     return max(activation_bytes(base, adapter, plan) if trains else 0, measuring_bytes(base, plan) if measures else 0)
+
+
+def _received(adapter: AdapterShape, widest: int, plan: TaskPlan) -> int:
+    """Bytes of the global adapter on its way: through its transforms, or as the sum of what was encrypted."""
+    uplink = transforms.read(plan.uplink, "plan")
+    if uplink.encrypts:
+        return adapter.size(widest, uplink, plan.shares, summed=True)
+    return _sent(adapter, widest, plan, plan.downlink)
 
 
 def _sent(adapter: AdapterShape, rank: int, plan: TaskPlan, entries: Sequence[Rule]) -> int:

@@ -21,7 +21,7 @@ MAX_FILES = 1000  # of an app
 FORMATS = (".json", ".conf")
 CLIENT, SERVER = "config_fed_client", "config_fed_server"
 _READ_AS_CONFIG = re.compile(r"\.(json|conf|yml|yaml)(\.default)?$", re.IGNORECASE)
-_BROUGHT = {"adapter_config.json", "provenance.json"}  # of an adapter; see `export`
+_BROUGHT = {"adapter_config.json", "provenance.json", "sealed.json"}  # of an adapter; see `export`
 _SIGNATURE = ".__nvfl_sig.json"  # NVFlare puts one into each folder
 _ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 _PASSED_ON = "events_to_convert"  # an argument of NVFlare's ConvertToFedEvent, which a log line is an event for, too
@@ -49,7 +49,7 @@ def check_app(names: Iterable[str], read: Callable[[str], bytes], needs: str = "
     if needs and needs not in stems:
         raise ConfigError(f"the app has no config/{needs}.json or .conf", code="missing_file")
     for name in configs:
-        _check_values(name, read_config(name, read(name)))
+        _check_values(name, parse_config(name, read(name)))
 
 
 def _plain(names: list[str]) -> list[str]:
@@ -81,7 +81,7 @@ def _is_configuration(name: str) -> bool:
     )
 
 
-def read_config(name: str, data: bytes) -> dict[str, Any]:
+def parse_config(name: str, data: bytes) -> dict[str, Any]:
     """What a file of configuration says, without reading anything but `data`.
 
     Args:

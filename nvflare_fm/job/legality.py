@@ -5,11 +5,14 @@ Rules state promises and needs; no rule is known here by its name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from .. import transforms
 from ..aggregation.asked import Needs, named
 from ..aggregation.merge import MergeRule
-from ..config import Aggregation, RoundPlan, TrainingSettings
+from ..config import Aggregation, TaskPlan, TrainingSettings
 from ..errors import ConfigError
+from . import private
 from .peft import PeftMethod
 from .tasks import Promises, promises
 
@@ -20,11 +23,12 @@ _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it
 class Job:
     """What of a job decides whether its parts go together."""
 
-    plan: RoundPlan  # with the PEFT method's defaults written out
-    how: Aggregation
+    plan: TaskPlan  # with the PEFT method's defaults written out
+    aggregation: Aggregation
     rule: MergeRule
     method: PeftMethod
     needs: Needs  # of the rules it names: where it leaves the server step open, nothing clashes
+    encrypts: bool = False  # whether the server adds what it cannot read
 
     @property
     def plain_lora(self) -> bool:
@@ -52,6 +56,10 @@ def _shifts_classes(training: TrainingSettings) -> bool:
     return training.restricted_softmax != 1 or bool(training.logit_calibration or training.logit_adjustment)
 
 
+def _unfit(each: private.Unfit, job: Job) -> bool:
+    return job.plan.privacy.asked and each.holds(job.plan)
+
+
 CLASHES = (
     Clash(
         "rank_is_fixed",
@@ -70,7 +78,9 @@ CLASHES = (
         "DoRA",
         "`max_rank` other than the plan's rank",
         lambda job: (
-            job.method.factored and not job.method.side_adapter and job.how.max_rank not in (0, job.plan.peft["rank"])
+            job.method.factored
+            and not job.method.side_adapter
+            and job.aggregation.max_rank not in (0, job.plan.peft["rank"])
         ),
         "a site would hold more directions than it trains frozen beside them, and two DoRA adapters do not add",
         "leave max_rank or use_dora out",
@@ -97,7 +107,7 @@ CLASHES = (
         "steps_need_delta",
         "`normalize_steps`",
         "a merge rule that is not the global adapter plus changes",
-        lambda job: job.how.normalize_steps and not job.rule.delta,
+        lambda job: job.aggregation.normalize_steps and not job.rule.delta,
         "it scales what the sites changed, and the rule averages what they hold",
         _MERGE,
     ),
@@ -106,7 +116,7 @@ CLASHES = (
         "`max_staleness`",
         "a merge rule that is not the global adapter plus changes, or DoRA",
         lambda job: (
-            bool(job.how.max_staleness)
+            bool(job.aggregation.max_staleness)
             and not (job.rule.delta and (job.method.side_adapter or not job.method.factored))
         ),
         "a late answer counts by what it changed, and the rule averages what the sites hold",
@@ -116,7 +126,7 @@ CLASHES = (
         "nothing_late",
         "a rule that needs to know how late an update is",
         "`max_staleness = 0`",
-        lambda job: job.needs.lateness and not job.how.max_staleness,
+        lambda job: job.needs.lateness and not job.aggregation.max_staleness,
         "no update is older than its round",
         "set max_staleness",
     ),
@@ -124,7 +134,7 @@ CLASHES = (
         "energy_needs_canonical",
         "`keep_energy` below 1",
         "a merge rule that keeps raw factors",
-        lambda job: job.how.keep_energy < 1 and not job.rule.canonical,
+        lambda job: job.aggregation.keep_energy < 1 and not job.rule.canonical,
         "it counts singular values, and the rule takes none",
         _MERGE,
     ),
@@ -184,6 +194,55 @@ CLASHES = (
         "no site measures it",
         "set evaluation.before",
     ),
+    Clash(
+        "private_loss",
+        "a rule that needs the loss of the received adapter",
+        "`privacy`",
+        lambda job: job.needs.loss and job.plan.privacy.asked,
+        "no noise covers the loss on a site's own rows",
+        "leave weigh out, which is uniform",
+    ),
+    *(Clash(each.code, "`privacy`", each.that, partial(_unfit, each), each.why, each.remedy) for each in private.UNFIT),
+    Clash(
+        "no_linear_sum",
+        "an encrypted uplink",
+        "a merge rule that does more than add B beside a frozen A",
+        lambda job: job.encrypts and job.method.factored and not job.rule.linear_sum,
+        "the server adds what it cannot read, and the rule needs to read it",
+        "choose a merge rule with a linear sum, of those in docs/reference/rules.md",
+    ),
+    Clash(
+        "nothing_readable",
+        "an encrypted uplink",
+        "a guard, weight or server step that reads what sites send",
+        lambda job: job.encrypts and bool(job.needs.reads),
+        "the server cannot read it",
+        "set guard = [], and weigh equally or by what sites report",
+    ),
+    Clash(
+        "encrypted_changes",
+        "an encrypted uplink",
+        "`normalize_steps`, `max_staleness`",
+        lambda job: job.encrypts and bool(job.aggregation.normalize_steps or job.aggregation.max_staleness),
+        "the server would have to tell what a site changed from what it holds, and can read neither",
+        "leave them out",
+    ),
+    Clash(
+        "encrypted_downlink",
+        "an encrypted uplink",
+        "a downlink",
+        lambda job: job.encrypts and bool(job.plan.downlink),
+        "the server sends the sum back as it is, encrypted",
+        "leave downlink out",
+    ),
+    Clash(
+        "uplink_only",
+        "an encrypted downlink",
+        "any job",
+        lambda job: transforms.read(job.plan.downlink, "downlink").encrypts,
+        "the server has no key to encrypt with, and sends back what it added",
+        "encrypt the uplink",
+    ),
 )
 
 
@@ -196,15 +255,15 @@ def check(job: Job) -> None:
     for clash in CLASHES:
         if clash.holds(job):
             raise ConfigError(
-                f"{_chosen(job.how)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
+                f"{_chosen(job.aggregation)}: {clash.this} does not go with {clash.that}: {clash.why}; {clash.remedy}",
                 code=clash.code,
             )
 
 
-def _chosen(how: Aggregation) -> str:
+def _chosen(aggregation: Aggregation) -> str:
     parts: Mapping[str, object] = {
-        "merge": named(how.merge),
-        "weigh": [named(entry) for entry in how.weigh],
-        "step": named(how.step) if how.step is not None else "by task",
+        "merge": named(aggregation.merge),
+        "weigh": [named(entry) for entry in aggregation.weigh],
+        "step": named(aggregation.step) if aggregation.step is not None else "by task",
     }
     return ", ".join(f"{name} = {value}" for name, value in parts.items())

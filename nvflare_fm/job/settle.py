@@ -43,6 +43,11 @@ class SettledPlan:
     rule: MergeRule
     global_rank: int
 
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server adds what sites send without reading it."""
+        return transforms.read(self.plan.uplink, "uplink").encrypts
+
     def of_round(self, number: int) -> TaskPlan:
         """Make the plan that round `number` sends, with the factors that it trains."""
         turns = self.rule.factors
@@ -71,6 +76,7 @@ class SettledPlan:
             pairs=self.method.factored and self.plan.shares == "AB",
             ranks=self._ranks(mine, bool(listed)) if self.method.factored else range(0),
             scale=lambda rank: read(at_rank(mine.peft, rank)).scale,
+            padded_to=self.plan.padded_to,
             steps=_up_to(steps, "local_steps" in self.plan.negotiable) if held else None,
         )
 
@@ -80,12 +86,12 @@ class SettledPlan:
         return _up_to(self.global_rank, lowered=True)
 
 
-def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> SettledPlan:
+def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOverrides] | None = None) -> SettledPlan:
     """Decide all that follows from a job's choices.
 
     Args:
         plan: as the job has it.
-        how: how adapters become one.
+        aggregation: how adapters become one.
         sites: what single sites do differently, as far as the server knows it.
 
     Raises:
@@ -93,12 +99,13 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
     """
     sites = dict(sites or {})
     check_plan(plan, sites)
-    rule, method = merge.choose(how.merge), read(plan.peft)
+    rule, method = merge.choose(aggregation.merge), read(plan.peft)
     check_training(method, plan.training)
-    needs = needed(how)  # unknown names and settings are refused here, before a round is lost
-    transforms.read(plan.uplink, "uplink")
+    needs = needed(aggregation)  # unknown names and settings are refused here, before a round is lost
+    encrypts = transforms.read(plan.uplink, "uplink").encrypts
     transforms.read(plan.downlink, "downlink")
-    how = how.model_copy(update={"step": _step(plan, how, rule, method)})
+    aggregation = aggregation.model_copy(update={"step": _step(plan, aggregation, rule, method)})
+    rule = rule.encrypted() if encrypts and rule.linear_sum else rule
     settled = TaskPlan.read(
         {
             **dict(plan),
@@ -108,15 +115,16 @@ def settle(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]
             "factors": rule.factors[0],
             "shares": rule.shares,
             "label_statistics": needs.labels,
-            "counts": _counts(plan, how, needs),
+            "counts": _counts(plan, aggregation, needs),
         },
         "plan",
     )
-    legality.check(legality.Job(settled, how, rule, method, needs))
+    legality.check(legality.Job(settled, aggregation, rule, method, needs, encrypts))
     if method.factored and _one_rank(rule, method):
-        _check_one_rank(settled.rank, sites, "DoRA" if rule.mixed_ranks else named(how.merge))
-    widest = _global_rank(settled, how, sites) if method.factored else 0
-    return SettledPlan(settled, how, sites, method, rule, widest)
+        _check_one_rank(settled.rank, sites, "DoRA" if rule.mixed_ranks else named(aggregation.merge))
+    widest = _global_rank(settled, aggregation, sites) if method.factored else 0
+    settled = settled.model_copy(update={"padded_to": widest if encrypts else 0})
+    return SettledPlan(settled, aggregation, sites, method, rule, widest)
 
 
 def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str) -> None:
@@ -129,12 +137,12 @@ def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str)
             )
 
 
-def _step(plan: RoundPlan, how: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:
+def _step(plan: RoundPlan, aggregation: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:
     """The server's step: the job's own, or the one that is usual for its task and rule."""
-    return how.step or step.usual(promises(plan.task).learns_text, rule if method.factored else None)
+    return aggregation.step or step.usual(promises(plan.task).learns_text, rule if method.factored else None)
 
 
-def _global_rank(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOverrides]) -> int:
+def _global_rank(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOverrides]) -> int:
     """The job's `max_rank`, or the largest rank that it asks of any site: what a site trains is never cut unasked.
 
     Raises:
@@ -142,18 +150,18 @@ def _global_rank(plan: RoundPlan, how: Aggregation, sites: Mapping[str, SiteOver
     """
     ranks = {"peft": plan.rank, **{site: asked.rank for site, asked in sorted(sites.items()) if asked.rank}}
     widest = max(ranks, key=lambda where: ranks[where])
-    if how.max_rank and ranks[widest] > how.max_rank:
+    if aggregation.max_rank and ranks[widest] > aggregation.max_rank:
         raise ConfigError(
-            f"{widest}: rank {ranks[widest]} is above max_rank {how.max_rank}, so the global adapter could not hold "
-            "what is trained; raise max_rank, lower the rank, or leave max_rank out",
+            f"{widest}: rank {ranks[widest]} is above max_rank {aggregation.max_rank}, so the global adapter could not "
+            "hold what is trained; raise max_rank, lower the rank, or leave max_rank out",
             code="rank_above_global",
         )
-    return how.max_rank or ranks[widest]
+    return aggregation.max_rank or ranks[widest]
 
 
-def _counts(plan: RoundPlan, how: Aggregation, needs: Needs) -> tuple[str, ...]:
+def _counts(plan: RoundPlan, aggregation: Aggregation, needs: Needs) -> tuple[str, ...]:
     """What the sites must tell of their rows and steps, so that they can be weighed."""
-    steps = how.normalize_steps and not plan.training.local_steps  # else the plan says how many
+    steps = aggregation.normalize_steps and not plan.training.local_steps  # else the plan says how many
     return (*needs.counts, *(["steps"] if steps else []))
 
 

@@ -1,6 +1,6 @@
-"""The job templates: which there are, the knobs each has, and how one becomes a job of the user's own.
+"""The job templates: which there are, the settings each has, and how one becomes a job of the user's own.
 
-A template's own lines are the one source of truth: a knob is a line `name = value  # what it means`, or the same
+A template's own lines are the one source of truth: a setting is a line `name = value  # what it means`, or the same
 behind a `# `, which is left out until it is set.
 """
 
@@ -15,7 +15,7 @@ from ..config import SiteOverrides
 from ..errors import ConfigError
 from ..registry import nearest
 
-_KNOB = re.compile(r"(?P<indent>\s+)(?P<off># )?(?P<name>\w+) = (?P<value>.*?) (?P<gap> +)# (?P<meaning>.+)")
+_SETTING = re.compile(r"(?P<indent>\s+)(?P<off># )?(?P<name>\w+) = (?P<value>.*?) (?P<gap> +)# (?P<meaning>.+)")
 _PLAIN = re.compile(r"\s+(?P<name>\w+) = (?P<value>[^#]+)")  # a line of NVFlare's own, which no user sets
 _OPENS, _CLOSES = re.compile(r"\s*([\w-]*) ?=? ?[{\[](  #.*)?"), re.compile(r"\s*[}\]]")
 _SILENT = {
@@ -26,14 +26,14 @@ _SILENT = {
     "executors",
     "components",
     "controller",
-}  # blocks that no knob is named after
+}  # blocks that no setting is named after
 _SITE_APP, _CLIENT = "app_", "config/config_fed_client.conf"  # where sites differ, app_<site> is the folder of each
-_NO_KNOBS = {"config", "events_to_convert", "initial_adapter"}  # nor what ends in _id: they hold a job together
-SITES, ADAPTER = "sites", "adapter"  # the words of `nvflare-fm new` that are no knob's
+_NO_SETTINGS = {"config", "events_to_convert", "initial_adapter"}  # nor what ends in _id: they hold a job together
+SITES, ADAPTER = "sites", "adapter"  # the words of `nvflare-fm new` that are no setting's
 
 
 @dataclass(frozen=True)
-class Knob:
+class TemplateSetting:
     """One setting of a template, and where it stands."""
 
     path: tuple[str, ...]  # its name, after those of the blocks around it
@@ -71,22 +71,22 @@ class Template:
         name = json.loads(line.value)
         return f"{line.file.rpartition('/')[0]}/{name}" if name else ""
 
-    def knobs(self) -> list[Knob]:
-        lines = [knob for knob in self._lines() if knob.meaning and knob.path[-1] not in _NO_KNOBS]
-        return [knob for knob in lines if not knob.path[-1].endswith("_id")]
+    def settings(self) -> list[TemplateSetting]:
+        lines = [setting for setting in self._lines() if setting.meaning and setting.path[-1] not in _NO_SETTINGS]
+        return [setting for setting in lines if not setting.path[-1].endswith("_id")]
 
-    def knob(self, key: str) -> Knob:
-        """The knob that `key` names, by as much of the end of its path as no other knob shares. Knobs that are not set
-        give way to those that are.
+    def setting(self, key: str) -> TemplateSetting:
+        """The setting that `key` names, by as much of the end of its path as no other setting shares. Those that are
+        not set give way to those that are.
 
         Raises:
             ConfigError: there is none, or more than one.
         """
-        knobs = self.knobs()
-        found = [knob for knob in knobs if _named(knob, key)]
-        found = [knob for knob in found if knob.is_set] or found
+        settings = self.settings()
+        found = [setting for setting in settings if _named(setting, key)]
+        found = [setting for setting in found if setting.is_set] or found
         if not found:
-            known = sorted({shortest(k, knobs) for k in knobs} | {str(k) for k in knobs} | {ADAPTER})
+            known = sorted({shortest(k, settings) for k in settings} | {str(k) for k in settings} | {ADAPTER})
             hint = nearest(key, known) or nearest(key.rpartition(".")[2], known)
             raise ConfigError(
                 f"{self.name} has no setting {key!r}; {hint}`nvflare-fm new {self.name} --help` lists them",
@@ -94,22 +94,22 @@ class Template:
             )
         if len(found) > 1:
             raise ConfigError(
-                f"{key!r} can mean {' or '.join(shortest(knob, knobs) for knob in found)}; say which",
+                f"{key!r} can mean {' or '.join(shortest(setting, settings) for setting in found)}; say which",
                 code="ambiguous_setting",
             )
         return found[0]
 
     def with_values(self, values: Mapping[str, Any]) -> "Template":
-        """The same job with knobs set. A text is read as what the knob holds so far: number, list, text.
+        """The same job with settings set. A text is read as what the setting holds so far: number, list, text.
 
         Raises:
-            ConfigError: an unknown or ambiguous knob.
+            ConfigError: an unknown or ambiguous setting.
         """
         files = dict(self.files)
-        for knob, value in [(self.knob(key), value) for key, value in values.items()]:
-            lines = files[knob.file].splitlines(keepends=True)
-            lines[knob.line] = _rewritten(lines[knob.line], written(value, knob.value))
-            files[knob.file] = "".join(lines)
+        for setting, value in [(self.setting(key), value) for key, value in values.items()]:
+            lines = files[setting.file].splitlines(keepends=True)
+            lines[setting.line] = _rewritten(lines[setting.line], written(value, setting.value))
+            files[setting.file] = "".join(lines)
         return replace(self, files=files)
 
     def for_sites(self, sites: Sequence[str]) -> "Template":
@@ -136,13 +136,13 @@ class Template:
     def _blank(self, site: str) -> str:
         text = re.sub(r"# What .*", f"# What {site} runs.", self.files[_app(self.sites[0])], count=1)
         lines = text.splitlines(keepends=True)
-        for knob in _read("", text):
-            if knob.is_set and knob.path[-1] in SiteOverrides.model_fields:
-                lines[knob.line] = re.sub(r"^(\s+)(.*?)  ( *#)", r"\1# \2\3", lines[knob.line])
+        for setting in _read("", text):
+            if setting.is_set and setting.path[-1] in SiteOverrides.model_fields:
+                lines[setting.line] = re.sub(r"^(\s+)(.*?)  ( *#)", r"\1# \2\3", lines[setting.line])
         return "".join(lines)
 
-    def _lines(self) -> list[Knob]:
-        return [knob for file in sorted(self.files, key=_order) for knob in _read(file, self.files[file])]
+    def _lines(self) -> list[TemplateSetting]:
+        return [setting for file in sorted(self.files, key=_order) for setting in _read(file, self.files[file])]
 
 
 def _app(site: str) -> str:
@@ -172,19 +172,19 @@ def load(name: str) -> Template:
     return Template(name, {f.relative_to(root).as_posix(): f.read_text("utf-8") for f in sorted(root.rglob("*.conf"))})
 
 
-def shortest(knob: Knob, knobs: Sequence[Knob]) -> str:
-    """As little of a knob's path as tells it from the others."""
-    ends = [".".join(knob.path[i:]) for i in range(len(knob.path) - 1, -1, -1)]
+def shortest(setting: TemplateSetting, settings: Sequence[TemplateSetting]) -> str:
+    """As little of a setting's path as tells it from the others."""
+    ends = [".".join(setting.path[i:]) for i in range(len(setting.path) - 1, -1, -1)]
     for end in ends:
-        rivals = [k for k in knobs if _named(k, end) and (k.is_set or not knob.is_set)]
-        if rivals == [knob]:
+        rivals = [k for k in settings if _named(k, end) and (k.is_set or not setting.is_set)]
+        if rivals == [setting]:
             return end
-    return str(knob)
+    return str(setting)
 
 
-def _named(knob: Knob, key: str) -> bool:
+def _named(setting: TemplateSetting, key: str) -> bool:
     parts = tuple(key.split("."))
-    return knob.path == parts if knob.path[0] == SITES else knob.path[-len(parts) :] == parts
+    return setting.path == parts if setting.path[0] == SITES else setting.path[-len(parts) :] == parts
 
 
 def _order(file: str) -> tuple[int, str]:
@@ -192,7 +192,7 @@ def _order(file: str) -> tuple[int, str]:
     return ("meta.conf" not in file) + ("client" in file), file
 
 
-def _read(file: str, text: str) -> Iterator[Knob]:
+def _read(file: str, text: str) -> Iterator[TemplateSetting]:
     """The lines that set something, with the blocks they are in."""
     app = file.split("/")[0]
     root = [SITES, app.removeprefix(_SITE_APP)] if file.endswith(_CLIENT) and app.startswith(_SITE_APP) else []
@@ -202,26 +202,26 @@ def _read(file: str, text: str) -> Iterator[Knob]:
             blocks.append(opened[1])
         elif _CLOSES.match(line):
             blocks.pop()
-        elif found := _KNOB.fullmatch(line) or _PLAIN.fullmatch(line):
+        elif found := _SETTING.fullmatch(line) or _PLAIN.fullmatch(line):
             said = found.groupdict()
             if said["name"] == "id":
                 blocks[-1] = json.loads(said["value"])
             inside = [block for block in blocks if block not in _SILENT and not (root and block == "executor")]
             path = (*root, *inside, said["name"])
-            yield Knob(path, said["value"], said.get("meaning", ""), not said.get("off"), file, number)
+            yield TemplateSetting(path, said["value"], said.get("meaning", ""), not said.get("off"), file, number)
 
 
 def _rewritten(line: str, value: str) -> str:
-    """A knob's line with another value, no longer behind a #, its comment in its old column where there is room."""
-    found = _KNOB.fullmatch(line.rstrip("\n"))
+    """A setting's line with another value, no longer behind a #, its comment in its old column where there is room."""
+    found = _SETTING.fullmatch(line.rstrip("\n"))
     assert found  # the line was found by it
     start, column = f"{found['indent']}{found['name']} = {value}", line.index("# ", found.start("gap"))
     return f"{start:<{column - 2}}  # {found['meaning']}\n"
 
 
 def written(value: Any, now: str) -> str:
-    """`value` as HOCON. A text is taken for what a knob that holds `now` can hold; whether it may is the settings' to
-    say, so what is no number goes in as a text, to be refused there.
+    """`value` as HOCON. A text is taken for what a setting that holds `now` can hold; whether it may, the settings
+    classes say, so what is no number goes in as a text, to be refused there.
     """
     if not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)

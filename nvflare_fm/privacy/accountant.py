@@ -1,5 +1,6 @@
 """What events cost: ε at a given δ, by the accountants of Opacus, and the noise that a given ε needs."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache
@@ -48,17 +49,36 @@ def noise_multiplier(target: float, delta: float, sample_rate: float, steps: int
     Raises:
         ConfigError: no noise up to 10,000 times the clipping norm is enough.
     """
-    least, most = _LEAST_NOISE, _MOST_NOISE
-    if epsilon([Event(most, sample_rate, steps)], delta) > target:
-        raise ConfigError(
-            "privacy.epsilon is so small, or the steps are so many, that no noise is enough; raise epsilon or delta, "
-            "or ask for fewer steps",
-            code="epsilon_out_of_reach",
-        )
+
+    def excess(noise: float) -> float:
+        """log(ε / target), which falls as noise grows, nearly along a line in log(noise)."""
+        return math.log(max(epsilon([Event(noise, sample_rate, steps)], delta), 1e-300) / target)
+
+    least, most = 0.5, 1.0  # each look takes up to seconds, so there are to be few
+    above, below = math.inf, excess(most)
+    while below > 0:
+        if most == _MOST_NOISE:
+            raise ConfigError(
+                "privacy.epsilon is so small, or the steps are so many, that no noise is enough; raise epsilon or "
+                "delta, or ask for fewer steps",
+                code="epsilon_out_of_reach",
+            )
+        least, above, most = most, below, min(4 * most, _MOST_NOISE)
+        below = excess(most)
+    while math.isinf(above):
+        above = excess(least)
+        if above <= 0:
+            least, most, above, below = max(least / 2, _LEAST_NOISE), least, math.inf, above
+            if most == _LEAST_NOISE:
+                return most
+    side = 1.0  # the line misses the root on the same side again and again: so aim a little beyond it
     while most / least > 1 + _PRECISION:
-        middle = (least * most) ** 0.5
-        if epsilon([Event(middle, sample_rate, steps)], delta) > target:
-            least = middle
+        share = above / (above - below) if math.isfinite(above - below) else 0.5
+        aim = least * (most / least) ** share * (1 + 0.6 * side * _PRECISION)
+        noise = min(max(aim, least * (1 + 0.4 * _PRECISION)), most / (1 + 0.4 * _PRECISION))
+        found = excess(noise)
+        if found > 0:
+            least, above, side = noise, found, 1.0
         else:
-            most = middle
+            most, below, side = noise, found, -1.0
     return most

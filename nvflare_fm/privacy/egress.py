@@ -26,8 +26,8 @@ TOLD = frozenset(
     {
         *("above_limit", "not_an_alias", "not_offered", "not_pinned", "not_welcome", "kept_here", "embeddings"),
         *("not_trainable", "refused", "unprotected", "weak_unit", "weak_delta", "epsilon_above_budget", "no_egress"),
-        *("metrics_withheld", "submission_withheld", "unknown_message", "unasked_message", "other_protection"),
-        *("budget_spent", "budget_busy", "budget_damaged", "budget_not_written", "other_base_model", "no_labels"),
+        *("metrics_withheld", "submission_withheld", "unasked_message", "other_protection"),
+        *("budget_spent", "budget_busy", "budget_damaged", "budget_not_written", "other_base", "too_few_labels"),
         *("no_plan", "other_version", "wrong_setting", "not_the_pinned_weights", "egress_failed"),
         *("private_steps", "private_checkpointing", "private_max_grad_norm", "private_classes", "private_counts"),
         *("counts_rows", "no_secret", "site_file_wrong", "site_file_malformed", "site_file_unreadable"),

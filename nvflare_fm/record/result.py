@@ -10,7 +10,7 @@ from ..errors import DataError
 from ..files import open_file, read_object
 from ..untrusted import one_line
 from .reason import Reason
-from .round import FILE_NAME, Round, read_rounds, told
+from .round import FILE_NAME, Round, in_words, read_rounds
 
 MEASURED = Path("cross_site_val") / "cross_val_results.json"  # NVFlare's: site → adapter → metrics
 REFUSED = MEASURED.with_name("cross_val_refused.json")  # ours: site → adapter → why it was not measured there
@@ -90,14 +90,14 @@ def _by_site(file: Path) -> dict[str, dict[str, Any]]:
     return {site: dict(said) for site, said in values.items() if isinstance(said, dict)}
 
 
-def explained(result: Result) -> Iterator[str]:
+def explanation(result: Result) -> Iterator[str]:
     """Say in lines for a person which sites counted in which rounds, and of the others why not."""
     for line in result.rounds:
-        yield told(line)[0]
+        yield in_words(line)[0]
     trained = [line for line in result.rounds if line.trained or line.out]
     for site in sorted({name for line in trained for name in (*line.asked, *line.sites, *line.out)}):
         yield from _of_site(site, trained)
-    yield from measured(result)
+    yield from measurements(result)
     if not result.rounds and not result.measured:
         yield "the job ended before its first round did; its last errors:" if result.errors else "no round has ended"
         yield from (f"  {error}" for error in result.errors)
@@ -131,7 +131,7 @@ def _rounds(numbers: Sequence[int]) -> str:
     return f"rounds {', '.join(map(str, numbers))}"
 
 
-def measured(result: Result) -> Iterator[str]:
+def measurements(result: Result) -> Iterator[str]:
     """Say in lines for a person what cross-site evaluation measured at each site, or why it did not."""
     for site in sorted({*result.measured, *result.refused}):
         for adapter, metrics in sorted(result.measured.get(site, {}).items()):

@@ -172,7 +172,7 @@ def _lines(file: Path) -> Iterator[bytes]:
             raise ValueError(f"a line is longer than {LONGEST_LINE} bytes")
 
 
-def told(line: Round) -> list[str]:
+def in_words(line: Round) -> list[str]:
     """Describe a round in one line for a terminal, and in one more each site that does not count, or not in full."""
     measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.measured.items()))
     parts = [f"after {line.round} of {line.total_rounds} rounds: {measured or 'not measured'}"]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ from datasets import Dataset
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
 from ..config import RoundPlan, SiteOverrides, TaskPlan
-from ..errors import ConfigError, ModelError, PolicyError, TrainingError, WireError
+from ..encryption.keys import Keys
+from ..errors import ModelError, PolicyError, TrainingError, WireError
+from ..job import private
 from ..job.peft import check_training
+from ..privacy.protection import Protection
+from ..transforms import Chain
 from ..transforms.packed import Packed, pack
+from .audit import gate
+from .audit.gate import Compared
 from .data import loading as data
 from .data.loading import SiteData
 from .model import base_model
@@ -26,14 +33,17 @@ from .model.attach import base_class, trained_modules
 from .model.base_model import BaseModel
 from .model.fingerprint import read_config
 from .model.own_adapter import OwnAdapter, shared_half
+from .model.sealed import padded, unsealed
 from .model.shapes import shapes
 from .offer.policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
 from .offer.site_config import ModelSource, SiteConfig
 from .peft_methods import Attachment, attachment_of
 from .tasks import Task, label_skew
 from .tasks import registry as tasks
-from .training import distributed, evaluation, memory
+from .training import distributed, dp, evaluation, memory
 from .training import fit as training
+from .training.dp import Private, PrivateTrainer
+from .training.job_events import JobEvents
 from .training.kept_state import KeptState
 
 
@@ -45,9 +55,11 @@ class Job:
     attachment: Attachment  # how the plan's PEFT method is put on the base model
     base: BaseModel
     data: SiteData
-    chosen: list[int]  # the rows to train on, in their order; of a task that only measures, none
+    chosen: list[int]  # the rows to train on, in their order; none where nothing is trained, or chance draws them
+    private: Private | None  # how the round is protected; None: it is not
     measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
+    compared: Compared | None = None  # the rows by which the update is held back, where the site asks for it
 
 
 class Worker:
@@ -65,6 +77,11 @@ class Worker:
         secret: known to the site alone; the order of its rows follows from it. Empty, in simulations: the order follows
             from the plan's seed.
         kept: what transforms keep at the site from round to round.
+        events: what the job has cost in privacy so far.
+        may_spend: is told what a round under differential privacy will cost, before it begins, and raises a PolicyError
+            where that is too much.
+        keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
+        global_adapter: keeps the global adapter where only the sites can read it.
     """
 
     def __init__(
@@ -77,10 +94,15 @@ class Worker:
         own: OwnAdapter | None = None,
         secret: bytes = b"",
         kept: KeptState | None = None,
+        events: JobEvents | None = None,
+        may_spend: Callable[[Protection], None] = lambda _: None,
+        keys: Callable[[], Keys | None] = lambda: None,
+        global_adapter: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
-        self.kept = kept or KeptState()
+        self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
+        self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
@@ -102,8 +124,16 @@ class Worker:
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
         plan, attachment, base = job.plan, job.attachment, job.base
-        task = replace(task, plan=plan)
+        if plan.padded_to and task.adapter and not task.adapter.sealed:
+            raise WireError(
+                "the server sent an adapter that it can read, where its plan says that only sites can; start the job "
+                "afresh, or from an encrypted adapter",
+                code="not_encrypted",
+            )
+        task = self._opened(replace(task, plan=plan))
+        protection = self._begun(job)
         with base.lent(), self._within_time() as stop:
+            reference = gate.reference(job, stop)
             model, before = self._attached(job, task), {}
             if plan.evaluation.before:
                 before = self._measured("before", task, self._evaluate(model, job, stop))
@@ -120,9 +150,13 @@ class Worker:
                 self.log if "steps" in self._told(plan) else None,
                 self._steps_between_logs(job),
                 attachment.method.scale,
+                partial(PrivateTrainer, private=job.private) if job.private else None,
             )
+            gate.check(model, job, reference, stop)
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
+            if plan.padded_to:
+                adapter = whole = padded(whole, plan)
             manifest = Manifest(
                 base.fingerprint,
                 plan.task,
@@ -136,7 +170,20 @@ class Worker:
             self.own.keep(adapter, manifest, task)
             adapter = whole = shared_half(adapter)
         self._last = whole, manifest
-        return AdapterUpdate(self.site, adapter, manifest, self._report(job, done, before, after))
+        report = self._report(job, done, before, after)
+        return AdapterUpdate(self.site, adapter, manifest, report, protection=protection)
+
+    def _begun(self, job: Job) -> Protection | None:
+        """How the round is protected, once all who must know what it costs have agreed.
+
+        Raises:
+            PolicyError: it costs more than is left.
+        """
+        if job.private is None:
+            return None
+        self.may_spend(job.private.protection)
+        self.events.begin(job.private.protection, job.plan.privacy.epsilon)
+        return job.private.protection
 
     def validate(self, task: RoundTask) -> dict[str, float]:
         """Measure the task's whole adapter on this site's validation rows.
@@ -151,12 +198,21 @@ class Worker:
 
     def _validate(self, task: RoundTask) -> dict[str, float]:
         job = self._job(task, trains=False)
+        task = self._opened(task)
         if job.measured is None:
             raise few_metric_rows(self.config.privacy)
         plan = job.plan.model_copy(update={"rest": "tail"})  # the whole adapter, whatever of it is trained
         with job.base.lent(), self._within_time() as stop:
             model = job.attachment.attach(job.base, task.adapter, plan, own=self.own.read())
             return self._evaluate(model, job, stop)
+
+    def opened(self, task: RoundTask) -> Job:
+        """Find all that a task to measure names, within this site's limits: for audits.
+
+        Raises:
+            FmError: the site does not offer it, does not allow it, or its base model is another one.
+        """
+        return self._job(task, trains=False)
 
     def rows(self, plan: RoundPlan) -> SiteData:
         """Read the site's rows under the plan's alias as token ids, once. They never leave the site.
@@ -186,11 +242,43 @@ class Worker:
             WireError: a tensor cannot be sent.
             ModelError: what is kept for the next round cannot be read or written.
         """
-        chain = transforms.read(plan.uplink, "uplink")
+        chain = self.chain(plan)
         packed = pack(update.adapter, chain, self.site, self.kept.read() if chain else None)
         if chain:
             self.kept.keep(packed.kept)
         return packed
+
+    def chain(self, plan: RoundPlan) -> Chain:
+        """The transforms of what this site sends, with its keys where they need any.
+
+        Raises:
+            ConfigError: an unknown transform, or the site has no keys.
+        """
+        chain = transforms.read(plan.uplink, "uplink")
+        return chain.keyed(self.keys) if chain.encrypts else chain
+
+    @cached_property
+    def keys(self) -> Keys | None:
+        """The site's keys, read when a plan first needs them.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        return self._read_keys()
+
+    def _opened(self, task: RoundTask) -> RoundTask:
+        """The task with its adapter decrypted, where it came encrypted. It is kept as PEFT loads it.
+
+        Raises:
+            ConfigError: the site has no keys.
+            WireError: it is no sum of updates under them, or belongs to another model.
+        """
+        if not task.adapter.sealed:
+            return task
+        adapter = unsealed(task.adapter, self.keys, task.plan)
+        if task.manifest and task.round:  # another site's adapter that is to be measured has none
+            self.global_adapter.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
+        return replace(task, adapter=adapter)
 
     @contextmanager
     def _within_time(self) -> Iterator[Callable[[], bool]]:
@@ -248,9 +336,10 @@ class Worker:
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft)
         check_training(attachment.method, plan.training)
-        if len(plan.labels) < kind.promises.least_labels:
-            least = kind.promises.least_labels
-            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")
+        if trains:
+            private.check(plan)
+        self.chain(plan)  # before a round is lost
+        kind.check_labels(plan)
         source = self.config.model(plan.model)
         folder = base_model.locate(source)
         check_shapes(*shapes(folder, plan), plan, self.config, world, trains)
@@ -258,7 +347,12 @@ class Worker:
         to_train, to_measure = found.contents
         if len(set(to_train)) < privacy.min_examples:
             raise few_examples(privacy)
-        chosen = self._chosen(replace(task, plan=plan), found, world) if trains else []
+        told = replace(task, plan=plan)
+        protected = dp.settle(told, found.train_units, world) if trains and plan.privacy.asked else None
+        chosen = self._chosen(told, found, world, protected) if trains else []
+        compared = (
+            gate.compared(found, chosen or range(len(found.train)), privacy.max_membership_auc) if trains else None
+        )
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
         measures = not trains or plan.evaluation.before or plan.evaluation.after
@@ -266,10 +360,11 @@ class Worker:
         base = base_model.load(source, plan, kind, attachment.method.trained_whole)
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
-        return Job(plan, attachment, base, found, chosen, measured, (*task.lowered, *decision.lowered, *withheld))
+        lowered = *task.lowered, *decision.lowered, *withheld
+        return Job(plan, attachment, base, found, chosen, protected, measured, lowered, compared)
 
-    def _chosen(self, task: RoundTask, found: SiteData, world: int) -> list[int]:
-        """The rows to train on in this round.
+    def _chosen(self, task: RoundTask, found: SiteData, world: int, protected: Private | None) -> list[int]:
+        """The rows to train on in this round; none where chance draws them in each step.
 
         Raises:
             PolicyError: too many steps, or too few different rows.
@@ -281,10 +376,16 @@ class Worker:
                 "allows (max_steps_per_round); ask for local_steps",
                 code="above_limit",
             )
-        chosen = training.rows_of_round(task, examples, self.site, self.secret, world)
-        if len({found.contents[0][row] for row in chosen}) < privacy.min_update_rows:
+        chosen = [] if protected else training.rows_of_round(task, examples, self.site, self.secret, world)
+        if self._different(found, chosen, task.plan, protected) < privacy.min_update_rows:
             raise few_update_rows(privacy)
         return chosen
+
+    def _different(self, found: SiteData, chosen: list[int], plan: RoundPlan, protected: Private | None) -> int:
+        """How many different rows a round sees; where chance draws them, how many it is to see."""
+        if protected:
+            return protected.seen(len(set(found.contents[0])), plan.training.local_steps)
+        return len({found.contents[0][row] for row in chosen})
 
     def _report(self, job: Job, done: training.Trained, before: dict[str, float], after: dict[str, float]) -> Report:
         """What is told of a round: no count that the site keeps, and no loss of fewer rows than metrics may be of."""
@@ -294,7 +395,7 @@ class Worker:
             "steps": done.steps,
             "bad_rows": job.data.bad_rows,
         }
-        told, different = self._told(job.plan), len({job.data.contents[0][row] for row in job.chosen})
+        told, different = self._told(job.plan), self._different(job.data, job.chosen, job.plan, job.private)
         return Report(
             **{name: count for name, count in counts.items() if name in told},
             loss=done.loss if different >= self.config.privacy.min_metric_rows else math.nan,
@@ -314,6 +415,8 @@ class Worker:
         return {*self.config.privacy.counts, *(["steps"] if plan.training.local_steps else [])}
 
     def _steps_between_logs(self, job: Job) -> int:
+        if job.private:  # nothing but the protected update tells of single steps
+            return 0
         steps = training.steps_per_round(job.plan, len(job.data.train), distributed.processes()[1])
         least = self.config.privacy.min_metric_rows
         return training.steps_between_logs(job.chosen, job.data.contents[0], steps, least)
@@ -339,7 +442,8 @@ class Worker:
                 )
 
     def _tokenized(self, plan: RoundPlan, kind: Task, source: ModelSource, folder: Path) -> SiteData:
-        key = (plan.data, plan.task, plan.labels, plan.max_length, source)
+        unit = plan.privacy.unit if plan.privacy.asked else ""
+        key = (plan.data, plan.task, plan.labels, plan.max_length, source, unit)
         if key not in self._data:
             tokenizer, rows = base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
             self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer, rows)
@@ -356,5 +460,6 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Specified to not load vera_A and vera_B")  # they follow from a number
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # Opacus' hooks on the lowest layers
     for name in ("bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

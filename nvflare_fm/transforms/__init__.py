@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..adapter import Description
 from ..config import Rule, Settings
+from ..encryption.keys import Keys
 from ..errors import ConfigError
 from ..registry import Registry
 
@@ -89,6 +90,69 @@ class Transform(Settings):
         """
         raise NotImplementedError
 
+    def described(self, before: Mapping[str, Description]) -> Mapping[str, Description]:
+        """Describe what travels of tensors so described; of ciphertexts the usual size."""
+        return {name: self.encoded(name, each) for name, each in before.items()}
+
+
+class Encryption(Transform):
+    """A transform after which the server adds what it cannot read. It is the last of its chain."""
+
+    stage: ClassVar[Stage] = "encrypt"
+    needs_linear: ClassVar[bool] = True
+
+    def keyed(self, keys: Keys | None) -> "Encryption":
+        """The same transform with the keys of this end; without any it only describes what travels.
+
+        Raises:
+            ConfigError: there are no keys here.
+        """
+        raise NotImplementedError
+
+    def summed(self, before: Mapping[str, Description]) -> Mapping[str, Description]:
+        """Describe what the server's sum of such parcels travels as; of ciphertexts the usual size."""
+        raise NotImplementedError
+
+    def fits(self, sent: Mapping[str, Description], before: Mapping[str, Description]) -> bool:
+        """Whether what came can be ciphertexts of tensors so described. Both are a stranger's."""
+        raise NotImplementedError
+
+    def check(self, parcel: Parcel, before: Mapping[str, Description], apart: bool) -> None:
+        """Hold a site's parcel to being what `encode` makes, at the server.
+
+        Args:
+            apart: another process reads it, so that nothing in it can end this one.
+
+        Raises:
+            ConfigError: there are no keys here.
+            WireError: names the sender.
+        """
+        raise NotImplementedError
+
+    def added(self, parcels: Sequence[Parcel], before: Mapping[str, Description], shares: Sequence[float]) -> Parcel:
+        """Σ shareₖ · parcelₖ, at the server.
+
+        Args:
+            parcels: of sites, each of tensors as `before` describes them.
+            shares: public.
+
+        Raises:
+            ConfigError: there are no keys here.
+            WireError: a parcel is none that `encode` makes.
+        """
+        raise NotImplementedError
+
+    def decrypt(self, parcel: Parcel, before: Mapping[str, Description]) -> Mapping[str, Tensor]:
+        """Undo `encode` for a whole parcel, at a site; in place of `decode`.
+
+        Returns:
+            The tensors that travelled: without those that every site can make.
+        Raises:
+            ConfigError: there is no key here.
+            WireError: what came is no sum of updates under this key.
+        """
+        raise NotImplementedError
+
 
 registry: Registry[type[Transform]] = Registry("transform", __name__)
 
@@ -112,9 +176,59 @@ class Chain:
     def __bool__(self) -> bool:
         return bool(self.transforms)
 
+    @property
+    def encryption(self) -> Encryption | None:
+        """What encrypts at the end of the chain, if anything does."""
+        last = next(reversed(list(self.transforms.values())), None)
+        return last if isinstance(last, Encryption) else None
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether the server adds what travels without reading it."""
+        return self.encryption is not None
+
+    def keyed(self, keys: Keys | None) -> "Chain":
+        """The same chain with the keys of this end.
+
+        Raises:
+            ConfigError: the chain encrypts, and there are no keys here.
+        """
+        found = self.transforms.items()
+        return Chain(self.entries, {n: t.keyed(keys) if isinstance(t, Encryption) else t for n, t in found})
+
+    @property
+    def inner(self) -> "Chain":
+        """The chain without its last transform."""
+        return Chain(self.entries[:-1], dict(list(self.transforms.items())[:-1]))
+
     def encoded(self, name: str, before: Description) -> Description:
-        """Derive shape and type of a tensor as it travels."""
+        """Derive shape and type of a tensor as it travels, where nothing encrypts it."""
         return self._stages(name, before)[-1]
+
+    def described(self, before: Mapping[str, Description]) -> Mapping[str, Description]:
+        """Describe what travels of tensors so described."""
+        for transform in self.transforms.values():
+            before = transform.described(before)
+        return before
+
+    def fits(self, sent: Mapping[str, Description], before: Mapping[str, Description]) -> bool:
+        """Whether what came can be what the chain makes of tensors so described."""
+        if self.encryption:
+            return self.encryption.fits(sent, self.inner.described(before))
+        return sent == self.described(before)
+
+    def opened(self, parcel: Parcel, before: Mapping[str, Description]) -> Mapping[str, Tensor]:
+        """Decrypt what travelled encrypted, and undo the transforms before that.
+
+        Args:
+            before: of the tensors as their sender had them.
+
+        Raises:
+            ConfigError, WireError: as `Encryption.decrypt`.
+        """
+        assert self.encryption
+        found = self.encryption.decrypt(parcel, self.inner.described(before))
+        return {name: self.inner.decode(name, tensor, before[name]) for name, tensor in found.items()}
 
     def encode(self, parcel: Parcel, kept: Mapping[str, Kept] | None = None) -> Sent:
         """Apply every transform.

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from nvflare_fm.adapter import Adapter, LoraPair
 from nvflare_fm.aggregation import merge
-from nvflare_fm.aggregation.cohort import shapes
+from nvflare_fm.aggregation.admit import shared_shapes
 from nvflare_fm.algebra.lora import shorten, tail, zero
 from nvflare_fm.export.folder import read_adapter
 
@@ -65,7 +65,7 @@ def measure(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]
 
 def main(folders: list[Path] = typer.Argument(default=None), max_rank: int = 0) -> None:  # noqa: B008  typer's way
     adapters = [read_adapter(f).adapter for f in folders] if folders else generated()
-    if len({shapes(a) for a in adapters}) > 1:
+    if len({frozenset(shared_shapes(a).items()) for a in adapters}) > 1:
         raise typer.BadParameter("the adapters must be of the same layers and shapes; their ranks may differ")
     parts = [float(site + 1) for site in range(len(adapters))]  # unequal on purpose
     weights = [p / sum(parts) for p in parts]

@@ -24,7 +24,7 @@ from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.compare import data_sets
 from nvflare_fm.config import Aggregation, RoundPlan
 from nvflare_fm.job.settle import settle
-from nvflare_fm.simulate import alone, federate
+from nvflare_fm.simulate import federate, train_alone
 from nvflare_fm.site.offer.site_config import DataSource, ModelSource, SiteConfig
 from nvflare_fm.site.worker import Worker
 
@@ -81,7 +81,7 @@ class Bench:
             assert last
             return last.combined.adapter, last.combined.manifest
         worker = self.pooled if name == "pooled" else self.workers[name.removeprefix("alone:")]
-        adapter, manifest, _ = alone(worker, self.plan, ROUNDS)
+        adapter, manifest, _ = train_alone(worker, self.plan, ROUNDS)
         return adapter, manifest
 
 

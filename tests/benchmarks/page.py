@@ -12,7 +12,7 @@ from rich.table import Table
 
 from nvflare_fm.compare.bench import POINTS
 from nvflare_fm.compare.grid import GRID
-from nvflare_fm.compare.methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, SLOW, TOGETHER
+from nvflare_fm.compare.methods import ALONE, AT_HOME, COMPARED, OURS, PEERS, SLOW, TOGETHER, is_lone
 from nvflare_fm.compare.results import Results, compared, curve, homes, markdown, overview, spread, verdict
 from nvflare_fm.compare.study import Study, Workspace
 from nvflare_fm.compare.study import study as prepared
@@ -38,7 +38,8 @@ def cell(name: str) -> Table:
 def parts(name: str) -> Table:
     """What else was measured: ours with a part left out, on other bases, and others who train as ours do."""
     results = Results(study(name))
-    return _only(compared(results), {OURS} | ({*results.final} - {*COMPARED, *SLOW, ALONE, AT_HOME}))
+    others = {method for method in results.final if not is_lone(method)} - {*COMPARED, *SLOW, AT_HOME}
+    return _only(compared(results), {OURS} | others)
 
 
 def _only(table: Table, methods: Collection[str]) -> Table:

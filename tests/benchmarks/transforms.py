@@ -39,7 +39,7 @@ def federation(trial: Trial, names: tuple[str, ...]) -> tuple[dict[str, float], 
         last = pack(done.combined.adapter, chain, "the server")
         down += last.parcel.bytes * len(workers)
         up += sum(update.adapter.bytes_sent() for update in done.updates)
-    task = RoundTask(settle(plan, how), last.adapter(), done.combined.manifest)
+    task = RoundTask(settle(plan, how).plan, last.adapter(), done.combined.manifest)
     return {site: worker.validate(task)[METRIC] for site, worker in sorted(workers.items())}, down, up
 
 

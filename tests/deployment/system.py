@@ -20,13 +20,16 @@ EXAMPLE = Path(__file__).parents[2] / "job_templates" / "project.yml"
 PROJECT, SERVER = "oncology", "server.company.example"  # as in the example
 LEAD, ADMIN = "lead@company.example", "admin@company.example"
 SITES = {"clinic-a": "clinic_a", "clinic-b": "clinic_b", "clinic-c": "clinic_c"}  # with their organisations
+ENCRYPTS, SIGNS = "nvflare.lighter.impl.he.HEBuilder", "nvflare.lighter.impl.signature.SignatureBuilder"
 CANARY = "hf_Quarantine9SiteToken"  # in the environment of each site and of the server, where no job may read it
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
 def project(port: int, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The example `project.yml` with other clinics: one for each of `sites` with what its `fm_site.yaml` says."""
+    """The example `project.yml` with encryption, and with other clinics: one for each of `sites` with what its
+    `fm_site.yaml` says.
+    """
     example: dict[str, Any] = yaml.safe_load(EXAMPLE.read_text())
     company = [participant for participant in example["participants"] if participant["org"] == "company"]
     server = next(participant for participant in company if participant["type"] == "server")
@@ -36,7 +39,9 @@ def project(port: int, sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         for name, said in sites.items()
     ]
     users = [participant for participant in company if participant["type"] == "admin"]
-    return example | {"participants": [server, *clients, *users]}
+    before = [builder["path"] for builder in example["builders"]].index(SIGNS)
+    builders = [*example["builders"][:before], {"path": ENCRYPTS}, *example["builders"][before:]]
+    return example | {"participants": [server, *clients, *users], "builders": builders}
 
 
 def provision(folder: Path, described: Mapping[str, Any], *more: str) -> Path:

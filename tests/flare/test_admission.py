@@ -26,7 +26,7 @@ from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
-from nvflare_fm.record.round import read_line, told, written
+from nvflare_fm.record.round import in_words, read_line, written
 from tests.codes import refused
 
 from .messages import LAYERS, MANIFEST, PLAN, adapter, same, update
@@ -151,7 +151,7 @@ def test_a_change_far_from_the_others_is_clipped_and_the_ledger_says_so() -> Non
     line = read_line(written(made.ledger.line))
     assert 0 < line.guarded["liar"].multiplier < 0.05
     assert list(line.guarded) == ["liar"]
-    (_, said) = told(line)
+    (_, said) = in_words(line)
     assert said == f"  liar: {line.guarded['liar']}"
     assert said.removeprefix("  ") in made.ledger.progress({}, line.scaled)["scaled"]
 
@@ -199,11 +199,11 @@ def test_an_error_of_ours_ends_the_job_with_its_reason_and_no_path(monkeypatch: 
     def fails(_: FedPEFT) -> None:
         raise ModelError("the disk is full", "/srv/nvflare", code="adapter_not_saved")
 
-    made, told = server(), []
-    made.panic = told.append  # type: ignore[method-assign]
+    made, in_words = server(), []
+    made.panic = in_words.append  # type: ignore[method-assign]
     monkeypatch.setattr(FedPEFT, "_run_rounds", fails)
     made.run()
-    assert told == ["the disk is full [adapter_not_saved]"]
+    assert in_words == ["the disk is full [adapter_not_saved]"]
 
 
 @pytest.mark.parametrize("sites", range(1, 12))

@@ -32,7 +32,7 @@ def opened(
     task: RoundTask | None = None, sites: dict[str, SiteOverrides] | None = None, **settings: Any
 ) -> AdapterAggregator:
     aggregator = AdapterAggregator(settings)
-    settled = replace(settle(PLAN, Aggregation(), sites), aggregation=aggregator.how)  # some suit another task
+    settled = replace(settle(PLAN, Aggregation(), sites), aggregation=aggregator.aggregation)  # some suit another task
     aggregator.begin(task or RoundTask(PLAN), settled)
     return aggregator
 
@@ -70,7 +70,7 @@ def encoded_round(whole: Adapter) -> tuple[AdapterAggregator, RoundTask]:
     chain = transforms.read(INT8.downlink, "downlink")
     task = RoundTask(INT8, pack(whole, chain, "the server").adapter(), MANIFEST, 1, 2)
     aggregator = AdapterAggregator()
-    aggregator.begin(task, replace(settle(PLAN, Aggregation()), aggregation=aggregator.how), whole)
+    aggregator.begin(task, replace(settle(PLAN, Aggregation()), aggregation=aggregator.aggregation), whole)
     return aggregator, task
 
 
@@ -183,7 +183,9 @@ def test_an_answer_counts_while_it_is_not_too_old_there_was_an_adapter_and_a_rou
     controller = FedPEFT(num_rounds=5, aggregator=AdapterAggregator({"max_staleness": 2}), grace_s=1)
     began = RoundTask(PLAN, adapter(1) if sent_in else Adapter(), MANIFEST, sent_in, 5)
     controller.fl_ctx = FLContext()
-    controller.aggregator.begin(RoundTask(PLAN, adapter(2), MANIFEST, now, 5), settle(PLAN, controller.aggregator.how))
+    controller.aggregator.begin(
+        RoundTask(PLAN, adapter(2), MANIFEST, now, 5), settle(PLAN, controller.aggregator.aggregation)
+    )
     controller.ledger = Ledger(now, 5, ["birch"], 0)
     assert controller._take(arrival(update("alder", 0)), began) is counts
     assert controller.ledger.late == ([] if counts else ["alder"])

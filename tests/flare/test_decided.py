@@ -84,13 +84,13 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture
-def post(site_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trainer.Post:
+def handler(site_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> trainer.TaskHandler:
     """The trainer's own end, outside NVFlare's session, and not confined: it shares this process."""
     monkeypatch.setattr(trainer.flare, "get_site_name", lambda: "site-1")
     monkeypatch.setattr(trainer, "should_stop", lambda: False)
     monkeypatch.setattr(trainer, "_report", lambda *_: None)
     monkeypatch.setattr(confine, "confine", lambda *_: None)
-    return trainer.Post(site_file, tmp_path / "job")
+    return trainer.TaskHandler(site_file, tmp_path / "job")
 
 
 def passed(at: Gate, name: str, task: RoundTask) -> FLModel:
@@ -102,14 +102,14 @@ def passed(at: Gate, name: str, task: RoundTask) -> FLModel:
 
 @pytest.mark.parametrize("rest", ["tail", "none", "all"])
 def test_a_site_reads_its_file_once_a_process_and_decides_checks_and_attaches_once_a_round(
-    rest: str, site_file: Path, post: trainer.Post, times: Counter[str]
+    rest: str, site_file: Path, handler: trainer.TaskHandler, times: Counter[str]
 ) -> None:
     at, plan = Gate(site_file, OVERRIDES, 1), PLAN.model_copy(update={"rest": rest})
     executor._limit_threads(at)
     adapter, manifest = Adapter(), None
     for number in range(2):
         update = wire.read_update(
-            post.answer(TRAIN, passed(at, TRAIN, RoundTask(plan, adapter, manifest, number, 2))), "site-1"
+            handler.answer(TRAIN, passed(at, TRAIN, RoundTask(plan, adapter, manifest, number, 2))), "site-1"
         )
         assert update.report.lowered == ("rank to 3", "batch_size to 2")
         assert all([update.report.before, update.report.after])
@@ -121,11 +121,11 @@ def test_a_site_reads_its_file_once_a_process_and_decides_checks_and_attaches_on
             "attached": number + 1,
             **({"rest added": number} if rest == "all" and number else {}),
         }
-    post.answer(VALIDATE, passed(at, VALIDATE, RoundTask(plan, adapter, manifest, 2, 2)))
+    handler.answer(VALIDATE, passed(at, VALIDATE, RoundTask(plan, adapter, manifest, 2, 2)))
     assert (times["attached"], times["site file"]) == (3, 2)
 
 
-def test_what_a_site_lowered_is_lowered_once_whoever_looks_again(site_file: Path, post: trainer.Post) -> None:
+def test_what_a_site_lowered_is_lowered_once_whoever_looks_again(site_file: Path, handler: trainer.TaskHandler) -> None:
     message = passed(Gate(site_file, OVERRIDES, 1), TRAIN, RoundTask(PLAN))
     decided = wire.read_decided(message).plan
     assert (decided.training.batch_size, decided.training.gradient_accumulation_steps) == (2, 2)
@@ -133,13 +133,13 @@ def test_what_a_site_lowered_is_lowered_once_whoever_looks_again(site_file: Path
     checked = policy.fit(decided, site_config.load_site(site_file)).plan
     assert checked == decided
     assert wire.read_task(message).plan == PLAN, "what the server asked is there as it came"
-    assert not wire.refused(post.answer(TRAIN, message))
-    submitted = wire.read_saved(*_submitted(post), "site-1")
+    assert not wire.refused(handler.answer(TRAIN, message))
+    submitted = wire.read_saved(*_submitted(handler), "site-1")
     assert submitted.plan == PLAN, "other sites measure it by what the server asked, not by this site's aliases"
 
 
-def _submitted(post: trainer.Post) -> tuple[Any, Any]:
-    model = post.answer(AppConstants.TASK_SUBMIT_MODEL, FLModel(params={}, meta={}))
+def _submitted(handler: trainer.TaskHandler) -> tuple[Any, Any]:
+    model = handler.answer(AppConstants.TASK_SUBMIT_MODEL, FLModel(params={}, meta={}))
     return model.params, model.meta
 
 
@@ -166,11 +166,11 @@ def test_a_decision_that_is_none_is_refused(content: Any, code: str) -> None:
     assert refused.value.code == code
 
 
-def test_the_trainer_carries_out_nothing_that_no_gate_has_decided(post: trainer.Post) -> None:
+def test_the_trainer_carries_out_nothing_that_no_gate_has_decided(handler: trainer.TaskHandler) -> None:
     with pytest.raises(FmError) as refused:
         wire.read_decided(wire.write_task(RoundTask(PLAN)))
     assert refused.value.code == "incomplete_message"
-    assert "[incomplete_message]" in (wire.refused(post.answer(TRAIN, wire.write_task(RoundTask(PLAN)))) or "")
+    assert "[incomplete_message]" in (wire.refused(handler.answer(TRAIN, wire.write_task(RoundTask(PLAN)))) or "")
 
 
 def test_what_a_server_says_of_a_decision_is_replaced_by_the_gates(site_file: Path) -> None:

@@ -81,7 +81,7 @@ def test_what_the_recipe_says_comes_out_of_the_job_again(tmp_path: Path) -> None
     assert (controller.key_metric, controller.key_metric_mode, controller.disk_offload) == ("accuracy", "max", True)
     plan = controller.settled.plan
     assert (plan.data, plan.peft["rank"], plan.training.local_steps, plan.seed) == ("records", 4, 9, 3)
-    how = controller.aggregator.how
+    how = controller.aggregator.aggregation
     assert (how.merge, how.weigh, how.sigma, how.seed) == ("svd", ("uniform",), "A", 3)
     assert controller.settled.global_rank == 16
     assert only(components, AdapterPersistor).keep_rounds

@@ -15,7 +15,7 @@ from nvflare.fuel.sec.audit import AuditService
 from nvflare_fm.config import SiteOverrides, TaskPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.gate import Gate, written_out
-from nvflare_fm.flare.trainer import Post
+from nvflare_fm.flare.trainer import TaskHandler
 from nvflare_fm.site.offer.site_config import FILE_NAME
 from nvflare_fm.site.offer.site_file import render
 from nvflare_fm.site.worker import Worker
@@ -52,9 +52,9 @@ def audit(tmp_path: Path) -> Iterator[Path]:
     AuditService.close()
 
 
-def post(site_file: Path) -> Post:
+def handler(site_file: Path) -> TaskHandler:
     """The trainer's own end, with the worker it would hire."""
-    made = Post(site_file, site_file.parent / "job")
+    made = TaskHandler(site_file, site_file.parent / "job")
     config = tiny.site(site_file.parent / "model", site_file.parent / "rows.jsonl")
     made._worker = Worker("site-1", config)
     return made
@@ -99,7 +99,7 @@ def silent(said: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_no_reply_of_the_gate_or_the_trainer_repeats_a_value_of_the_job(site_file: Path, audit: Path, place: Any):
-    gate, trainer = Gate(site_file, SiteOverrides(), 1), post(site_file)
+    gate, trainer = Gate(site_file, SiteOverrides(), 1), handler(site_file)
     for value in VALUES:
         task = message(with_value(place, value))
         reply = refusal(gate, TRAIN, task)
@@ -121,7 +121,7 @@ def test_a_plan_that_is_none_is_refused_in_words(site_file: Path, plan: Any):
     reply = refusal(Gate(site_file, SiteOverrides(), 1), TRAIN, message(plan))
     assert reply is not None
     silent(wire.refused(reply) or TEXT)
-    silent(wire.refused(post(site_file).answer(TRAIN, message(PLAN, plan))) or TEXT if plan is not None else "")
+    silent(wire.refused(handler(site_file).answer(TRAIN, message(PLAN, plan))) or TEXT if plan is not None else "")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_plan_that_is_none_is_refused_in_words(site_file: Path, plan: Any):
 def test_a_round_that_is_none_is_refused_in_words(site_file: Path, rounds: Any):
     task = message(PLAN)
     task.current_round, task.total_rounds = rounds
-    reason = wire.refused(post(site_file).answer(TRAIN, task)) or TEXT
+    reason = wire.refused(handler(site_file).answer(TRAIN, task)) or TEXT
     silent(reason)
     assert re.search(r"\[(no_round|wrong_type)\]", reason)
 
@@ -142,7 +142,7 @@ def test_nor_does_one_repeat_what_the_job_says_of_this_site_alone(site_file: Pat
         if name == TRAIN or "local_steps" not in overrides:
             silent(wire.refused(refusal(gate, name, message(PLAN)) or message(TEXT)) or TEXT)
         asked = SiteOverrides(**overrides).applied(TaskPlan.read(PLAN, "test")).model_dump(mode="json")
-        silent(everything(post(site_file).answer(name, message(PLAN, asked))))
+        silent(everything(handler(site_file).answer(name, message(PLAN, asked))))
 
 
 def test_the_sites_own_audit_log_has_it_on_one_line(site_file: Path, audit: Path):
@@ -161,6 +161,6 @@ def test_a_text_is_written_out_in_printable_characters_and_cut():
 
 
 def test_what_a_job_names_and_the_model_lacks_is_in_no_answer(site_file: Path):
-    answer = post(site_file).answer(TRAIN, message(with_value(("peft", "target_modules"), ["query", TEXT])))
+    answer = handler(site_file).answer(TRAIN, message(with_value(("peft", "target_modules"), ["query", TEXT])))
     assert wire.refused(answer) is None
     silent(everything(answer))

@@ -8,7 +8,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.cli import app
 from nvflare_fm.errors import ConfigError
-from nvflare_fm.flare.jobs.simulate_job import prepare
+from nvflare_fm.flare.jobs.simulate_job import prepare_simulation
 from nvflare_fm.site.offer.site_config import load_site
 
 
@@ -34,7 +34,7 @@ def files(place: Path, *sites: str) -> dict[str, Path]:
 
 def test_the_model_and_files_stand_for_the_aliases_of_each_site(place: Path) -> None:
     both = files(place, "north", "south")
-    job, run = prepare(place / "named", place / "model", both, {"south": place / "held"}, place / "runs")
+    job, run = prepare_simulation(place / "named", place / "model", both, {"south": place / "held"}, place / "runs")
     north, south = (load_site(run.workspace / "local" / f"{site}.fm_site.yaml") for site in run.sites)
     assert (job.name, list(run.sites)) == ("named", ["north", "south"])
     assert {alias: source.path for alias, source in north.models.items()} == {"small": str(place / "model")}
@@ -60,7 +60,7 @@ def test_what_cannot_run_is_refused_before_it_starts(
     place: Path, job: str, sites: tuple[str, ...], said: str, code: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        prepare(place / job, place / "model", files(place, *sites), {}, place / "runs")
+        prepare_simulation(place / job, place / "model", files(place, *sites), {}, place / "runs")
     assert caught.value.code == code
     assert said in str(caught.value)
     assert not (place / "runs").exists()

@@ -7,12 +7,12 @@ import pytest
 from nvflare.apis.shareable import ReservedHeaderKey
 
 from nvflare_fm.adapter import Adapter, RoundTask
-from nvflare_fm.flare.standing import Sent, StandingTasks, call_offs
+from nvflare_fm.flare.standing import SentTask, StandingTasks, call_offs
 
 from .messages import MANIFEST, PLAN, adapter
 
 
-def sent(number: int, working: str, answered: str = "", never_came: str = "", has_adapter: bool = True) -> Sent:
+def sent(number: int, working: str, answered: str = "", never_came: str = "", has_adapter: bool = True) -> SentTask:
     """A task of round `number`; sites are single letters."""
     fetched = [
         SimpleNamespace(client=SimpleNamespace(name=site), id=f"{number}{site}", result_received_time=site in answered)
@@ -21,7 +21,7 @@ def sent(number: int, working: str, answered: str = "", never_came: str = "", ha
     task: Any = SimpleNamespace(
         completion_status=None, targets=[*working, *answered, *never_came], client_tasks=fetched
     )
-    return Sent(RoundTask(PLAN, adapter(number) if has_adapter else Adapter(), MANIFEST, number, 9), task)
+    return SentTask(RoundTask(PLAN, adapter(number) if has_adapter else Adapter(), MANIFEST, number, 9), task)
 
 
 def test_two_rounds_stand_side_by_side_until_the_older_ones_answer_would_come_too_late() -> None:

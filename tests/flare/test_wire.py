@@ -8,6 +8,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_opt.pt.decomposers import TensorDecomposer
@@ -21,6 +23,8 @@ from nvflare_fm.config import Rules, TaskPlan
 from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.export.folder import Saved
 from nvflare_fm.flare import wire
+from nvflare_fm.privacy.events import Event
+from nvflare_fm.privacy.protection import Protection
 from nvflare_fm.transforms.packed import pack
 from tests.codes import refused
 
@@ -31,6 +35,40 @@ def posted(model: FLModel) -> FLModel:
     """The message after NVFlare has packed and unpacked it, as between two machines."""
     fobs.register(TensorDecomposer)
     return FLModelUtils.from_shareable(fobs.loads(fobs.dumps(FLModelUtils.to_shareable(model))))
+
+
+def test_what_a_trainer_states_of_its_protection_reaches_its_site() -> None:
+    stated = Protection("dp_sgd", "notes", "patient_id", 1e-5, (Event(1.2, 0.03, 20), Event(1.0, 1.0)))
+    sent = posted(wire.write_update(replace(update("alder", 1), protection=stated)))
+    assert wire.read_protection(sent, "alder") == stated
+    assert wire.read_protection(posted(wire.write_update(update("alder", 1))), "alder") is None
+    with refused("protection_not_public", WireError):  # a sampling rate tells how many rows a site has
+        wire.read_update(sent, "alder")
+
+
+@given(
+    key=st.sampled_from(["mechanism", "data", "unit", "delta", "events", "noise_multiplier", "sample_rate", "steps"]),
+    value=st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.just({}), st.just([])
+    ),
+)
+def test_a_protection_that_is_none_is_refused(key: str, value: Any) -> None:
+    model = wire.write_update(replace(update("alder", 1), protection=Protection(
+        "dp_sgd", "notes", "row", 1e-5, (Event(1.2, 0.03, 20),))))  # fmt: skip
+    content = model.meta[wire.KEY]["protection"]
+    content = content if key in content else content["events"][0]
+    content[key] = value
+    try:
+        found = wire.read_protection(model, "alder")
+    except WireError as error:
+        assert error.code == "wrong_type"  # noqa: PT017
+        return
+    assert found is not None
+    assert found.mechanism == "dp_sgd"
+    assert 0 < found.delta < 1
+    assert 0 < len(found.data) <= 256
+    assert all(e.noise_multiplier > 0 and 0 < e.sample_rate <= 1 and e.steps >= 1 for e in found.events)
+    assert found.events
 
 
 def test_an_update_arrives_bit_for_bit_and_under_the_name_nvflare_authenticated() -> None:

@@ -105,7 +105,7 @@ def test_what_repeats_is_read_in_little_time_and_memory(pieces: list[str], times
     for name in ("a.conf", "a.json"):
         began = time.process_time()
         with suppress(ConfigError):
-            job_files.read_config(name, data)
+            job_files.parse_config(name, data)
         assert time.process_time() - began < SOON_S
 
 
@@ -115,7 +115,7 @@ def test_the_largest_file_takes_little_memory(pattern: str) -> None:
     for name in ("a.conf", "a.json"):
         tracemalloc.start()
         with suppress(ConfigError):
-            job_files.read_config(name, data)
+            job_files.parse_config(name, data)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert most < LITTLE

@@ -274,7 +274,7 @@ LOGGERS = {
     logging.getLogger(name) for name in (wire.__name__, SERVERS[0].logger.name, SERVERS[0].aggregator.logger.name)
 }
 SETTLED = {
-    place: settle(PLAN.model_copy(update={"uplink": UPLINKS[place == ENCODED]}), server.aggregator.how)
+    place: settle(PLAN.model_copy(update={"uplink": UPLINKS[place == ENCODED]}), server.aggregator.aggregation)
     for place, server in SERVERS.items()
 }
 
@@ -345,7 +345,7 @@ def merged(server: FedPEFT, late: int) -> None:
     line = written(server.ledger.line)
     assert written(read_line(line)) == line
     assert 3.0 <= server.ledger.line.medians["loss"] <= 5.0  # what the three measured
-    if server.aggregator.how.merge == "exact":
+    if server.aggregator.aggregation.merge == "exact":
         assert length(combined.adapter, STATES[late]) <= FAR * LONGEST[late]
 
 

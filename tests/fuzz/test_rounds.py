@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
-from nvflare_fm.record.result import Result, explained
-from nvflare_fm.record.round import SPECTRA, Round, read_line, read_spectra, told, written
+from nvflare_fm.record.result import Result, explanation
+from nvflare_fm.record.round import SPECTRA, Round, in_words, read_line, read_spectra, written
 
 VALUES: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -41,8 +41,8 @@ LIKELY = st.fixed_dictionaries(
 def test_a_line_is_told_and_explained_or_refused(line: bytes) -> None:
     with suppress(DataError):
         read = read_line(line)
-        assert all(text.isprintable() for text in told(read))
-        assert all(text.isprintable() for text in explained(Result(Path(), [read], {}, {}, [])))
+        assert all(text.isprintable() for text in in_words(read))
+        assert all(text.isprintable() for text in explanation(Result(Path(), [read], {}, {}, [])))
         assert written(read_line(written(read))) == written(read)
 
 

@@ -28,6 +28,7 @@ from tests.site import tiny
 
 logits.positions_at_once = lambda words: 7  # here, and not where one process agrees
 folder, models = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
+llama = models[0]
 training = {"local_steps": 4, "batch_size": 4, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 1e9}
 for task in ("causal_lm", "sequence_classification", "preference"):
     worker = tiny.worker(folder, models.pop(0), task)
@@ -36,6 +37,16 @@ for task in ("causal_lm", "sequence_classification", "preference"):
     save_file(update.adapter.tensors(), folder / f"{out}.safetensors")
     told = {"before": update.report.before, "after": update.report.after, "loss": update.report.loss}
     (folder / f"{out}.json").write_text(json.dumps(told | {"tokens": update.report.tokens, "world": processes()[1]}))
+from nvflare_fm.site.training import dp
+training = {"local_steps": 4, "batch_size": 12, "optim": "sgd", "learning_rate": 1e-2}
+for name, noise in (("quiet", 1e-6), ("loud", 1000.0)):
+    privacy = {"noise_multiplier": noise, "max_grad_norm": 1.0, "delta": 1e-3}
+    task = RoundTask(tiny.plan(quantization="nf4", privacy=privacy, training=training))
+    update = tiny.worker(folder, llama, "causal_lm").train(task)
+    save_file(update.adapter.tensors(), folder / f"{name}-{processes()[0]}.safetensors")
+private = dp.settle(RoundTask(tiny.plan(privacy=privacy, training={"batch_size": 3})), tuple(range(24)), 2)
+(folder / f"shares-{processes()[0]}.json").write_text(json.dumps([dp.draw(private) for _ in range(300)]))
+task, training = "preference", {"local_steps": 4, "batch_size": 4}
 calls = 0
 def stop():
     global calls
@@ -57,7 +68,8 @@ def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Pa
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          str(tmp_path / "work.py"), str(tmp_path), str(llama), str(bert), str(llama)],
-        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},  # as in a trainer
+        capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert all((tmp_path / f"stopped-{rank}").exists() for rank in (0, 1))
@@ -69,6 +81,28 @@ def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Pa
         assert reports[0]["world"] == 2
         assert reports[0]["after"]["loss"] < reports[0]["before"]["loss"]
         one_process_agrees(tmp_path, model, task, first, reports[0])
+    two_processes_make_one_private_update(tmp_path, llama)
+
+
+def two_processes_make_one_private_update(folder: Path, model: Path) -> None:
+    """Each takes its share of the records, and the noise is added once. Here every record is in every step."""
+    for name in ("quiet", "loud"):
+        first, second = (load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
+    quiet, loud = (load_file(folder / f"{name}-0.safetensors") for name in ("quiet", "loud"))
+    training = {"local_steps": 4, "batch_size": 24, "optim": "sgd", "learning_rate": 1e-2}
+    privacy = {"noise_multiplier": 1e-6, "max_grad_norm": 1.0, "delta": 1e-3}
+    plan = tiny.plan(quantization="nf4", privacy=privacy, training=training)
+    update = tiny.worker(folder, model, "causal_lm").train(RoundTask(plan))
+    for name, tensor in update.adapter.tensors().items():
+        torch.testing.assert_close(tensor, quiet[name], atol=1e-5, rtol=1e-3)
+    moved = torch.cat([tensor.flatten() for name, tensor in loud.items() if "lora_B" in name])
+    assert float(moved.std()) == pytest.approx(1e-2 * 2 * 1000 / 24, rel=0.05)
+    shares = [json.loads((folder / f"shares-{rank}.json").read_text()) for rank in (0, 1)]
+    drawn = [sorted(record for (record,) in one + other) for one, other in zip(*shares, strict=True)]
+    assert all(len(set(each)) == len(each) for each in drawn)
+    assert sum(map(len, drawn)) / 300 == pytest.approx(6, abs=0.7)  # batches of 3 at 2 processes; 5 deviations
+    assert all(sum(map(len, share)) > 600 for share in shares)
 
 
 def one_process_agrees(

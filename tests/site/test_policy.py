@@ -13,9 +13,10 @@ from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, PolicyError
 from nvflare_fm.job import peft as peft_methods
+from nvflare_fm.job.cost import AdapterShape, BaseShape
 from nvflare_fm.job.settle import settle
 from nvflare_fm.privacy.egress import NO_METRICS
-from nvflare_fm.site.offer.policy import BOUNDS, Submitter, accept, decide, fit
+from nvflare_fm.site.offer.policy import BOUNDS, Submitter, accept, check_shapes, decide, fit
 from nvflare_fm.site.offer.site_config import FILE_NAME, SiteConfig, held_in, load_site
 from nvflare_fm.site.worker import Worker
 from tests.codes import refused
@@ -255,7 +256,18 @@ def test_every_number_that_a_plan_asks_for_has_a_limit_or_costs_nothing():
     }
     limited = {part for bound in BOUNDS for part in re.findall(r"[a-z._]+", bound.setting)}
     limited |= {"training.gradient_accumulation_steps"}  # its bound is on a product
-    assert numbers - limited == {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
+    free = {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
+    assert numbers - limited == free | {"padded_to"}  # max_adapter_mib limits what leaves, as the next test shows
+
+
+def test_what_is_padded_to_be_added_unread_is_limited_as_it_leaves():
+    shape, base = AdapterShape({"l": (2**10, 2**10)}), BaseShape(1, 1, 1, 1, 1, 1, 1, 1)
+    config = site(limits={"max_adapter_mib": 1})
+    check_shapes(base, shape, plan(padded_to=64), config, 1, True)
+    with pytest.raises(PolicyError) as refused:
+        check_shapes(base, shape, plan(padded_to=2**12), config, 1, True)
+    assert refused.value.code == "above_limit"
+    assert "max_adapter_mib" in refused.value.message
 
 
 def test_processes_count_for_the_rows_of_a_step_and_have_a_limit_of_their_own():

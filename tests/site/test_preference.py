@@ -20,7 +20,7 @@ from nvflare_fm.site.model.base_model import BaseModel
 from nvflare_fm.site.offer.site_config import ModelSource
 from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.tasks import BadRow, registry
-from nvflare_fm.site.tasks.preference import alone
+from nvflare_fm.site.tasks.preference import without_adapter
 from nvflare_fm.site.training import logits
 from nvflare_fm.site.worker import Worker
 from tests.codes import refused
@@ -188,7 +188,7 @@ def test_the_reference_is_the_base_model_alone_and_leaves_no_trace(llama: Path, 
         before, changed = state(), model.eval()(input_ids=IDS).logits
         model.train()
         for _ in range(2):
-            with torch.no_grad(), alone(base.model):
+            with torch.no_grad(), without_adapter(base.model):
                 assert torch.equal(base.model(input_ids=IDS).logits, bare)
                 assert not any(module.training for module in base.model.modules())
             assert state() == before

@@ -115,7 +115,7 @@ def test_a_checkup_with_the_default_task_on_an_encoder_says_what_to_do(bert: Pat
     site.write_text(f"models: {{base: {{path: {bert}}}}}\ndata: {{notes: {{train: {file}}}}}\n")
     found = [finding for finding in checkup(site, tiny.plan(quantization="nf4")) if finding.what.startswith("data")]
     assert [finding.good for finding in found] == [False], found
-    assert "classification" in found[0].said
+    assert "classification" in found[0].text
 
 
 MORE = {

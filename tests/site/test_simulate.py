@@ -19,7 +19,7 @@ from nvflare_fm.config import Aggregation, SiteOverrides, TaskPlan
 from nvflare_fm.errors import ConfigError, PolicyError, WireError
 from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.settle import settle
-from nvflare_fm.simulate import alone, federate
+from nvflare_fm.simulate import federate, train_alone
 from nvflare_fm.site.model.own_adapter import OwnAdapter
 from nvflare_fm.site.training.class_shift import class_shift
 from nvflare_fm.site.worker import Worker
@@ -72,7 +72,7 @@ def test_one_round_by_one_site_is_that_site_alone(llama: Path, tmp_path: Path) -
     plan = tiny.plan()
     worker = tiny.worker(tmp_path, llama, "causal_lm")
     (only,) = federate({"site-1": worker}, plan, Aggregation(), 1)
-    adapter, _, report = alone(worker, settle(plan, Aggregation()).plan, 1)
+    adapter, _, report = train_alone(worker, settle(plan, Aggregation()).plan, 1)
     assert report.after == only.reports["site-1"].after
     for layer, pair in only.combined.adapter.lora.items():
         torch.testing.assert_close(pair.delta(), adapter.lora[layer].delta(), atol=1e-6, rtol=1e-4)
@@ -85,7 +85,7 @@ def test_a_slow_sites_work_counts_in_the_round_in_which_it_comes(llama: Path, tm
     rounds = list(federate(workers, plan, how, 5, takes=takes))
     assert [[u.staleness for u in r.updates] for r in rounds] == [[0], [0], [0, 1], [0], [0, 1]]
     late = rounds[2].updates[1]
-    assert late.began is rounds[0].combined.adapter
+    assert late.start is rounds[0].combined.adapter
     assert rounds[2].combined.weights["site-1"] == pytest.approx(2**-0.5 / (1 + 2**-0.5))
     dropped = federate(workers, plan, Aggregation(), 3, takes=takes)
     assert [list(r.reports) for r in dropped] == [["site-0"]] * 3

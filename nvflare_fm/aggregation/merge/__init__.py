@@ -25,6 +25,8 @@ class MergeRule:
             the site's rank (tail), or all of it (the site trains a fresh pair).
         factors: the factors that the sites train, round after round in turn.
         shares: the factors that a site sends; the other stays there, and each site has an adapter of its own.
+        linear_sum: B is averaged beside an A that stays at the seed's values, so that the server can add what it cannot
+            read.
     """
 
     merge: Merge
@@ -34,6 +36,14 @@ class MergeRule:
     rest: Rest = "none"
     factors: tuple[Factors, ...] = ("AB",)
     shares: Factors = "AB"
+    linear_sum: bool = False
+
+    def encrypted(self) -> "MergeRule":
+        """The rule where the server adds unread: A is nested by rank, so B of any site has the columns of all.
+
+        What a site does not train it sends as it received it, so the sum is the global adapter plus what changed.
+        """
+        return replace(self, exact=True, mixed_ranks=True, rest="tail")
 
     @property
     def delta(self) -> bool:
@@ -63,6 +73,7 @@ def rule(
     rest: Rest = "none",
     factors: tuple[Factors, ...] = ("AB",),
     shares: Factors = "AB",
+    linear_sum: bool = False,
 ) -> Callable[[Merge], Merge]:
     """Register the decorated function as the merge rule `name`, with its promises.
 
@@ -77,10 +88,11 @@ def rule(
         rest: see `MergeRule`.
         factors: see `MergeRule`.
         shares: see `MergeRule`.
+        linear_sum: see `MergeRule`.
     """
 
     def register(merge: Merge) -> Merge:
-        registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares))
+        registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares, linear_sum))
         return merge
 
     return register

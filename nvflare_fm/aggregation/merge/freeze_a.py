@@ -9,7 +9,7 @@ from . import rule
 from .factor_mean import factor_mean
 
 
-@rule("freeze_a", exact=False, mixed_ranks=False, canonical=False, factors=("B",))
+@rule("freeze_a", exact=False, mixed_ranks=False, canonical=False, factors=("B",), linear_sum=True)
 def freeze_a(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float]) -> LoraPair:
     """(Σ wₖBₖ) A, with the frozen A whatever a site sends: the global adapter's, in the first round the seed's, which
     most sites hold: entry by entry the middle of what they sent.

@@ -13,10 +13,10 @@ def examples(cohort: Cohort) -> list[float]:
     Raises:
         ConfigError: a site did not say how many it has.
     """
-    return counted(cohort)
+    return example_counts(cohort)
 
 
-def counted(cohort: Cohort) -> list[float]:
+def example_counts(cohort: Cohort) -> list[float]:
     """The training examples of each site.
 
     Raises:

@@ -8,7 +8,7 @@ from ...errors import ConfigError
 from ..asked import Needs
 from ..cohort import Cohort
 from . import registry
-from .examples import counted
+from .examples import example_counts
 
 
 @registry.register("skew", Needs(counts=("examples",), labels=("skew",)))
@@ -24,7 +24,7 @@ def skew(
     Raises:
         ConfigError: a site did not say its distance, or how many examples it has.
     """
-    counts = counted(cohort)
+    counts = example_counts(cohort)
     factors = []
     for update, count in zip(cohort.updates, counts, strict=True):
         if update.report.label_skew is None:

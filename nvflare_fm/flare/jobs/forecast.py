@@ -1,14 +1,19 @@
 """The cost of a job at each of its sites, from its folder and what is known of the base model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import transforms
+from ...config import MANY
 from ...errors import ConfigError
 from ...job.cost import AdapterShape, BaseShape, Cost, activation_bytes, cost, measuring_bytes, remarks
 from .job import ALL, Job, read_job
+
+if TYPE_CHECKING:
+    from ...privacy.forecast import Noise
 
 EVERY = "every site"
 
@@ -21,6 +26,7 @@ class Forecast:
     rounds: int
     costs: list[Cost]
     notes: list[str]
+    noise: "list[Noise]" = field(default_factory=list)  # of the sites whose number of records is known
 
     @property
     def title(self) -> str:
@@ -28,7 +34,8 @@ class Forecast:
 
     def plain(self) -> dict[str, Any]:
         sites = [{**asdict(each), "memory_bytes": each.memory_bytes} for each in self.costs]
-        return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes}
+        noise = {"noise": [asdict(each) for each in self.noise]} if self.noise else {}
+        return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes, **noise}
 
 
 def forecast(
@@ -37,6 +44,7 @@ def forecast(
     rates: Mapping[str, float],
     measure: bool,
     memory: Mapping[str, float] | None = None,
+    records: Mapping[str, float] | None = None,
 ) -> Forecast:
     """Tell what a job costs each of its sites.
 
@@ -46,20 +54,25 @@ def forecast(
         rates: site → seconds a step; "": every other site.
         measure: take the missing rates by training a few steps here.
         memory: site → GiB it has for training, for the rank that fits; "": every other site.
+        records: site → records it trains on, for the noise of differential privacy; "": every other site.
 
     Raises:
         FmError: the job cannot work, or the model does not suit it.
     """
     job = read_job(folder)
-    for option, given in (("--seconds-per-step", rates), ("--memory", memory or {})):
+    by_site = {"--seconds-per-step": rates, "--memory": memory or {}, "--records": records or {}}
+    for option, given in by_site.items():
         if unknown := sorted(set(given) - {""} - set(job.sites)):
             raise ConfigError(f"{option} names {unknown[0]!r}, the job has {sorted(job.sites)}", code="unknown_site")
     if memory and model is None:
         raise ConfigError("--memory needs the base model's layers: say where it is with --model", code="no_model")
     if measure and model is None:
         raise ConfigError("--measure trains the base model: say where it is with --model", code="no_model")
+    noise = _noise(job, model, records or {})
     costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
-    return Forecast(job.name, len(job.rounds), costs, _notes(job, costs, model, measure))
+    return Forecast(
+        job.name, len(job.rounds), costs, [*_notes(job, costs, model, measure), *_of_noise(job, noise)], noise
+    )
 
 
 def _cost(
@@ -88,10 +101,52 @@ def _cost(
     )
 
 
+def _noise(job: Job, model: Path | None, records: Mapping[str, float]) -> "list[Noise]":
+    """The noise of each site whose number of records is given, where the job asks for privacy.
+
+    Raises:
+        ConfigError: the job does not, or the number is not whole.
+    """
+    if not records:
+        return []
+    if not (job.plan.privacy.asked and job.rounds):
+        raise ConfigError("--records is for jobs that set privacy and train; leave it out", code="no_privacy")
+    from ...privacy.forecast import noise
+
+    found = []
+    for site in sorted(job.sites):
+        given = records.get(site, records.get(""))
+        if given is None:
+            continue
+        if given != int(given) or given > MANY:
+            raise ConfigError(f"--records takes whole numbers up to {MANY}", code="no_number")
+        plan, (_, adapter) = job.sites[site].overrides.applied(job.plan), _shapes(job, site, model)
+        numbers = adapter.trained(plan.rank, plan.factors) if adapter else None
+        name, processes = EVERY if site == ALL else site, job.sites[site].processes
+        found.append(noise(name, plan, int(given), job.rounds.stop, processes, numbers))
+    return found
+
+
+def _of_noise(job: Job, noise: "list[Noise]") -> list[str]:
+    if not (job.plan.privacy.asked and job.rounds):
+        return []
+    if not noise:
+        return ["to see the noise of differential privacy, add --records N, or SITE=N: the records a site trains on"]
+    notes = [
+        "noise : clip is the length of a step's noise over the longest that a step's mean gradient can be; larger "
+        "batches, fewer steps, a lower rank and more records lower it",
+    ]
+    if any(each.ratio is None for each in noise):
+        notes.append("noise : clip is not known without the base model's layers: add --model FOLDER")
+    return notes
+
+
 def _starts_at(job: Job) -> int:
     """Bytes of the adapter that the job brings, as it goes to each site; to be measured only, it travels as it is."""
     chain = transforms.read(job.plan.downlink if job.rounds else (), "downlink")
     found = job.adapter.descriptions() if job.adapter else {}
+    if job.adapter and job.adapter.sealed:
+        return job.adapter.bytes_sent()
     return sum(chain.encoded(name, tensor).bytes for name, tensor in found.items())
 
 
@@ -102,7 +157,8 @@ def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, 
         return shapes(model, job.sites[site].overrides.applied(job.plan))
     if job.adapter:
         sizes = {layer: job.adapter.lora[layer].shape for layer in job.adapter.lora}
-        return None, AdapterShape(sizes, tuple(tensor.numel() for tensor in job.adapter.dense.values()))
+        found = job.adapter.descriptions()
+        return None, AdapterShape(sizes, tuple(prod(found[name].shape) for name in job.adapter.dense))
     return None, None
 
 

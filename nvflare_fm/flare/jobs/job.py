@@ -14,17 +14,17 @@ from ...adapter import Adapter, Manifest
 from ...aggregation.admit import Terms
 from ...config import SiteOverrides, TaskPlan
 from ...errors import ConfigError
-from ...export import folder as export
 from ...job import job_files
 from ...job.feasible import check_plan, check_sites
 from ...job.peft import read
 from ...job.settle import CHECKED, SettledPlan
 from .. import components
 from ..controller import FedPEFT
-from ..deployment import check_folder, head
+from ..deployment import check_folder, first_bytes
 from ..executor import PeftExecutor
 from ..locator import AdapterLocator
 from ..persistor import AdapterPersistor
+from ..sealed import read_any
 
 T = TypeVar("T")
 ALL = "@ALL"  # NVFlare's word in a deploy_map
@@ -55,7 +55,7 @@ def read_job(folder: Path) -> Job:
     name = str(meta.get("name", folder.name))
     server, home = _server(folder, list(apps))
     persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
-    saved = export.read_adapter(home / persistor.initial_adapter) if persistor.initial_adapter else None
+    saved = read_any(home / persistor.initial_adapter) if persistor.initial_adapter else None
     adapter, trained_by = (saved.adapter, saved.plan) if saved else (None, None)
     needed = _min_sites(meta)
     check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
@@ -162,7 +162,7 @@ def _file(folder: Path, stem: str) -> tuple[Path, dict[str, Any]] | None:
     there = [file for file in (folder / f"{stem}{ending}" for ending in job_files.FORMATS) if file.exists()]
     if len(there) > 1:
         raise ConfigError(f"the job has {stem} in two formats; keep one", str(folder), code="ambiguous_file")
-    return (there[0], job_files.read_config(there[0].name, head(there[0]))) if there else None
+    return (there[0], job_files.parse_config(there[0].name, first_bytes(there[0]))) if there else None
 
 
 def _entries(config: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:

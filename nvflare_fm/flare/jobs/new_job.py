@@ -1,4 +1,4 @@
-"""A job folder made from a template: knobs set, sites named, the adapter it starts from copied in, and all of it tried.
+"""A job folder made from a template: settings given, sites named, the adapter it starts from copied in, all tried.
 
 What a server would refuse while it loads the job is refused here, and nothing is left behind.
 """
@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ...export import folder as export
 from ...job.settle import CHECKED
 from ...job.templates import ADAPTER, SITES, Template
+from ..sealed import files_of
 from .job import Job, read_job
 
 _KEPT = ("model", "data", "quantization", "double_quant", "compute_dtype", "max_length")  # of the plan
@@ -25,11 +26,11 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
 
     Args:
         folder: must not exist yet. Its name is the job's, where the settings give none.
-        settings: values for the template's knobs; `adapter`: the folder of the adapter to start from; `sites.NAME.KEY`:
-            what a site does differently. Where any site is named, these are the sites of the job.
+        settings: values for the template's settings; `adapter`: the folder of the adapter to start from;
+            `sites.NAME.KEY`: what a site does differently. Where any site is named, these are the sites of the job.
 
     Raises:
-        ConfigError: an unknown knob, a value that is refused, or a folder that exists already.
+        ConfigError: an unknown setting, a value that is refused, or a folder that exists already.
         ModelError: the adapter cannot be read.
     """
     own = {"name": folder.name, **settings}
@@ -48,9 +49,9 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
 def _of_sites(template: Template) -> dict[str, dict[str, Any]]:
     """What the server must know of what the sites' own apps ask of them."""
     found: dict[str, dict[str, Any]] = {}
-    for knob in template.knobs():
-        if knob.is_set and knob.path[0] == SITES and knob.path[-1] in CHECKED:
-            found.setdefault(knob.path[1], {})[knob.path[-1]] = json.loads(knob.value)
+    for setting in template.settings():
+        if setting.is_set and setting.path[0] == SITES and setting.path[-1] in CHECKED:
+            found.setdefault(setting.path[1], {})[setting.path[-1]] = json.loads(setting.value)
     return found
 
 
@@ -60,7 +61,7 @@ def _as_trained(adapter: Path, template: Template) -> dict[str, Any]:
     """
     saved = export.read_adapter(adapter)
     plan = saved.plan
-    if plan is None or not any(knob.path[0] == "plan" for knob in template.knobs()):
+    if plan is None or not any(setting.path[0] == "plan" for setting in template.settings()):
         return {}
     if saved.manifest.peft != "lora":
         raise ConfigError(
@@ -122,5 +123,5 @@ def making(folder: Path) -> Iterator[Path]:
 def bring(adapter: Path, folder: Path) -> None:
     """Copy the files of a saved adapter, and no others, into a new folder of a job."""
     folder.mkdir()
-    for name in export.files_of(adapter):
+    for name in files_of(adapter):
         shutil.copyfile(adapter / name, folder / name)

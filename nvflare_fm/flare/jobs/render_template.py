@@ -224,7 +224,7 @@ def _rounds(
     RoundPlan.read(plan, f"{name}: plan")
     Aggregation.read(aggregation, f"{name}: aggregation")
     RoundSettings.read(rounds, f"{name}: controller")
-    overrides = {site: SiteOverrides.read(_own(said), f"{name}: {site}") for site, said in sites.items()}
+    overrides = {site: SiteOverrides.read(_own(settings), f"{name}: {site}") for site, settings in sites.items()}
     rounds |= {"min_responses": min_sites, "sites": held_to(overrides)}
     workflow = _filled(
         _ROUNDS,
@@ -257,20 +257,20 @@ def _measuring(name: str, measurement: Mapping[str, Any]) -> dict[str, Sequence[
     }
 
 
-def _client(site: str, said: Mapping[str, Any], tasks: Sequence[str]) -> str:
-    why = f": {said['about']}" if "about" in said else ""
+def _client(site: str, settings: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    why = f": {settings['about']}" if "about" in settings else ""
     idle = () if TASKS[0] in tasks else SiteOverrides.model_fields.keys() - RoundPlan.model_fields.keys()
     text = _filled(
         _CLIENT,
         about=[f"# What {site} runs{why}."],
         executor=_arguments("nvflare_fm.flare.executor.PeftExecutor", {}, {"settings"}),
-        overrides=_settings(SiteOverrides, _own(said), idle),  # what does not train knows neither rank nor steps
+        overrides=_settings(SiteOverrides, _own(settings), idle),  # what does not train knows neither rank nor steps
     )
     return text.replace("<tasks>", _value(tasks))
 
 
-def _own(said: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in said.items() if name != "about"}
+def _own(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "about"}
 
 
 def _deploy_map(sites: Collection[str]) -> list[str]:
@@ -300,17 +300,17 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], without: Collect
         elif name == "peft":
             blocks += _block(name, _peft(given.get(name, field.get_default(call_default_factory=True))))
         else:
-            lines.append(_knob(name, field, given))
+            lines.append(_setting(name, field, given))
     return [*_aligned(lines), *blocks]
 
 
 def _peft(given: Mapping[str, Any]) -> list[str]:
     method = _line("method", given["method"], "PEFT method; docs/reference/settings.md lists them and their settings")
     fields = peft_methods.registry[given["method"]].model_fields
-    return _aligned([method, *(_knob(name, inner, given) for name, inner in fields.items())])
+    return _aligned([method, *(_setting(name, inner, given) for name, inner in fields.items())])
 
 
-def _knob(name: str, field: FieldInfo, given: Mapping[str, Any]) -> tuple[str, str]:
+def _setting(name: str, field: FieldInfo, given: Mapping[str, Any]) -> tuple[str, str]:
     """The line of a setting. One that is unset, and has an example, shows the example behind a `# `."""
     if name not in given and field.examples:
         text, meaning = _line(name, field.examples[0], summary(field))

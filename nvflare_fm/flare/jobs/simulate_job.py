@@ -18,7 +18,7 @@ OWN_ROWS = Privacy(
 )  # they are all the user's, on the user's machine: nothing has to be kept from anyone
 
 
-def prepare(
+def prepare_simulation(
     folder: Path, model: Path, data: Mapping[str, Path], validation: Mapping[str, Path], workspace: Path
 ) -> tuple[Job, Simulation]:
     """Write what each site offers, ready to run the job.

@@ -38,16 +38,16 @@ def install(local: Path, is_site: bool) -> Path:
             str(local),
             code="job_check_taken",
         )
-    return allow_list.write(local / FILE, _said(is_site))
+    return allow_list.write(local / FILE, _entry(is_site))
 
 
 def installed(local: Path, is_site: bool) -> bool:
     """Whether the kit with this `local` folder checks job files before NVFlare parses them."""
     try:
-        return bool(json.loads((local / FILE).read_text()) == _said(is_site))
+        return bool(json.loads((local / FILE).read_text()) == _entry(is_site))
     except (OSError, ValueError):
         return False
 
 
-def _said(is_site: bool) -> dict[str, Any]:
+def _entry(is_site: bool) -> dict[str, Any]:
     return _AT_SITE if is_site else _AT_SERVER

@@ -36,8 +36,8 @@ def checkup(file: Path, plan: TaskPlan) -> Iterator[Finding]:
     remedy = f"; name submitters, orgs or both under welcome in {FILE_NAME}" if site.welcome.nobody else ""
     yield Finding("welcome", not site.welcome.nobody, f"{site.welcome}{remedy}")
     if find_spec("kernels"):
-        said = "with it, bitsandbytes fetches code from the hub on some CPUs; pip uninstall kernels"
-        yield Finding("package kernels", False, said)
+        text = "with it, bitsandbytes fetches code from the hub on some CPUs; pip uninstall kernels"
+        yield Finding("package kernels", False, text)
         return
     for alias in site.models:
         yield _tried(f"model {alias}", partial(_hashed, site, alias))
@@ -49,14 +49,14 @@ def checkup(file: Path, plan: TaskPlan) -> Iterator[Finding]:
 
 def _tried(what: str, trial: Callable[[], Finding | str]) -> Finding:
     try:
-        said = trial()
+        text = trial()
     except FmError as error:
         return Finding(what, False, str(error))
     except Exception as error:  # a library's own: the line that raised it is what a report of the defect needs
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} at {at.filename}, line {at.lineno}: {error}"
         return Finding(what, False, f"a defect of nvflare_fm or of a library it uses; please report it: {where}")
-    return said if isinstance(said, Finding) else Finding(what, True, said)
+    return text if isinstance(text, Finding) else Finding(what, True, text)
 
 
 def _hashed(site: SiteConfig, alias: str) -> Finding | str:
@@ -68,8 +68,8 @@ def _hashed(site: SiteConfig, alias: str) -> Finding | str:
     if source.fingerprint == found:
         return f"holds the weights that {FILE_NAME} pins"
     if source.fingerprint:
-        said = f"its fingerprint is {found}, {FILE_NAME} pins {source.fingerprint}; restore the weights or mend the pin"
-        return Finding(f"model {alias}", False, said)
+        text = f"its fingerprint is {found}, {FILE_NAME} pins {source.fingerprint}; restore the weights or mend the pin"
+        return Finding(f"model {alias}", False, text)
     return Finding(f"model {alias}", not site.limits.pinned_only, f"not pinned; to pin it, add fingerprint: {found}")
 
 
@@ -95,7 +95,7 @@ def _trained(site: SiteConfig, plan: TaskPlan) -> str:
     base, _ = shapes(locate(site.model(plan.model)), plan)
     taken = [f"{rows.cut} (max_length = {plan.max_length} tokens)"] if rows.cut.rows else []
     told = "".join(
-        f"; {said}" for said in [f"read as {reading}", *taken, *rows.remarks[:_REMARKS], *remarks(base, plan)]
+        f"; {text}" for text in [f"read as {reading}", *taken, *rows.remarks[:_REMARKS], *remarks(base, plan)]
     )
     few = "" if report.after else "; no metric would leave: the rows to measure on are fewer than min_metric_rows"
     return (

@@ -9,4 +9,4 @@ class Finding:
 
     what: str
     good: bool
-    said: str
+    text: str

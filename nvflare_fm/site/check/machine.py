@@ -31,7 +31,7 @@ def machine(kit: Path) -> Iterator[Finding]:
 
 def versions() -> Finding:
     """Of Python and the packages that decide what a job does here, held against what this package asks for."""
-    wrong = [said for need in _needs() if (said := _unmet(need))]
+    wrong = [text for need in _needs() if (text := _unmet(need))]
     if wrong:
         return Finding("versions", False, f'{"; ".join(wrong)}: run pip install "nvflare_fm[site]=={__version__}"')
     shown = [f"{name} {found}" for name in SHOWN if (found := _installed(name))]
@@ -46,8 +46,8 @@ def device() -> Finding:
         names = ", ".join(f"{each.name} with {each.total_memory / 2**30:.0f} GiB" for each in found)
         return Finding("device", True, f"{names}; driver {driver or 'unknown'}, CUDA {torch.version.cuda}")
     if driver:
-        said = f"NVIDIA driver {driver} is here, and torch {torch.__version__} cannot use it: install a torch for CUDA"
-        return Finding("device", False, f"{said}, or update the driver, if the site is to train on its GPU")
+        text = f"NVIDIA driver {driver} is here, and torch {torch.__version__} cannot use it: install a torch for CUDA"
+        return Finding("device", False, f"{text}, or update the driver, if the site is to train on its GPU")
     return Finding("device", True, f"no GPU; the CPU with {torch.get_num_threads()} threads")
 
 
@@ -61,10 +61,10 @@ def disk(kit: Path) -> Finding:
 
 def _needs() -> list[Requirement]:
     try:
-        said = metadata.requires("nvflare_fm") or []
+        text = metadata.requires("nvflare_fm") or []
     except metadata.PackageNotFoundError:  # a checkout on the path, not installed
         return []
-    needs = [Requirement(line) for line in said]
+    needs = [Requirement(line) for line in text]
     return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": "site"})]
 
 

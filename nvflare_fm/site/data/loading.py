@@ -10,16 +10,16 @@ import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ...config import RoundPlan
+from ...config import ROW, RoundPlan
 from ...errors import DataError
 from ..offer.site_config import DataSource, held_in
 from ..tasks import BadRow, Cut, Task, counted
@@ -28,6 +28,8 @@ from .rows import ROWS_LIMIT, how_to_read, rows
 
 log = logging.getLogger(__name__)
 Examples = tuple[dict[str, Any], ...]  # of one row
+Written = Mapping[str, Any]  # a row under the names that its task reads
+T = TypeVar("T")
 _SHOWN = 5
 _HELD_OUT = 0.1
 _FEW_CUT = 0.05
@@ -40,6 +42,7 @@ class SiteData:
     Args:
         train_rows: for each example in `train`, the number of its row.
         validation_rows: likewise.
+        train_units: for each example in `train`, the number of the record that the plan's privacy protects.
         cut: what is not learned because texts are too long. It stays at the site, as do the remarks.
         remarks: what was taken otherwise than written, with how many rows it was, most rows first.
     """
@@ -48,6 +51,7 @@ class SiteData:
     validation: Dataset
     train_rows: tuple[int, ...]
     validation_rows: tuple[int, ...]
+    train_units: tuple[int, ...]
     bad_rows: int
     cut: Cut = field(default_factory=Cut)
     remarks: tuple[str, ...] = ()
@@ -57,7 +61,15 @@ class SiteData:
         """What tells the rows behind the examples to train on apart, and those behind the examples to measure on: the
         same for the examples of one row, and for rows of the same tokens and labels.
         """
-        return _contents(self.train, self.train_rows), _contents(self.validation, self.validation_rows)
+        return contents_of(self.train, self.train_rows), contents_of(self.validation, self.validation_rows)
+
+    @cached_property
+    def different(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+        """The rows to train on and those to measure on, each by its content: places of its examples, of rows that are
+        alike those of the first.
+        """
+        train, validation = self.contents
+        return _places(train, self.train_rows), _places(validation, self.validation_rows)
 
     def measured(self, asked: int, least: int) -> int:
         """How many examples for validation are measured: all of as many rows as `measured` says."""
@@ -82,36 +94,72 @@ def load(
     train = _read(source, source.train, "train", plan, task, tokenizer, vocabulary)
     if source.validation:
         validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary)
-        return _site_data(train.good, validation.good, [train, validation])
-    if len(train.good) < 2:
+        return _site_data(train.good, validation.good, train.units, [train, validation])
+    kept, held = _held_out([*zip(train.good, train.units, strict=True)], plan)
+    return _site_data([good for good, _ in kept], [good for good, _ in held], [unit for _, unit in kept], [train])
+
+
+def as_written(
+    source: DataSource, plan: RoundPlan, task: Task, tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None
+) -> tuple[list[Written], list[Written]]:
+    """Reads the rows of which `load` makes what is trained on and what is measured on, before they are tokenized.
+
+    Returns:
+        Both, under the names of columns and labels that the task reads.
+    Raises:
+        DataError: as `load`.
+    """
+    train = _read(source, source.train, "train", plan, task, tokenizer, vocabulary, keeps=True)
+    if not source.validation:
+        return _held_out(train.written, plan)
+    validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary, keeps=True)
+    return train.written, validation.written
+
+
+def _held_out(rows: list[T], plan: RoundPlan) -> tuple[list[T], list[T]]:
+    """The rows without a tenth of them, and that tenth."""
+    if len(rows) < 2:
         raise DataError(
             f"data {plan.data!r} has no row to hold out and no validation file; add rows or name a validation file",
             code="no_validation_rows",
         )
-    held = set(random.Random(0).sample(range(len(train.good)), max(1, round(_HELD_OUT * len(train.good)))))
-    kept = [row for i, row in enumerate(train.good) if i not in held]
-    return _site_data(kept, [row for i, row in enumerate(train.good) if i in held], [train])
+    held = set(random.Random(0).sample(range(len(rows)), max(1, round(_HELD_OUT * len(rows)))))
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
 
 
-def _site_data(train: list[Examples], validation: list[Examples], files: list["_File"]) -> SiteData:
+def _site_data(
+    train: list[Examples], validation: list[Examples], units: list[Hashable], files: list["_File"]
+) -> SiteData:
+    numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     remarks = sum((file.remarks for file in files), Counter[str]())
     return SiteData(
         Dataset.from_list([example for row in train for example in row]),
         Dataset.from_list([example for row in validation for example in row]),
         tuple(number for number, row in enumerate(train) for _ in row),
         tuple(number for number, row in enumerate(validation) for _ in row),
+        tuple(numbers[unit] for unit, row in zip(units, train, strict=True) for _ in row),
         sum(file.bad.count for file in files),
         sum((file.cut for file in files), Cut()),
         tuple(f"{counted(count, 'row', 'rows')}: {remark}" for remark, count in remarks.most_common()),
     )
 
 
-def _contents(examples: Dataset, rows: Sequence[int]) -> tuple[str, ...]:
+def contents_of(examples: Dataset, rows: Sequence[int]) -> tuple[str, ...]:
+    """What tells the rows behind some examples apart, by example: see `SiteData.contents`."""
     digests = {row: hashlib.blake2b(digest_size=16) for row in rows}
     for row, *example in zip(rows, examples["input_ids"][:], examples["labels"][:], strict=True):
         digests[row].update(repr(example).encode())
     told = {row: digest.hexdigest() for row, digest in digests.items()}
     return tuple(told[row] for row in rows)
+
+
+def _places(contents: Sequence[str], rows: Sequence[int]) -> dict[str, list[int]]:
+    first: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
+    for place, (content, row) in enumerate(zip(contents, rows, strict=True)):
+        if first.setdefault(content, row) == row:
+            places.setdefault(content, []).append(place)
+    return places
 
 
 def measured(count: int, asked: int, least: int) -> int:
@@ -132,6 +180,7 @@ def _read(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int | None,
+    keeps: bool = False,
 ) -> "_File":
     found, where = _File(), f"data {plan.data!r} ({split})"
     reading = how_to_read(held_in(Path(file), source.folder), source, split)
@@ -142,10 +191,14 @@ def _read(
             if isinstance(row, BadRow):
                 raise row
             found.columns.add(row)
-            encoded = task.encode(mapped(row, source), tokenizer, plan)
+            named = mapped(row, source)
+            unit = _unit(named, plan) if split == "train" else None
+            encoded = task.encode(named, tokenizer, plan)
             if vocabulary is not None and max(max(each["input_ids"]) for each in encoded.examples) >= vocabulary:
                 raise BadRow("it has a token that the base model has no row for", code="token_without_row")
             found.good.append(encoded.examples)
+            found.units.append(len(found.units) if unit is None else unit)
+            found.written += [named] if keeps else []
             found.cut += encoded.cut
             found.remarks.update(encoded.remarks)
             examples += len(encoded.examples)
@@ -160,6 +213,25 @@ def _read(
             raise DataError(f"{where} has more than {ROWS_LIMIT} answers; offer fewer rows", code="too_many_examples")
     _report(where, found, source, plan, task)
     return found
+
+
+def _unit(row: Mapping[str, Any], plan: RoundPlan) -> str | None:
+    """Whose row it is, where the plan protects more than a row; it stays in this process, and is no part of a text.
+
+    Raises:
+        BadRow: the row does not say so.
+    """
+    unit = plan.privacy.unit
+    if not plan.privacy.asked or unit == ROW:
+        return None
+    value = row.get(unit)
+    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+        raise BadRow(
+            f"{unit!r}, the plan's privacy.unit, is missing or neither a text nor a whole number; the site file says "
+            "under columns which column of the file it is",
+            code="no_unit",
+        )
+    return str(value).strip()
 
 
 @dataclass
@@ -187,6 +259,8 @@ class _File:
     """What is read of a file."""
 
     good: list[Examples] = field(default_factory=list)
+    units: list[Hashable] = field(default_factory=list)  # of each good row, what tells whose it is
+    written: list[Written] = field(default_factory=list)  # the same rows as they are read, where they are asked for
     bad: _BadRows = field(default_factory=_BadRows)
     cut: Cut = field(default_factory=Cut)
     remarks: Counter[str] = field(default_factory=Counter)

@@ -79,7 +79,7 @@ class BaseModel:
                 for trace in ("peft_config", "_hf_peft_config_loaded", "_require_grads_hook", "_require_grads_hooks"):
                     self.model.__dict__.pop(trace, None)
                 if self.model.supports_gradient_checkpointing:
-                    self.model.activation_checkpointing_disable()
+                    self.model.gradient_checkpointing_disable()  # its name since transformers 5.0, and until 6
                 self.model.requires_grad_(False).eval()
 
 
@@ -98,21 +98,21 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def compute_dtype(asked: str, quantization: str, width: int) -> torch.dtype:
+def compute_dtype(requested: str, quantization: str, width: int) -> torch.dtype:
     """The type matrix products are computed in.
 
     Args:
-        asked: as in the plan; auto: the type of the weights where they are not quantized, else what is fast here.
+        requested: as in the plan; auto: the type of the weights where they are not quantized, else what is fast here.
         width: the model's hidden size.
 
     Raises:
         ConfigError: fp16 on a CPU, where there is no gradient scaling.
     """
-    if asked == "auto":
-        asked = quantization if quantization in DTYPES else _natural(width)
-    if asked == "fp16" and device().type == "cpu":
+    if requested == "auto":
+        requested = quantization if quantization in DTYPES else _natural(width)
+    if requested == "fp16" and device().type == "cpu":
         raise ConfigError("fp16 needs a GPU; ask for bf16 or fp32 on this site", code="needs_gpu")
-    return DTYPES[asked]
+    return DTYPES[requested]
 
 
 def _natural(width: int) -> str:
@@ -131,22 +131,22 @@ _loaded: dict[tuple[Any, ...], BaseModel] = {}
 _loading = threading.Lock()
 
 
-def load(source: ModelSource, plan: RoundPlan, task: Task, kept: tuple[str, ...] = ()) -> BaseModel:
+def load(source: ModelSource, plan: RoundPlan, task: Task, trained_whole: tuple[str, ...] = ()) -> BaseModel:
     """The base model a plan asks for, from memory where this process holds it already.
 
     Args:
-        kept: modules that PEFT trains whole and that must stay out of quantization.
+        trained_whole: modules that PEFT trains whole and that must stay out of quantization.
 
     Raises:
         ModelError: no weights, unsafe weights, or not the weights that were pinned.
     """
-    key = (source, plan.quantization, plan.double_quant, plan.compute_dtype, plan.task, plan.labels, kept)
+    key = (source, plan.quantization, plan.double_quant, plan.compute_dtype, plan.task, plan.labels, trained_whole)
     with _loading:
         if key not in _loaded:
             folder = locate(source)
             identity = fingerprint(folder)
             _check_pins(identity, source, plan)  # before memory is taken
-            _loaded[key] = _load(folder, identity, plan, task, kept)
+            _loaded[key] = _load(folder, identity, plan, task, trained_whole)
         base = _loaded[key]
     _check_pins(base.fingerprint, source, plan)
     return base
@@ -209,7 +209,7 @@ def _fetch(source: ModelSource) -> Path:
         ) from None
 
 
-def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[str, ...]) -> BaseModel:
+def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, trained_whole: tuple[str, ...]) -> BaseModel:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         width = getattr(config.get_text_config(), "hidden_size", 0)
@@ -218,7 +218,7 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
         for name, value in task.model_config(plan).items():
             setattr(config, name, value)
         config.pad_token_id, config.use_cache = tokenizer.pad_token_id, False
-        model, fresh, heads = _load_weights(folder, config, plan, task, dtype, kept)
+        model, fresh, heads = _load_weights(folder, config, plan, task, dtype, trained_whole)
     except (OSError, ValueError, KeyError, ImportError, AssertionError) as error:
         if ran_out(error):
             raise
@@ -245,14 +245,14 @@ def _load(folder: Path, identity: str, plan: RoundPlan, task: Task, kept: tuple[
 
 
 def _load_weights(
-    folder: Path, config: Any, plan: RoundPlan, task: Task, dtype: torch.dtype, kept: tuple[str, ...]
+    folder: Path, config: Any, plan: RoundPlan, task: Task, dtype: torch.dtype, trained_whole: tuple[str, ...]
 ) -> tuple[PreTrainedModel, set[str], tuple[str, ...]]:
     model_class = task.model_class(folder)
     check_head(model_class, config, plan.task)
     with torch.device("meta"):
         bare = model_class.from_config(config, trust_remote_code=False)
     on_top = parts_on_top(bare)
-    skipped = {*on_top, *(name for name, _ in bare.named_modules() if _ends(name, kept))}
+    skipped = {*on_top, *(name for name, _ in bare.named_modules() if _ends(name, trained_whole))}
     while True:
         model, info = model_class.from_pretrained(
             folder,

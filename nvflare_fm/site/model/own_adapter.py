@@ -7,7 +7,7 @@ from ...at_rest import standing
 from ...export.folder import Saved, read_adapter, write_adapter
 from ..training.distributed import processes
 
-FOLDER = "own_adapter"
+FOLDER, GLOBAL = "own_adapter", "global_adapter"  # the latter where only the sites can read it
 
 
 class OwnAdapter:
@@ -15,10 +15,11 @@ class OwnAdapter:
 
     Args:
         folder: of the job at this site; nothing: in memory alone, so that a new trainer starts afresh.
+        name: of the folder in it.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder / FOLDER if folder else None
+    def __init__(self, folder: Path | None = None, name: str = FOLDER) -> None:
+        self.folder = folder / name if folder else None
         self._adapter: Adapter | None = None
 
     def read(self) -> Adapter | None:

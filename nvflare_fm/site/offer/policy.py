@@ -49,7 +49,7 @@ class Bound:
 
     setting: str  # as a job writes it
     limit: str  # the field of `Limits`
-    asked: Callable[[TaskPlan, int], int]  # of a plan that this many processes carry out
+    requested: Callable[[TaskPlan, int], int]  # of a plan that this many processes carry out
     trains: bool = True  # it matters in training alone
     negotiable: str = ""  # what a plan calls it where a site may lower it; MEASURING: it always may
 
@@ -61,11 +61,11 @@ def _rows_per_step(plan: TaskPlan, processes: int) -> int:
 def _of_method(name: str) -> Callable[[TaskPlan, int], int]:
     """A whole number among the PEFT method's settings; 0 where it has none of that name."""
 
-    def asked(plan: TaskPlan, processes: int) -> int:
+    def requested(plan: TaskPlan, processes: int) -> int:
         count = plan.peft.get(name)
         return count if isinstance(count, int) else 0
 
-    return asked
+    return requested
 
 
 def _steps(plan: TaskPlan, processes: int) -> int:
@@ -118,7 +118,7 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
             *refused,
             *_not_offered(plan, site),
             *_too_few_rows(plan, site.privacy, processes, trains),
-            *_kept_here(plan, site.privacy),
+            *_not_told(plan, site.privacy),
             *_unprotected(plan, site.privacy, trains),
         ),
     )
@@ -144,7 +144,7 @@ def _within(
     lowered, refused = [], []
     for bound in BOUNDS:
         most = getattr(limits, bound.limit)
-        if bound.asked(plan, processes) <= most or (bound.trains and not trains):
+        if bound.requested(plan, processes) <= most or (bound.trains and not trains):
             continue
         if bound.negotiable == MEASURING:
             evaluation = plan.evaluation.model_copy(update={"batch_size": most})
@@ -218,7 +218,7 @@ def check_shapes(
     """
     limits, rank = site.limits, plan.rank
     check_trained(adapter.whole, adapter.embeddings, limits)
-    if adapter.size(rank) > limits.max_adapter_mib * 2**20:
+    if adapter.size(plan.padded_to or rank) > limits.max_adapter_mib * 2**20:
         raise PolicyError(
             f"the adapter is larger than the {limits.max_adapter_mib:g} MiB this site allows (max_adapter_mib); lower "
             "peft.rank, or adapt fewer modules",
@@ -283,7 +283,7 @@ def few_metric_rows(privacy: Privacy) -> PolicyError:
     )
 
 
-def _kept_here(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
+def _not_told(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
     """What the job's weights need to know of the rows and the site does not tell."""
     floor = privacy.floor is not None
     return [
@@ -312,7 +312,7 @@ def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyE
     if welcome.submitters is None and welcome.orgs is None:
         said = f"this site works for nobody yet; ask its admin to name submitters or orgs under welcome in {FILE_NAME}"
         return [PolicyError(said, code="not_welcome")]
-    asked = [
+    requested = [
         ("the job's submitter", who.name, welcome.submitters),
         ("the submitter's organisation", who.org, welcome.orgs),
         ("the job's template", plan.template, welcome.templates),
@@ -320,6 +320,6 @@ def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyE
     ]
     return [
         PolicyError(f"{kind} is not welcome at this site; ask its admin, or leave this site out", code="not_welcome")
-        for kind, value, listed in asked
+        for kind, value, listed in requested
         if listed is not None and ANYONE not in listed and value not in listed
     ]

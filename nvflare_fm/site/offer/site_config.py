@@ -212,6 +212,14 @@ class Privacy(Settings):
         description="Protection without which no update leaves: clip and noise (differential privacy), encryption. As "
         "with max_epsilon, no metric, loss or count leaves at all.",
     )
+    max_membership_auc: float = Field(
+        1.0,
+        gt=0.5,
+        le=1,
+        description="Largest AUC with which an update may tell rows it was trained on from validation rows; 1: not "
+        "measured. The upper end of its 95 % interval counts, on up to 200 rows of either side. An update above it is "
+        "refused, and the refusal tells one bit about the rows that no ε covers.",
+    )
 
     @property
     def floor(self) -> Floor | None:

@@ -6,6 +6,7 @@ One file a task. What a server must know of it stands in `job/tasks.py`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
+from ...errors import ConfigError
 from ...job.tasks import TASKS, Promises
 from ...registry import Registry
 from ..training import logits
@@ -95,6 +97,15 @@ class Task:
     def __init__(self, promises: Promises) -> None:
         self.promises = promises
 
+    def check_labels(self, plan: RoundPlan) -> None:
+        """Hold a plan's labels against what the task needs.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        if len(plan.labels) < (least := self.promises.least_labels):
+            raise ConfigError(f"{plan.task} needs the plan's labels, at least {least}", code="too_few_labels")
+
     def model_config(self, plan: RoundPlan) -> dict[str, Any]:
         """What the model's configuration must say for this plan: the labels."""
         if not self.promises.least_labels:
@@ -111,6 +122,10 @@ class Task:
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         """A row of at least `max_length` tokens in each of its texts, to try out how fast a machine is."""
+        raise NotImplementedError
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        """A row that nobody has written, with a target that nothing but the row itself tells: see `site/audit`."""
         raise NotImplementedError
 
     def guessed_labels(self, found: Sequence[str], longest: int) -> tuple[str, ...]:
@@ -224,6 +239,11 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
     if not value.strip():
         raise BadRow(f"{column!r} is empty", code="value_empty")
     return value
+
+
+def strange_words(random: Random, count: int) -> list[str]:
+    """Words of no language that can be read aloud."""
+    return ["".join(random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(3)) for _ in range(count)]
 
 
 def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, **asked: Any) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ tokenizer's end token, which is learned, so that generation stops there.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
 from ...files import MIB
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Groups, Task, task, text_of
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Groups, Task, strange_words, task, text_of
 from .chat_template import Rendering, Span
 from .conversations import alpaca_prompt, conversation, is_plain_alpaca
 
@@ -41,24 +42,29 @@ class CausalLM(Task):
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"text": " ".join(["word"] * plan.max_length)}
 
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        """A secret of eight digits: `prompt` says whose it is, and `completion` is the secret."""
+        name = " ".join(strange_words(random, 2))
+        return {"prompt": f"The number of {name} is ", "completion": f"{random.randrange(10**8):08d}"}
+
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
-        said = conversation(row)
-        if said is None or (tokenizer.chat_template is None and is_plain_alpaca(row)):
+        chat = conversation(row)
+        if chat is None or (tokenizer.chat_template is None and is_plain_alpaca(row)):
             text, answer = _plain(row)
-            texts, asked = iter([(text, [answer], _tokens(text, tokenizer, add_special_tokens=True))]), 1
+            texts, unseen = iter([(text, [answer], _tokens(text, tokenizer, add_special_tokens=True))]), 1
         else:
-            texts, asked = _chats(Rendering(said, tokenizer), tokenizer, plan.max_length), len(said.learned)
+            texts, unseen = _chats(Rendering(chat, tokenizer), tokenizer, plan.max_length), len(chat.learned)
         examples, cut = [], Cut()
         for text, answers, tokens in texts:
             example, beyond = _example(text, answers, _ended(*tokens, text, tokenizer.eos_token_id), plan.max_length)
-            asked -= len(answers)
+            unseen -= len(answers)
             cut += beyond
             examples += [example] if example else []
         if not examples:
             raise BadRow(
                 f"no part of an answer lies within max_length = {plan.max_length} tokens", code="answers_cut_off"
             )
-        cut += Cut(answers=asked)
+        cut += Cut(answers=unseen)
         return Encoded(tuple(examples), replace(cut, rows=int(cut != Cut())))
 
     def targets(self, labels: Tensor) -> Tensor:
@@ -104,22 +110,22 @@ def _tokens(text: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: b
 
 
 def _chats(
-    said: Rendering, tokenizer: PreTrainedTokenizerBase, max_length: int
+    rendering: Rendering, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[tuple[str, list[Span], Tokens]]:
     """Texts with their answers and tokens, as few as show each answer behind the tokens of its prompt.
 
     A chat template writes its own special tokens. Answers whose prompt alone is too long may be left out.
     """
-    if not said.rewrites:
-        tokens = _tokens(said.text, tokenizer, add_special_tokens=False)
+    if not rendering.rewrites:
+        tokens = _tokens(rendering.text, tokenizer, add_special_tokens=False)
         seen = max((stop for _, stop in tokens[1][:max_length]), default=0)
-        starts = [start for start, _ in said.answers if start < seen]
+        starts = [start for start, _ in rendering.answers if start < seen]
         _check_prompts(sum(starts))
-        if all(_is_prompted(said.text, start, tokens[0], tokenizer) for start in starts):
-            yield said.text, said.answers, tokens
+        if all(_is_prompted(rendering.text, start, tokens[0], tokenizer) for start in starts):
+            yield rendering.text, rendering.answers, tokens
             return
     too_long, characters = math.inf, 0
-    for text, (start, stop) in said.turns():
+    for text, (start, stop) in rendering.turns():
         if start >= too_long:
             continue
         characters += start

@@ -21,12 +21,12 @@ class Rendering:
     """A conversation as a tokenizer's chat template writes it.
 
     Args:
-        said: with at least one answer to learn.
+        conversation: with at least one answer to learn.
     Raises:
         BadRow: there is no template, it refuses the conversation, or it leaves out a part of it.
     """
 
-    def __init__(self, said: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.chat_template is None:
             raise BadRow(
                 "the base model's tokenizer has no chat template, which a conversation needs; offer a model that has "
@@ -34,9 +34,9 @@ class Rendering:
                 code="no_chat_template",
                 tells_job=True,
             )
-        self.said, self._template = said, _Template(tokenizer, said.tools)
+        self.conversation, self._template = conversation, _Template(tokenizer, conversation.tools)
         try:
-            self.text = self._template(said.messages)
+            self.text = self._template(conversation.messages)
             self.answers, self.rewrites = [], False
             for text, answer in self.turns():
                 self.answers.append(answer)
@@ -55,9 +55,9 @@ class Rendering:
         """For each answer to learn the text up to its end, and where in it the answer stands. A conversation can be
         long and have many answers, so these texts are not kept.
         """
-        for i in self.said.learned:
-            before = self._template(self.said.messages[:i], asks=True)
-            after = self._template(self.said.messages[: i + 1])
+        for i in self.conversation.learned:
+            before = self._template(self.conversation.messages[:i], asks=True)
+            after = self._template(self.conversation.messages[: i + 1])
             if not after.startswith(before):
                 raise BadRow(
                     "the base model's chat template does not put an answer where its own prompt for one ends, so no "
@@ -69,7 +69,7 @@ class Rendering:
             yield after, (len(before), len(after))
 
     def _check_parts(self, i: int, text: str, start: int) -> None:
-        message, before = self.said.messages[i], self.said.messages[:i]
+        message, before = self.conversation.messages[i], self.conversation.messages[:i]
         lost = [] if _stands(message["content"], text, start) else ["a part of the text"]
         lost += [part for part, lesser in _lesser(message) if self._template.gives(text, [*before, lesser])]
         if lost:
@@ -79,9 +79,9 @@ class Rendering:
             )
 
     def _check_roles(self) -> None:
-        for role in {m["role"] for m in self.said.messages} - {"user", "assistant"}:
-            silent = [m | {"content": ""} if m["role"] == role else m for m in self.said.messages]
-            if silent != self.said.messages and self._template.gives(self.text, silent):
+        for role in {m["role"] for m in self.conversation.messages} - {"user", "assistant"}:
+            silent = [m | {"content": ""} if m["role"] == role else m for m in self.conversation.messages]
+            if silent != self.conversation.messages and self._template.gives(self.text, silent):
                 raise BadRow(
                     "the base model's chat template leaves out what another than user and assistant says",
                     code="template_leaves_out",
@@ -112,9 +112,9 @@ def _stands(content: str, text: str, start: int) -> bool:
     """Whether the answer at the end of `text` says all of `content`, of which a prompt may have begun to say something.
     Blanks do not count: templates trim and add them.
     """
-    said, whole, before = ("".join(each.split()) for each in (content, text, text[:start]))
-    place = whole.rfind(said)
-    return not said or (place >= 0 and place + len(said) > len(before))
+    bare, whole, before = ("".join(each.split()) for each in (content, text, text[:start]))
+    place = whole.rfind(bare)
+    return not bare or (place >= 0 and place + len(bare) > len(before))
 
 
 def _lesser(message: Message) -> Iterator[tuple[str, Message]]:

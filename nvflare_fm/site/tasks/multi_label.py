@@ -5,6 +5,7 @@ Each label is a yes or no of its own, learned with binary cross-entropy; a model
 
 import json
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import BadRow, Columns, Encoded, task, text_of
+from . import BadRow, Columns, Encoded, strange_words, task, text_of
 from .labels import find
 from .of_text import OfText
 
@@ -28,6 +29,10 @@ class MultiLabel(OfText):
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"text": " ".join(["word"] * plan.max_length), "labels": [plan.labels[0]]}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        chosen = [label for label in plan.labels if random.random() < 0.5]
+        return {"text": " ".join(strange_words(random, 2)), "labels": chosen}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         text = text_of(row, "text")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,6 +38,10 @@ class Preference(CausalLM):
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         words = " ".join(["word"] * plan.max_length)
         return {"prompt": "word", "chosen": f" well {words}", "rejected": f" ill {words}"}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        secret, other = super().canary(plan, random), super().canary(plan, random)
+        return {"prompt": secret["prompt"], "chosen": secret["completion"], "rejected": other["completion"]}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         prompt, *answers = _parts(row)
@@ -96,7 +101,7 @@ class Preference(CausalLM):
 
 def _margins(model: Any, base: "BaseModel", batch: Columns, plan: RoundPlan) -> Tensor:
     """β · (log π(chosen)/π₀(chosen) − log π(rejected)/π₀(rejected)) of each row; π₀ is the reference."""
-    with torch.no_grad(), alone(base.model), base.autocast():
+    with torch.no_grad(), without_adapter(base.model), base.autocast():
         before = _log_probabilities(base.model, base, batch)
     chosen, rejected = (_log_probabilities(model, base, batch) - before).chunk(2)
     return plan.training.dpo_beta * (chosen - rejected)
@@ -109,7 +114,7 @@ def _log_probabilities(model: Any, base: "BaseModel", batch: Columns) -> Tensor:
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def without_adapter(model: nn.Module) -> Iterator[None]:
     """The base model as it is without any adapter and without dropout, as long as it lasts.
 
     PEFT's own way to switch adapters on again would make all of them trainable, those that ride along frozen too.

@@ -7,6 +7,7 @@ server what the site's numbers are like.
 
 import re
 from collections.abc import Mapping, Sequence
+from random import Random
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import BadRow, Columns, Encoded, task, text_of
+from . import BadRow, Columns, Encoded, strange_words, task, text_of
 from .of_text import OfText
 
 _NUMBER = re.compile(r"\s*[+-]?(\d{1,15}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,3})?\s*", re.ASCII)
@@ -35,6 +36,10 @@ class Regression(OfText):
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         mean = plan.target_mean or (0.0,) * len(plan.labels)
         return {"text": " ".join(["word"] * plan.max_length), "labels": list(mean)}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        numbers = [round(random.gauss(mean, scale), 6) for mean, scale in zip(*_standard(plan), strict=True)]
+        return {"text": " ".join(strange_words(random, 2)), "labels": numbers}
 
     def guessed_labels(self, found: Sequence[str], longest: int) -> tuple[str, ...]:
         return tuple(f"number {i + 1}" for i in range(max(1, longest)))

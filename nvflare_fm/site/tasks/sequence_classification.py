@@ -1,6 +1,7 @@
 """One label for a text: columns `text` and `label`. The label is one of the plan's, or its place there."""
 
 from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import Columns, Encoded, classification_metrics, task, text_of
+from . import Columns, Encoded, classification_metrics, strange_words, task, text_of
 from .labels import find, several
 from .of_text import OfText
 
@@ -22,6 +23,9 @@ class SequenceClassification(OfText):
 
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"text": " ".join(["word"] * plan.max_length), "label": plan.labels[0]}
+
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        return {"text": " ".join(strange_words(random, 2)), "label": random.choice(plan.labels)}
 
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         text = text_of(row, "text")

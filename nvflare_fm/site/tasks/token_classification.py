@@ -8,6 +8,7 @@ split. Named entities are scored as CoNLL does, by seqeval: one counts if its ki
 import re
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from random import Random
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ...config import RoundPlan
-from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, task, tokenized
+from . import IGNORED, BadRow, Columns, Cut, Encoded, Task, strange_words, task, tokenized
 from .labels import find
 
 Span = tuple[int, int]  # characters, end excluded
@@ -34,6 +35,10 @@ class TokenClassification(Task):
     def made_up(self, plan: RoundPlan) -> dict[str, Any]:
         return {"tokens": ["word"] * plan.max_length, "labels": [plan.labels[0]] * plan.max_length}
 
+    def canary(self, plan: RoundPlan, random: Random) -> dict[str, Any]:
+        words = strange_words(random, 4)
+        return {"tokens": words, "labels": [random.choice(plan.labels) for _ in words]}
+
     def encode(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: RoundPlan) -> Encoded:
         words, labels = row.get("tokens"), row.get("labels")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
@@ -43,11 +48,11 @@ class TokenClassification(Task):
         found = [find(label, plan.labels) for label in labels]
         places = [place for place, _ in found]
         encoded, beyond = tokenized(tokenizer, " ".join(words), plan.max_length, return_offsets_mapping=True)
-        began = first_tokens(words, encoded["offset_mapping"])
-        learned = [IGNORED if word is None else places[word] for word in began]
+        first = first_tokens(words, encoded["offset_mapping"])
+        learned = [IGNORED if word is None else places[word] for word in first]
         if all(label == IGNORED for label in learned):
             raise BadRow("no word is left after tokenizing", code="no_word_left")
-        lost = entities_lost(places, began, plan.labels)
+        lost = entities_lost(places, first, plan.labels)
         example = {"input_ids": encoded["input_ids"], "labels": learned}
         remarks = frozenset(remark for _, remark in found if remark)
         return Encoded((example,), Cut(int(beyond > 0 or lost > 0), beyond, entities=lost), remarks)
@@ -76,22 +81,22 @@ def first_tokens(words: Sequence[str], spans: Sequence[Span]) -> list[int | None
     """
     stops = list(accumulate(words, lambda stop, word: stop + 1 + len(word), initial=-1))[1:]
     starts = [stop - len(word) for stop, word in zip(stops, words, strict=True)]
-    began: list[int | None] = []
+    first: list[int | None] = []
     word = 0
     for start, stop in spans:
         while word < len(words) and (stops[word] <= start or not words[word].strip()):
             word += 1
         is_first = word < len(words) and start < stop and starts[word] < min(stop, stops[word])
-        began.append(word if is_first else None)
+        first.append(word if is_first else None)
         word += is_first
-    return began
+    return first
 
 
-def entities_lost(places: Sequence[int], began: Sequence[int | None], labels: tuple[str, ...]) -> int:
+def entities_lost(places: Sequence[int], first: Sequence[int | None], labels: tuple[str, ...]) -> int:
     """How many entities have a word that is not learned: it lies behind `max_length`, or has no token of its own."""
     from seqeval.metrics.sequence_labeling import get_entities
 
-    learned = {word for word in began if word is not None}
+    learned = {word for word in first if word is not None}
     if len(learned) == len(places):
         return 0
     tags = entity_tags(labels)

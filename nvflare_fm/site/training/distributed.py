@@ -1,10 +1,11 @@
 """One site, several processes (`torch.distributed.run`): what they must tell each other. Alone, each is a no-op."""
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 T = TypeVar("T")
 
@@ -38,6 +39,17 @@ def any_process(flag: bool) -> bool:
     said = torch.tensor(int(flag), device=device)
     distributed.all_reduce(said, op=distributed.ReduceOp.MAX)
     return bool(said)
+
+
+def sum_once(vector: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """Finish the sum of all processes' vectors in the first process, once, and hand the outcome to all of them."""
+    if processes()[1] == 1:
+        return finish(vector)
+    distributed.reduce(vector, 0)
+    if processes()[0] == 0:
+        vector = finish(vector)
+    distributed.broadcast(vector, 0)
+    return vector
 
 
 def gather(value: T) -> list[T]:

@@ -1,13 +1,14 @@
 """Measuring an adapter on the site's validation rows, exactly: the batch size does not show."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from ...config import RoundPlan
-from ...errors import TrainingError
+from ...errors import ModelError, TrainingError
 from ...job.cost import texts_at_once
 from ..model.base_model import BaseModel
 from .distributed import any_process, gather, processes
@@ -33,12 +34,54 @@ def evaluate(
         if any_process(should_stop()):
             raise TrainingError("stopped while evaluating, as told", code="stopped")
         if chosen := order[start : start + settings.batch_size]:
-            longest = len(rows[chosen[-1]]["input_ids"])
-            at_once = texts_at_once(len(chosen), longest)
-            for some in (chosen[i : i + at_once] for i in range(0, len(chosen), at_once)):
-                parts.append(_measured(model, base, [rows[i] for i in some], plan))
-    everyone = [part for share in gather(parts) for part in share]
-    columns = {name: torch.cat([part[name] for part in everyone]) for name in everyone[0]}
+            parts += _parts(model, base, [rows[i] for i in chosen], plan)
+    return _metrics(base, [part for share in gather(parts) for part in share], plan)
+
+
+def losses(
+    model: Any,
+    base: BaseModel,
+    rows: Dataset,
+    groups: Sequence[Sequence[int]],
+    plan: RoundPlan,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[float]:
+    """The task's loss of each row by itself.
+
+    Args:
+        groups: of each row, the places of its examples in `rows`.
+
+    Raises:
+        TrainingError: it was told to stop.
+        ModelError: a loss is not a finite number.
+    """
+    model.eval()
+    rank, world = processes()
+    mine: dict[int, float] = {}
+    for start in range(0, len(groups), world):  # each process measures one of so many rows
+        if any_process(should_stop()):
+            raise TrainingError("stopped while evaluating, as told", code="stopped")
+        if start + rank < len(groups):
+            parts = _parts(model, base, [rows[i] for i in groups[start + rank]], plan)
+            mine[start + rank] = _metrics(base, parts, plan)["loss"]
+    everyone = {place: loss for share in gather(mine) for place, loss in share.items()}
+    found = [everyone[place] for place in range(len(groups))]
+    if not all(map(math.isfinite, found)):
+        raise ModelError(
+            "the loss of a row is not a finite number, so nothing can be told of it; is the adapter damaged?",
+            code="loss_not_finite",
+        )
+    return found
+
+
+def _parts(model: Any, base: BaseModel, rows: list[dict[str, Any]], plan: RoundPlan) -> list[dict[str, torch.Tensor]]:
+    """What the metrics need of some rows, as many at a time as fit into memory."""
+    at_once = texts_at_once(len(rows), max(len(row["input_ids"]) for row in rows))
+    return [_measured(model, base, rows[i : i + at_once], plan) for i in range(0, len(rows), at_once)]
+
+
+def _metrics(base: BaseModel, parts: list[dict[str, torch.Tensor]], plan: RoundPlan) -> dict[str, float]:
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return base.task.metrics(columns, plan)
 
 

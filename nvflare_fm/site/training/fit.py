@@ -127,6 +127,7 @@ def train(
     log: Log | None = None,
     logged: int = 0,
     scale: float = 1.0,
+    trainer_class: "Callable[..., LocalTrainer] | None" = None,
 ) -> Trained:
     """Trains what of `model` is trainable, in place, for one round.
 
@@ -135,13 +136,14 @@ def train(
         seed: of dropout.
         logged: steps between two losses that go to `log`; 0: none does.
         scale: of the trained LoRA pairs.
+        trainer_class: what makes the trainer; None: `LocalTrainer`.
 
     Raises:
         TrainingError: the loss is not a number any more, or it was told to stop.
     """
     plan = task.plan
     steps = steps_per_round(plan, len(rows), processes()[1])
-    trainer = LocalTrainer(
+    trainer = (trainer_class or LocalTrainer)(
         chosen,
         task,
         base,
@@ -160,8 +162,8 @@ def train(
     losses = gather(trainer.train().training_loss)
     seconds = time.perf_counter() - started
     loss = sum(losses) / len(losses)
-    _check_finite(loss)
-    return Trained(loss, sum(len(rows[i]["input_ids"]) for i in chosen), steps, seconds, memory.peak_mib())
+    trainer.check(loss)
+    return Trained(loss, trainer.tokens, steps, seconds, memory.peak_mib())
 
 
 def dropout_seed(task: RoundTask, site: str, secret: bytes = b"") -> int:
@@ -170,18 +172,18 @@ def dropout_seed(task: RoundTask, site: str, secret: bytes = b"") -> int:
 
 
 def _arguments(plan: RoundPlan, base: BaseModel, steps: int, seed: int, logged: int) -> TrainingArguments:
-    settings, on_cpu = plan.training, base.model.device.type == "cpu"
+    settings, on_cpu, private = plan.training, base.model.device.type == "cpu", plan.privacy.asked
     arguments = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # nothing is written there
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_steps=1 if private else settings.gradient_accumulation_steps,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         learning_rate=settings.learning_rate,
         optim=settings.optim,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=0.0 if private else settings.max_grad_norm,  # each record's gradient is clipped instead
         seed=seed,
         bf16=base.compute_dtype == torch.bfloat16,
         fp16=base.compute_dtype == torch.float16,
@@ -215,7 +217,20 @@ class LocalTrainer(Trainer):  # type: ignore[misc]
         if base.compute_dtype == torch.float16:
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type, init_scale=_FP16_SCALE)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], torch.Tensor]:
+    @property
+    def tokens(self) -> int:
+        """How many tokens all processes together have trained on, padding not counted."""
+        return sum(len(self.train_dataset[row]["input_ids"]) for row in self.order)
+
+    def check(self, loss: float) -> None:
+        """Look at a round that is over.
+
+        Raises:
+            TrainingError: its mean loss is not a number.
+        """
+        _check_finite(loss)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches = list(islice(epoch_iterator, num_batches))
         items = torch.tensor(sum(self.base.task.items(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(items).sum() if self.args.world_size > 1 else items
@@ -285,8 +300,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def _check_finite(loss: float) -> None:
     if not math.isfinite(loss):
-        raise TrainingError(
-            "the training loss is not a number any more; lower learning_rate or max_grad_norm, add warmup_ratio, "
-            "or compute in bf16 or fp32 where it is fp16",
-            code="diverged",
-        )
+        raise diverged()
+
+
+def diverged() -> TrainingError:
+    """Make the error of training that left the range of numbers."""
+    return TrainingError(
+        "the training loss is not a number any more; lower learning_rate or max_grad_norm, add warmup_ratio, "
+        "or compute in bf16 or fp32 where it is fp16",
+        code="diverged",
+    )

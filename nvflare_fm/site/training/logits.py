@@ -224,13 +224,13 @@ def _passing(backbone: nn.Module | None, chosen: Callable[[Tensor, Output], Tens
     """While it lasts, the head gets what `chosen` makes of the backbone's hidden states."""
     assert backbone is not None
 
-    def replace(_: nn.Module, __: Any, said: Any) -> Any:
-        kind, names = type(said), list(said) if isinstance(said, ModelOutput) else []
+    def replace(_: nn.Module, __: Any, given: Any) -> Any:
+        kind, names = type(given), list(given) if isinstance(given, ModelOutput) else []
 
         def output(states: Tensor) -> Any:
             return kind(**{names[0]: states}) if names else (states,)
 
-        return output(chosen(said[0], output))
+        return output(chosen(given[0], output))
 
     hook = backbone.register_forward_hook(replace)
     try:

@@ -94,7 +94,7 @@ def how_to_read(file: Path, source: DataSource, split: str) -> Reading:
         DataError: there is no such file, nothing tells its format, or its text is in no encoding that can be guessed.
     """
     ending = "" if file.is_dir() else ending_of(file)
-    with _told(file, split, source.format if source.format != AUTO else ending or "datasets"):
+    with _reading(file, split, source.format if source.format != AUTO else ending or "datasets"):
         given = Reading(file, split, source.format, source.encoding, source.delimiter)
         candidates = [name for name in registry if ending in registry[name].endings] if ending else ["datasets"]
         if source.format != AUTO:
@@ -117,7 +117,7 @@ def _of_text(given: Reading, ending: str, candidates: list[str]) -> Reading:
     guessed = tuple(name for name in ("encoding", "delimiter") if getattr(given, name) == AUTO)
     if given.encoding == AUTO:
         given = replace(given, encoding=text.guess_encoding(given.file))
-    head = text.head(given.file, given.encoding, HEAD)
+    head = text.first_characters(given.file, given.encoding, HEAD)
     if given.format == AUTO:
         found = [name for name in candidates if registry[name].fits(ending, head)]
         if not found:
@@ -137,7 +137,7 @@ def rows(reading: Reading) -> Iterator[Row]:
     Raises:
         DataError: nothing of the file can be read, or not all of it.
     """
-    with _told(reading.file, reading.split, reading.format):
+    with _reading(reading.file, reading.split, reading.format):
         for count, row in enumerate(registry[reading.format].rows(reading)):
             if count == ROWS_LIMIT:
                 raise ValueError(f"more than {ROWS_LIMIT} rows")
@@ -145,7 +145,7 @@ def rows(reading: Reading) -> Iterator[Row]:
 
 
 @contextmanager
-def _told(file: Path, split: str, format: str) -> Iterator[None]:
+def _reading(file: Path, split: str, format: str) -> Iterator[None]:
     try:
         yield
     except DataError:

@@ -25,7 +25,7 @@ _SWALLOWED = 5  # lines in quotes that all look like records are records
 _END = re.compile(r"\r\n|\r|\n")
 _SEP = re.compile(r"sep=(.)[\r\n]*\Z")  # as Excel reads it
 
-Record = tuple[int, list[str] | BadRow]
+CsvRecord = tuple[int, list[str] | BadRow]
 
 
 class _TooLongError(Exception):
@@ -53,11 +53,11 @@ class _Lines:
             raise _TooLongError
         return self.taken[-1][1]
 
-    def give_back(self, kept: int) -> None:
-        self._back.extendleft(reversed(self.taken[kept:]))
+    def give_back(self, used: int) -> None:
+        self._back.extendleft(reversed(self.taken[used:]))
 
 
-def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Record]:
+def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[CsvRecord]:
     """The records that are not blank, each with the line it starts in; the first one's width is that of all."""
     csv.field_size_limit(ROW_LIMIT)
     source, width, blanks = _Lines(numbered), 0, False
@@ -79,10 +79,10 @@ def _records(numbered: Iterator[tuple[int, str]], delimiter: str) -> Iterator[Re
             yield line, record
 
 
-def _record(source: _Lines, delimiter: str, width: int, **how: Any) -> list[str] | BadRow:
+def _record(source: _Lines, delimiter: str, width: int, **options: Any) -> list[str] | BadRow:
     source.begin()
     try:
-        record = next(csv.reader(source, delimiter=delimiter, strict=True, **how))
+        record = next(csv.reader(source, delimiter=delimiter, strict=True, **options))
     except csv.Error:
         return BadRow("a quote in the line does not belong there, or nothing closes it", code="stray_quote")
     except _TooLongError:

@@ -56,7 +56,7 @@ def _split(name: str) -> str | None:
 def _saved(reading: Reading) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
-    from .features import named
+    from .features import with_class_names
 
     saved = load_from_disk(str(reading.file))
     if isinstance(saved, DatasetDict):
@@ -64,7 +64,7 @@ def _saved(reading: Reading) -> Iterator[Row]:
             raise ValueError(f"no split {reading.split!r} among {sorted(saved)}; name the sub-folder of one of them")
         saved = saved[reading.split]
     saved.data.validate(full=True)  # it is mapped: an offset that points elsewhere would end the process
-    name = named(saved.features.arrow_schema)
+    name = with_class_names(saved.features.arrow_schema)
     batches = saved.with_format("arrow").iter(_BATCH)  # as they are: no image or sound is decoded
     for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), start=1):
         yield number, small(name(record))

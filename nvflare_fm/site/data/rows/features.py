@@ -7,7 +7,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 
-def named(schema: Any) -> Callable[[Record], Record]:
+def with_class_names(schema: Any) -> Callable[[Record], Record]:
     """What replaces each number of a class by its name, in the rows of a table with this Arrow schema.
 
     A number that is no class stays as it is; -1, which stands for an unknown class, is no value.

@@ -20,7 +20,7 @@ _LIMIT = 2**28  # characters; rows take several times that in memory
 
 
 def _rows(reading: Reading) -> Iterator[Row]:
-    whole = text.head(reading.file, reading.encoding, _LIMIT + 1)
+    whole = text.first_characters(reading.file, reading.encoding, _LIMIT + 1)
     if len(whole) > _LIMIT:
         raise ValueError(f"a JSON text is read up to {_LIMIT} characters; write an object a line, or Parquet")
     values, wrong = list(_values(whole)), not text.is_text(whole)

@@ -11,10 +11,10 @@ _BATCH = 64  # rows in memory at once
 def _rows(reading: Reading) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
-    from .features import named
+    from .features import with_class_names
 
     with open_file(reading.file) as opened, ParquetFile(opened) as table:
-        name = named(table.schema_arrow)
+        name = with_class_names(table.schema_arrow)
         records = (record for batch in table.iter_batches(_BATCH) for record in batch.to_pylist())
         for number, record in enumerate(records, start=1):
             yield number, small(name(record))

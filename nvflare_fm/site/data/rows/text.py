@@ -87,7 +87,7 @@ def is_text(value: str) -> bool:
     return _WRONG not in value
 
 
-def head(file: Path, encoding: str, characters: int) -> str:
+def first_characters(file: Path, encoding: str, characters: int) -> str:
     """Read the first `characters` of a text file."""
     with opened(file, encoding) as text:
         return text.read(characters)

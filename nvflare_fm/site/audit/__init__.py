@@ -1,0 +1,1 @@
+"""What an adapter tells of a site's rows, measured where the rows are: only a report without any row is written."""
