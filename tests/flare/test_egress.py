@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.fl_exception import UnsafeJobError
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
@@ -230,9 +231,12 @@ def test_where_the_site_file_or_the_budget_is_damaged_nothing_leaves(tmp_path: P
     assert code(made.process(update(), context(plan()))) == "site_file_unreadable"
 
 
-def test_an_error_in_the_filter_costs_one_message_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("error", [RuntimeError, UnsafeJobError, RecursionError])  # NVFlare ends a job it calls unsafe
+def test_an_error_in_the_filter_costs_one_message_and_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+):
     def broken(*args: Any) -> None:
-        raise RuntimeError(SECRET)
+        raise error(SECRET)
 
     made = site(tmp_path, FLOOR)
     monkeypatch.setattr(egress.wire, "read_outgoing", broken)
