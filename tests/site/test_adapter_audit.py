@@ -278,6 +278,16 @@ def test_what_is_not_whole_or_not_known_is_refused(site: SiteConfig, overfit: Pa
         audit(site, damaged)
 
 
+def test_a_row_that_is_in_both_files_is_neither(llama: Path, overfit: Path, tmp_path: Path):
+    source = offered(tmp_path, llama, "causal_lm").data_set("notes")
+    train, held_out = (Path(file).read_text().splitlines(keepends=True) for file in (source.train, source.validation))
+    Path(source.validation).write_text("".join(train[:5] + held_out + held_out[:3]))
+    data = {"notes": {"train": source.train, "validation": source.validation}}
+    found = audit(tiny.site(llama, tmp_path, data=data), overfit)
+    assert (found.membership.members, found.membership.held_out, found.in_both) == (MEMBERS - 5, HELD_OUT, 5)
+    assert found.canaries is None
+
+
 def test_rows_that_show_nothing_are_refused(llama: Path, overfit: Path, tmp_path: Path):
     few = offered(tmp_path, llama, "causal_lm").data_set("notes").model_copy(update={"validation": ""})
     with refused("too_few_rows", DataError):
@@ -354,5 +364,5 @@ def test_an_update_leaves_as_it_would_without_the_gate(llama: Path, tmp_path: Pa
 
 def test_rows_too_few_for_the_limit_are_refused_before_training(llama: Path, tmp_path: Path):
     with refused("few_rows", PolicyError) as reason:
-        gated(tmp_path, llama, "causal_lm", 0.6).train(RoundTask(plan_of("causal_lm", 10**4)))
+        gated(tmp_path, llama, "causal_lm", 0.6).train(RoundTask(plan_of("causal_lm", 4)))
     assert not any(character.isdigit() for character in reason.value.message)
