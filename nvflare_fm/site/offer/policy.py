@@ -304,8 +304,7 @@ def _unprotected(plan: TaskPlan, privacy: Privacy, trains: bool) -> list[PolicyE
     if not trains:
         said = "this site has a privacy floor and tells no metrics; leave it out of measurements"
         return [PolicyError(said, code="metrics_withheld")]
-    encrypts = any(transform.stage == "encrypt" for transform in read(plan.uplink, "uplink").transforms.values())
-    return unprotected(plan, floor, encrypts)
+    return unprotected(plan, floor, read(plan.uplink, "uplink").encrypts)
 
 
 def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyError]:
