@@ -107,9 +107,8 @@ class Egress:
                 code="submission_withheld" if model.params else "metrics_withheld",
             )
         asked, adapter = fl_ctx.get_prop(ASKED), update.packed.adapter()
-        encrypts = any(each.stage == "encrypt" for each in update.packed.chain.transforms.values())
         ranks = {adapter.lora[layer].rank for layer in adapter.lora}
-        egress.check_update(update.protection, floor, asked, adapter.descriptions(), ranks, encrypts)
+        egress.check_update(update.protection, floor, asked, adapter.descriptions(), ranks, update.packed.chain.encrypts)
         if adapter.bytes() > self.config().limits.max_adapter_mib * 2**20:
             raise PolicyError("the update is larger than max_adapter_mib of this site", code="above_limit")
         update = replace(update, report=egress.public_report(update.report, asked.plan))
