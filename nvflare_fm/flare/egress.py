@@ -108,7 +108,9 @@ class Egress:
             )
         asked, adapter = fl_ctx.get_prop(ASKED), update.packed.adapter()
         ranks = {adapter.lora[layer].rank for layer in adapter.lora}
-        egress.check_update(update.protection, floor, asked, adapter.descriptions(), ranks, update.packed.chain.encrypts)
+        egress.check_update(
+            update.protection, floor, asked, adapter.descriptions(), ranks, update.packed.chain.encrypts
+        )
         if adapter.bytes() > self.config().limits.max_adapter_mib * 2**20:
             raise PolicyError("the update is larger than max_adapter_mib of this site", code="above_limit")
         update = replace(update, report=egress.public_report(update.report, asked.plan))

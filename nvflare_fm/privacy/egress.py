@@ -139,8 +139,9 @@ def check_update(
             raise PolicyError(
                 "the trainer states the protection of another data set than the job's", code="other_protection"
             )
-    unknown = tensors.keys() - asked.names if asked.names else ()
-    if unknown or (asked.plan.rank and {*ranks} - {asked.plan.rank}):
+    unknown = tensors.keys() - asked.names if asked.names and not encrypts else ()  # ciphertexts came by other names
+    rank = asked.plan.padded_to or asked.plan.rank
+    if unknown or (rank and {*ranks} - {rank}):
         raise PolicyError(
             "the update has other tensors than the job's adapter and does not leave this site", code="unasked_message"
         )

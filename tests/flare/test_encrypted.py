@@ -1,6 +1,7 @@
 """What a server does that cannot read what sites send: with NVFlare's messages, kits and files."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Report, RoundTask
 from nvflare_fm.algebra.lora import fresh_rows
@@ -30,6 +32,7 @@ from nvflare_fm.transforms.packed import Sealed, pack
 from tests.deployment.system import SERVER as SERVER_NAME
 from tests.deployment.system import project
 from tests.encryption import kits as keys
+from tests.flare import test_egress as floors
 from tests.flare.messages import LAYERS, MANIFEST
 from tests.flare.test_persistor import fl_ctx
 from tests.flare.test_provision import quickly
@@ -123,6 +126,22 @@ def test_a_round_of_mixed_ranks_is_added_and_what_cannot_be_costs_its_site_the_r
     with pytest.raises(WireError) as refused:
         second.accept_model(strange)
     assert refused.value.code == "other_layers"
+
+
+@pytest.mark.parametrize("names", [(), (NAME,)], ids=["the first round", "later"])
+def test_a_site_that_demands_encryption_lets_what_is_encrypted_leave_and_nothing_else(
+    tmp_path: Path, names: Sequence[str]
+) -> None:
+    made = floors.site(tmp_path, {"required_protection": "encryption"})
+    context = floors.context(SiteOverrides(rank=2).applied(PLAN), names)
+    left = made.process(FLModelUtils.to_shareable(answer("birch", 2, rank=2)), context)
+    model = FLModelUtils.from_shareable(left)
+    model.meta["client_name"] = "birch"
+    aggregator = opened()
+    aggregator.accept_model(model)
+    assert aggregator.aggregate_model().params.keys() == {NAME}
+    bare = made.process(FLModelUtils.to_shareable(answer("birch", 2, rank=2, entries=())), context)
+    assert floors.code(bare) == "unprotected"
 
 
 def test_a_site_whose_rank_is_above_the_global_one_sends_nothing() -> None:
