@@ -107,7 +107,8 @@ def test_no_group_of_settings_is_left_out_of_that_law():
         return {kind}.union(*map(within, parts))
 
     ours = {kind for kind in under(Settings) if kind.__module__.startswith("nvflare_fm.")}
-    ours = {kind for kind in ours if not kind.__module__.startswith("nvflare_fm.compare.")}  # no job names a peer
+    elsewhere = "nvflare_fm.compare.", "nvflare_fm.site.audit."  # no job names a peer; the canaries' record is fuzzed
+    ours = {kind for kind in ours if not kind.__module__.startswith(elsewhere)}
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for
     arguments = {kind for kind in ours if issubclass(kind, Arguments)}

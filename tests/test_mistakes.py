@@ -135,6 +135,7 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("compare", "parts"): [],
         ("compare", "overview"): [],
         ("compare", "data"): ["medquad-lm", str(place / "sets")],
+        ("site", "budget"): ["--kit", str(place / "kit")],
         ("site", "allow"): ["--kit", str(place / "kit")],
         ("site", "canaries"): ["--data", "notes", "--task", "causal_lm", "--kit", str(place / "kit")],
         ("site", "check"): ["--kit", str(place / "kit")],

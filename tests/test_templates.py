@@ -81,8 +81,8 @@ def said(component: Any) -> str:
     ours = type(component).__module__.startswith("nvflare_fm.")
     held = {
         "plan": "settled",
-        "measurement": "asked",
-        "settings": "how" if hasattr(component, "how") else "overrides",
+        "measurement": "asks",
+        "settings": "aggregation" if hasattr(component, "aggregation") else "overrides",
     }
     values = {name: getattr(component, held.get(name, name)) for name in names if ours and name != "aggregator"}
     return f"{type(component).__name__} {values}"

@@ -59,7 +59,7 @@ def read_job(folder: Path) -> Job:
     adapter, trained_by = (saved.adapter, saved.plan) if saved else (None, None)
     needed = _min_sites(meta)
     check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
-    measured = next((p.asked for p in server if isinstance(p, AdapterLocator) and p.asked), None)
+    measured = next((p.asks for p in server if isinstance(p, AdapterLocator) and p.asks), None)
     if measured:
         return Job(name, measured.applied(trained_by), None, range(0), sites, adapter, needed)
     controller = _only(FedPEFT, server)

@@ -21,6 +21,7 @@ from ...config import TaskPlan
 from ...errors import ConfigError, DataError, ModelError
 from ...export.folder import WEIGHTS, Saved, read_adapter
 from ...files import open_file
+from ...job.tasks import promises
 from ...privacy.audit import one_run
 from ...privacy.audit.copying import longest_run
 from ...privacy.audit.exposure import CANDIDATES, Exposure, exposure
@@ -113,7 +114,8 @@ def audit(site: SiteConfig, folder: Path, data: str = "", model: str = "", most:
         with job.base.lent():
             model = job.attachment.attach(job.base, values, job.plan)
             after = _losses(model, job, found)
-            writes = job.plan.task == "causal_lm"
+            does = promises(job.plan.task)
+            writes = does.learns_text and not does.paired
             secrets = _exposures(model, job, record) if record and writes else ((), ())
             copies = _both_copies(model, job, found) if writes else None
     members, held_out, planted = (

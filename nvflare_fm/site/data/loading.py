@@ -230,6 +230,7 @@ def _unit(row: Mapping[str, Any], plan: RoundPlan) -> str | None:
             f"{unit!r}, the plan's privacy.unit, is missing or neither a text nor a whole number; the site file says "
             "under columns which column of the file it is",
             code="no_unit",
+            tells_job=True,
         )
     return str(value).strip()
 
