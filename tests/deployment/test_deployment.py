@@ -377,7 +377,9 @@ def test_the_lead_is_told_why_no_site_counted_by_the_jobs_id(jobs: Jobs, system:
 
 
 def test_what_is_accepted_is_in_the_audit_log_with_who_asked(jobs: Jobs, system: System):
-    lines = [line for line in system.audit("clinic-b", jobs.ids["three_clinics"]).splitlines() if "]nvflare_fm " in line]
+    lines = [
+        line for line in system.audit("clinic-b", jobs.ids["three_clinics"]).splitlines() if "]nvflare_fm " in line
+    ]
     assert any("lowered: batch_size to 4 [" in line for line in lines)  # where it trains; measuring is not lowered
     for line in lines:
         assert re.search(r"nvflare_fm (accepted|lowered: batch_size to 4) \[causal_lm with model 'base' on", line)
