@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from nvflare_fm.adapter import Adapter, Manifest, RoundTask
 from nvflare_fm.cli import app
-from nvflare_fm.config import TaskPlan
+from nvflare_fm.config import PrivacySettings, TaskPlan
 from nvflare_fm.errors import ConfigError, DataError, ModelError, PolicyError, WireError
 from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
 from nvflare_fm.job.tasks import TASKS
@@ -359,6 +359,12 @@ def test_an_update_leaves_as_it_would_without_the_gate(llama: Path, tmp_path: Pa
         for largest in (0.999, 1.0)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_where_chance_draws_the_rows_all_of_them_are_compared(llama: Path, tmp_path: Path):
+    privacy = PrivacySettings.read({"noise_multiplier": 50.0, "delta": 1e-3}, "plan")
+    plan = plan_of("causal_lm").model_copy(update={"privacy": privacy})
+    assert gated(tmp_path, llama, "causal_lm", 0.999).train(RoundTask(plan)).protection
 
 
 def test_rows_too_few_for_the_limit_are_refused_before_training(llama: Path, tmp_path: Path):
