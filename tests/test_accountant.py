@@ -117,3 +117,10 @@ def test_an_epsilon_out_of_reach_is_told() -> None:
     with pytest.raises(ConfigError) as refused:
         noise_multiplier(1e-5, 1e-9, 1.0, 10**6)
     assert refused.value.code == "epsilon_out_of_reach"
+
+
+def test_events_of_so_many_kinds_that_prv_would_take_gigabytes_count_by_rdp() -> None:
+    """A server that asks for another noise in each round could otherwise spoil a site's budget for good."""
+    many = [Event(50 + kind / 1000, 1.0) for kind in range(17)]
+    assert epsilon(many, 1e-5) == epsilon(many, 1e-5, "rdp") > epsilon(many[:16], 1e-5)
+    assert epsilon(many[:16], 1e-5) < epsilon(many[:16], 1e-5, "rdp")

@@ -13,7 +13,7 @@ from .events import Event, together
 
 Accountant = Literal["rdp", "prv"]
 _ACCOUNTANTS = {"rdp": RDPAccountant, "prv": PRVAccountant}
-_PRV_EPSILON, _PRV_STEPS = 30.0, 10**5  # beyond these its grid takes gigabytes
+_PRV_EPSILON, _PRV_STEPS, _PRV_KINDS = 30.0, 10**5, 16  # beyond these its grids take gigabytes or minutes
 _LEAST_NOISE, _MOST_NOISE, _PRECISION = 0.2, 1e4, 1e-3
 
 
@@ -28,7 +28,8 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Accountant | None
     if not history:
         return 0.0
     bound = _bound("rdp", history, delta)
-    if accountant == "rdp" or bound > _PRV_EPSILON or sum(steps for _, _, steps in history) > _PRV_STEPS:
+    too_large = sum(steps for _, _, steps in history) > _PRV_STEPS or len(history) > _PRV_KINDS
+    if accountant == "rdp" or bound > _PRV_EPSILON or too_large:
         return bound
     tighter = _bound("prv", history, delta)
     return tighter if accountant == "prv" else min(bound, tighter)

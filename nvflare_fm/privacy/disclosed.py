@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -69,8 +69,3 @@ def read_disclosed(value: object, site: str) -> Disclosed:
             "restart the site",
             code="protection_not_public",
         ) from None
-
-
-def written(disclosed: Disclosed) -> dict[str, Any]:
-    """`disclosed` as it travels."""
-    return asdict(disclosed)

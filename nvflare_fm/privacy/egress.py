@@ -30,6 +30,7 @@ TOLD = frozenset(
         *("budget_spent", "budget_busy", "budget_damaged", "budget_not_written", "other_base", "too_few_labels"),
         *("no_plan", "other_version", "wrong_setting", "not_the_pinned_weights", "egress_failed"),
         *("private_steps", "private_checkpointing", "private_max_grad_norm", "private_classes", "private_counts"),
+        *("private_own_half", "no_context", "context_not_signed"),
         *("counts_rows", "no_secret", "site_file_wrong", "site_file_malformed", "site_file_unreadable"),
     }
 )
