@@ -72,7 +72,7 @@ def test_bytes_up_are_those_of_the_update_a_site_sends(
     for name in transforms.registry:
         chain = transforms.read((name,), "uplink").keyed(kits()[1])
         travelled = pack(update.adapter, chain, "alder").parcel.bytes
-        assert shape.size(rank, chain) == pytest.approx(travelled, rel=2e-3 if chain.encrypts else 0)
+        assert shape.size(rank, chain) == pytest.approx(travelled, rel=5e-3 if chain.encrypts else 0)
 
 
 @pytest.mark.parametrize("merge", ["exact", "svd", "zero_pad"])

@@ -22,7 +22,7 @@ from . import Encryption, Kept, Parcel, registry
 
 _PART = 2**20  # numbers in a tensor that travels, and so in memory at once of each site: whole ciphertexts for any N
 _SLOTS, _MOST_BYTES = 4096, 2**20  # in a ciphertext at N = 8192; no larger N needs more bytes for as many numbers
-_SENT_BYTES, _SUMMED_BYTES = 235_200, 131_300  # of a ciphertext at the defaults of `HEBuilder`, within 0.1 %
+_SENT_BYTES, _SUMMED_BYTES = 235_200, 131_300  # of a ciphertext at the defaults of `HEBuilder`, within 0.3 %
 
 
 @registry.register("ckks")

@@ -271,8 +271,6 @@ def test_a_site_that_shares_half_of_its_adapter_ends_with_a_whole_classifier_tha
     before = float(cross_entropy(model(**words).logits, truth))
     tuned = PeftModel.from_pretrained(model, system.kits / "clinic-a" / jobs.ids["labels"] / "own_adapter").eval()
     assert float(cross_entropy(tuned(**words).logits, truth)) < before - 0.1
-    first, second, _ = jobs.rounds("labels")
-    assert second["metrics"]["loss"] < first["metrics"]["loss"]
 
 
 def test_what_the_command_line_downloads_of_it_is_the_shared_half_and_nothing_else_left_the_site(

@@ -71,7 +71,7 @@ def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Pa
         env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},  # as in a trainer
         capture_output=True, text=True, timeout=150,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr
     assert all((tmp_path / f"stopped-{rank}").exists() for rank in (0, 1))
     for task, model in zip(TASKS, (llama, bert, llama), strict=True):
         first, second = (load_file(tmp_path / f"{task}-{rank}.safetensors") for rank in (0, 1))
