@@ -62,8 +62,6 @@ TASKS = ("causal_lm", "sequence_classification", "preference")
 
 
 def test_two_processes_train_one_adapter_and_stop_together(llama: Path, bert: Path, tmp_path: Path) -> None:
-    for task in TASKS:
-        tiny.jsonl(tmp_path / f"site-1-{task}.jsonl", tiny.rows(task))
     (tmp_path / "work.py").write_text(WORK)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",

@@ -1,6 +1,7 @@
 """Tiny random models and data made on the spot: a Llama and a BERT with fast tokenizers, rows in every file format."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def rows(task: str, count: int = 24, shift: int = 0) -> list[dict[str, Any]]:
 
 
 def jsonl(file: Path, lines: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return file
+    part = file.with_name(f"{file.name}.{os.getpid()}")  # several processes of a site may write the same rows
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return part.replace(file)
 
 
 def site(model: Path, train: Path, **more: Any) -> SiteConfig:
