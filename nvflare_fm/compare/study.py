@@ -30,6 +30,7 @@ class Usual:
 
     Args:
         column: by which its rows are known.
+        test_rows: of each site, that a score is measured on; 0: all.
         max_length: tokens, of data of one's own.
     """
 
@@ -42,7 +43,7 @@ class Usual:
     max_length: int
 
 
-CLASSIFYING = Usual("sequence_classification", "label", "accuracy", False, 20, 100, 64)
+CLASSIFYING = Usual("sequence_classification", "label", "accuracy", False, 20, 0, 64)
 WRITING = Usual("causal_lm", "prompt", "bits_per_byte", True, 10, 50, 128)
 TASKS = {usual.task: usual for usual in (CLASSIFYING, WRITING)}
 
@@ -70,7 +71,7 @@ class Study:
 
     Args:
         rounds: of every federation.
-        test_rows: of each site, the first ones, that a score is measured on.
+        test_rows: of each site, drawn once and for all, that a score is measured on; 0: all.
         rates: learning rates that every method tries first.
     """
 
@@ -105,7 +106,8 @@ class Study:
 
     def scored_rows(self, file: Path) -> int:
         """How many rows of a test file a score is measured on."""
-        return min(self.test_rows, len(file.read_text().splitlines()))
+        rows = len(file.read_text().splitlines())
+        return min(self.test_rows, rows) or rows
 
     def results(self, tuning_of: str = "") -> Path:
         """The file of the study's results, or of the rates tried in `tuning_of`."""

@@ -106,6 +106,15 @@ def test_a_tenth_is_held_out_and_always_the_same(tmp_path: Path) -> None:
     same(found, load(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_part_of_the_rows_to_measure_on_has_every_label_however_the_file_is_sorted(named: bool, tmp_path: Path) -> None:
+    file = tiny.jsonl(tmp_path / "a.jsonl", sorted(tiny.rows("sequence_classification", 400), key=lambda r: r["label"]))
+    found = load(file, **({"validation": str(file)} if named else {}))
+    part = found.measured(len(found.validation) // 2, 1)
+    assert {*found.validation.select(range(part))["labels"]} == {0, 1, 2}
+    assert data.contents_of(found.validation, found.validation_rows) == found.contents[1]
+
+
 def test_bad_rows_are_counted_and_named_by_line_without_their_content(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

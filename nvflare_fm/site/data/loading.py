@@ -84,6 +84,7 @@ def load(
     """Reads and tokenizes the site's files. Where the site names no validation file, a tenth of the rows is held out.
 
     The rows held out depend on their place in the file alone, so no later job trains on what an earlier one measured.
+    Those to measure on come in an order drawn once and for all: files are often sorted, and a job may measure a part.
 
     Args:
         vocabulary: how many tokens the base model has rows for.
@@ -94,7 +95,7 @@ def load(
     train = _read(source, source.train, "train", plan, task, tokenizer, vocabulary)
     if source.validation:
         validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary)
-        return _site_data(train.good, validation.good, train.units, [train, validation])
+        return _site_data(train.good, _mixed(validation.good), train.units, [train, validation])
     kept, held = _held_out([*zip(train.good, train.units, strict=True)], plan)
     return _site_data([good for good, _ in kept], [good for good, _ in held], [unit for _, unit in kept], [train])
 
@@ -113,7 +114,7 @@ def as_written(
     if not source.validation:
         return _held_out(train.written, plan)
     validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary, keeps=True)
-    return train.written, validation.written
+    return train.written, _mixed(validation.written)
 
 
 def _held_out(rows: list[T], plan: RoundPlan) -> tuple[list[T], list[T]]:
@@ -124,7 +125,12 @@ def _held_out(rows: list[T], plan: RoundPlan) -> tuple[list[T], list[T]]:
             code="no_validation_rows",
         )
     held = set(random.Random(0).sample(range(len(rows)), max(1, round(_HELD_OUT * len(rows)))))
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+    return [row for i, row in enumerate(rows) if i not in held], _mixed([rows[i] for i in sorted(held)])
+
+
+def _mixed(rows: list[T]) -> list[T]:
+    """The rows in an order that depends on how many there are, and on nothing else."""
+    return random.Random(0).sample(rows, len(rows))
 
 
 def _site_data(
