@@ -4,7 +4,8 @@
     python tests/benchmarks/leakage.py --epsilon 8 --seeds 5   under ε = 8
     python tests/benchmarks/leakage.py --canaries 400          and a lower bound on ε, of a training with canaries
 
-Language model: stories260k on answers of MedQuAD, a secret of eight digits in four of the 44 rows. Classifier: the
+Language model: stories260k on answers of MedQuAD, a secret of eight digits in four of the 44 rows, which are one
+patient's: with `--unit patient` they are protected together, without it each of them by itself. Classifier: the
 first two layers of MiniLM on banking77. The AUC is that of `nvflare-fm audit`, on as many rows held out.
 """
 
@@ -38,10 +39,11 @@ def main(
     noise_multiplier: float | None = None,
     canaries: int = 0,
     seeds: int = 1,
+    unit: str = "row",
     task: str = "",
 ) -> None:
     torch.set_num_threads(1)
-    private = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": DELTA}
+    private = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": DELTA, "unit": unit}
     for name in [task] if task else STUDIES:
         for seed in range(seeds):
             with tempfile.TemporaryDirectory() as folder:
@@ -60,6 +62,7 @@ def measured(task: str, private: dict[str, Any], canaries: int, seed: int, folde
     if task == "causal_lm":
         secret = tasks[task].canary(plan, random)
         rows[:WITH_SECRET] = [secret] * WITH_SECRET
+    rows = [row | {"patient": max(place, WITH_SECRET)} for place, row in enumerate(rows, 1)]
     files = [folder / name for name in (TRAIN, VALIDATION)]
     for file, some in zip(files, (rows[:ROWS], rows[ROWS:]), strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in some))
