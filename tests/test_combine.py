@@ -1,7 +1,6 @@
 """One round at the server, whole: admit, weigh, merge, shorten, refill."""
 
 from dataclasses import replace
-from itertools import permutations
 
 import pytest
 import torch
@@ -81,14 +80,12 @@ def test_rounds_without_learning_change_nothing():
 @pytest.mark.parametrize("name", RULES)
 @settings(max_examples=10)
 @given(data=st.data())
-def test_every_arrival_order_gives_the_same_adapter_bit_for_bit(name, data):
+def test_any_arrival_order_gives_the_same_adapter_bit_for_bit(name, data):
     updates = data.draw(cohorts(mixed_ranks=merge.registry[name].mixed_ranks))
     state = updates[0].adapter if merge.registry[name].mixed_ranks else Adapter()
     updates = [replace(u, report=replace(u.report, steps=3)) for u in updates]
-    results = [
-        combine(state, MANIFEST, order, Aggregation(merge=name, weigh=["examples"]), 4)
-        for order in permutations(updates)
-    ]
+    orders = [updates, updates[::-1], data.draw(st.permutations(updates))]
+    results = [combine(state, MANIFEST, order, Aggregation(merge=name, weigh=["examples"]), 4) for order in orders]
     assert all(identical(r.adapter, results[0].adapter) for r in results)
     assert all(dict(r.weights) == dict(results[0].weights) for r in results)
 
