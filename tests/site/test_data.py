@@ -107,7 +107,7 @@ def test_a_tenth_is_held_out_and_always_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_part_of_the_rows_to_measure_on_has_every_label_however_the_file_is_sorted(named: bool, tmp_path: Path) -> None:
+def test_a_part_of_the_rows_to_measure_on_has_every_label_of_a_sorted_file(named: bool, tmp_path: Path) -> None:
     file = tiny.jsonl(tmp_path / "a.jsonl", sorted(tiny.rows("sequence_classification", 400), key=lambda r: r["label"]))
     found = load(file, **({"validation": str(file)} if named else {}))
     part = found.measured(len(found.validation) // 2, 1)
