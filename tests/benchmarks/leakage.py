@@ -6,7 +6,8 @@
 
 Language model: stories260k on answers of MedQuAD, a secret of eight digits in four of the 44 rows, which are one
 patient's: with `--unit patient` they are protected together, without it each of them by itself. Classifier: the
-first two layers of MiniLM on banking77. The AUC is that of `nvflare-fm audit`, on as many rows held out.
+first two layers of MiniLM on banking77. The AUC is that of `nvflare-fm audit`, on as many rows held out. Some secrets
+are likelier than others before anything is learned: the base model's exposure is measured beside the adapter's.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import typer
 
-from nvflare_fm.adapter import RoundTask
+from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.export.folder import Saved, read_adapter, write_adapter
@@ -99,10 +100,11 @@ def told(found: Audit, worker: Worker, folder: Path, secret: dict[str, Any] | No
     if secret:
         saved = read_adapter(folder)
         job = worker.opened(RoundTask(found.plan, saved.adapter, saved.manifest))
-        with job.base.lent():
-            model = job.attachment.attach(job.base, saved.adapter, job.plan)
-            place = exposure_of(model, job, secret, alternatives(secret, CANDIDATES - 1, job.plan, seed))
-        said |= {"rank": place.rank, "exposure_bits": round(place.bits, 2)}
+        others = alternatives(secret, CANDIDATES - 1, job.plan, seed)
+        for name, adapter in (("base", Adapter()), ("adapter", saved.adapter)):
+            with job.base.lent():
+                place = exposure_of(job.attachment.attach(job.base, adapter, job.plan), job, secret, others)
+            said |= {f"rank of {name}": place.rank, f"bits of {name}": round(place.bits, 2)}
     return said
 
 
