@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
+.PHONY: demo models test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
@@ -22,6 +22,9 @@ test-all: lint  ## and the slow proofs: planted bugs, every method of the compar
 
 test-oldest: .venv-oldest/installed  ## as make test, with the oldest versions, in an environment of its own
 	.venv-oldest/bin/python -m pytest -q $(AT_ONCE)
+
+models: .venv/installed  ## a small public language model, SmolLM2-135M-Instruct, into runs/models
+	$(BIN)/nvflare-fm models get smollm2-135m-instruct
 
 test-gpu: .venv/installed  ## what only a GPU can show; tiny models without one
 	$(PYTEST) -m "slow or not slow" tests/gpu

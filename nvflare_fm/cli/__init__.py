@@ -17,6 +17,7 @@ from . import data as cli_data
 from . import explain as cli_explain
 from . import export as cli_export
 from . import job as cli_job
+from . import models as cli_models
 from . import simulate as cli_simulate
 from .terminal import Commands
 
@@ -37,6 +38,7 @@ app.add_typer(site, name="site")
 site.command()(cli_budget.budget)
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_compare.compare, name="compare")
+app.add_typer(cli_models.models, name="models")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)
