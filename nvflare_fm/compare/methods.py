@@ -29,6 +29,7 @@ class Method:
         worker: what a site does; a peer's may differ.
         folds: whether adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
+        peft: the PEFT method and its settings; empty: LoRA at `rank`.
         training: training settings that differ from the defaults.
         privacy: differential privacy of what each site sends; empty: none.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
@@ -42,6 +43,7 @@ class Method:
     worker: type[Worker] = Worker
     folds: bool = False
     quantizations: tuple[Quantization, ...] = ("nf4",)
+    peft: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
