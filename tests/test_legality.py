@@ -44,6 +44,7 @@ REFUSED = [
     ("head_needs_adam", {"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}),
     ("no_head", {"training": {"head_lr_ratio": 2.0}}, {}),
     ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
+    ("nothing_trained", {"peft": {"method": "head"}}, {}),
     ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
     ("private_steps", {"privacy": PRIVATE, "training": {"local_steps": 0}}, {}),
     ("private_checkpointing", {"privacy": PRIVATE, "training": {"gradient_checkpointing": True}}, {}),
@@ -125,6 +126,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
         ({"uplink": "ckks", "negotiable": "rank"}, FROZEN | {"weigh": ["examples", "loss"], "max_weight": 0.4}),
         ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
+        ({**CLASSIFY, "uplink": "ckks", "peft": {"method": "head"}}, {"guard": []}),
+        ({"peft": {"method": "head", "modules_to_save": ["lm_head"]}}, {}),
     ],
 )
 def test_what_goes_together_is_let_through(plan, how):

@@ -100,23 +100,27 @@ def private(epsilon: float, method: Method) -> Method:
     return replace(method, privacy={"epsilon": epsilon}, training={**FAR, **method.training, **MOST_ROWS})
 
 
+HEAD_ALONE = Method(peft={"method": "head"})  # best on a good base model: of studies whose names end in @full
 AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
     f"{name}, ε = {epsilon:g}": private(epsilon, method)
     for epsilon in EPSILONS
     for name, method in {
         OURS: Method(),
+        "ours, head alone": HEAD_ALONE,
         "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
         "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
     }.items()
 }
 METHODS = {
-    OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    OURS: Method(), "ours, head alone": HEAD_ALONE, **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
     "alone": Method(),
     TOGETHER: Method(),
+    "alone, head alone": HEAD_ALONE,
     **{f"alone, ε = {epsilon:g}": private(epsilon, Method()) for epsilon in EPSILONS},
+    **{f"alone, head alone, ε = {epsilon:g}": private(epsilon, HEAD_ALONE) for epsilon in EPSILONS},
 }
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours

@@ -177,7 +177,7 @@ def _texts(*args: Any, **kwargs: Any) -> list[Ids] | None:
     ids, mask = given["input_ids"].cpu(), given["attention_mask"].cpu()
     if ids.ndim != 2 or mask.shape != ids.shape:
         return None
-    lengths = mask.sum(1)
+    lengths = mask.long().sum(1)
     if bool((lengths < 1).any()) or not torch.equal(mask, (torch.arange(ids.shape[1]) < lengths[:, None]).to(mask)):
         return None
     return [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)]
