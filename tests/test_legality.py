@@ -151,12 +151,16 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
     ],
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
-    def settled(method: str = "lora", **training: object) -> TrainingSettings:
-        plan = RoundPlan(task=task, labels=["a", "b"], peft={"method": method}, training=training)
+    def settled(method: str = "lora", privacy: object = None, **training: object) -> TrainingSettings:
+        peft = {"method": method} | ({"modules_to_save": ["lm_head"]} if method == "head" else {})
+        plan = RoundPlan(task=task, labels=["a", "b"], peft=peft, training=training, privacy=privacy or {})
         return settle(plan, Aggregation()).plan.training
 
     assert settled().head_lr_ratio == ratio
     assert settled(optim="sgd").head_lr_ratio == 0
     assert settled("ia3").head_lr_ratio == 0
+    assert settled("head").head_lr_ratio == ratio
+    assert settled(privacy=PRIVATE).head_lr_ratio == ratio
+    assert settled("head", privacy=PRIVATE).head_lr_ratio == 6 * ratio
     assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
     assert settled(head_lr_ratio=ratio / 4).head_lr_ratio == ratio / 4

@@ -100,7 +100,9 @@ def private(epsilon: float, method: Method) -> Method:
     return replace(method, privacy={"epsilon": epsilon}, training={**FAR, **method.training, **MOST_ROWS})
 
 
-HEAD_ALONE = Method(peft={"method": "head"})  # best on a good base model: of studies whose names end in @full
+HEAD_ALONE = Method(  # best on a good base model: of studies whose names end in @full
+    peft={"method": "head"}, training={"head_lr_ratio": None, "batch_size": 64}
+)
 AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
     f"{name}, ε = {epsilon:g}": private(epsilon, method)
     for epsilon in EPSILONS
@@ -112,7 +114,8 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
     }.items()
 }
 METHODS = {
-    OURS: Method(), "ours, head alone": HEAD_ALONE, **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    OURS: Method(), "ours, head alone": HEAD_ALONE,
+    **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
