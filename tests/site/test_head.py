@@ -160,8 +160,9 @@ def test_what_is_kept_is_of_one_job_and_one_base_model_and_has_its_bound(
     assert states.of(base.model, text) is not None
     assert states.of(base.model, (8,)) is None
     assert states.of(base.model.base_model, text) is None
-    worker = tiny.worker(tmp_path, models["bert"], TASKS[0])
-    assert 0 < worker._states.most_bytes <= min(2**30, worker.config.limits.memory_gib * 2**26)
+    for gib, most in ((4.0, 2**28), (64.0, 2**30)):
+        offered = tiny.site(models["bert"], tmp_path / "rows.jsonl", limits={"memory_gib": gib})
+        assert Worker("site-1", offered)._states.most_bytes == most
 
 
 def test_a_backbone_with_something_trained_in_it_is_not_frozen(models: dict[str, Path], tmp_path: Path) -> None:
