@@ -189,8 +189,9 @@ class TrainingSettings(Settings):
         ge=0,
         le=1000,
         description="Times learning_rate that a classifier's head moves; unset: by task; 0: as all else. "
-        "Unset is 8 for a classifier with LoRA and AdamW, and 0 otherwise. Such a head has one second moment per "
-        "tensor (NovoGrad, arXiv:1905.11286), and the distance is its root mean square.",
+        "Unset is 8 for a classifier with LoRA, or with its head alone (48 under privacy), and AdamW, and 0 otherwise. "
+        "Such a head has one second moment per tensor (NovoGrad, arXiv:1905.11286), and the distance is its root mean "
+        "square.",
         examples=[8.0],
     )
     proximal_mu: float = Field(

@@ -488,7 +488,7 @@ BUGS = [
     Bug(
         "site/model/attach.py", "p.requires_grad and any(prefix in name", "any(prefix not in name", "site/test_training"
     ),
-    Bug("job/settle.py", "and method.factored and given.optim", "and given.optim", "test_legality"),
+    Bug("job/settle.py", " and (method.factored or not method.adapts)", "", "test_legality"),
     Bug("job/settle.py", ' and given.optim != "sgd"', "", "test_legality"),
     Bug("config.py", "math.sqrt(rank / was)", "(rank / was)", "test_config"),
     Bug("config.py", 'not peft.get("use_rslora") and', "", "test_config"),
@@ -791,6 +791,23 @@ BUGS = [
         "or n.endswith((_VERA_B, _VERA_D))}",
         "site/test_vera",
     ),
+    # the head alone
+    Bug("job/settle.py", "plan.privacy.asked and not method.adapts", "plan.privacy.asked", "test_legality"),
+    Bug(
+        "job/peft/head.py", "sorted({*heads, *self.modules_to_save})", "sorted(self.modules_to_save)", "site/test_head"
+    ),
+    Bug("site/model/states.py", '1 if self.base.quantization == "int8" else max', "max", "site/test_head"),
+    Bug("site/model/states.py", "at_once - len(some))", "0)", "site/test_head"),
+    Bug("site/model/states.py", "return super().train(False)", "return super().train(mode)", "site/test_head"),
+    Bug("site/model/states.py", "or any(p.requires_grad for p in backbone.parameters())", "", "site/test_head"),
+    Bug("site/model/states.py", "if not self.full:", "if True:", "site/test_head"),
+    Bug("site/model/states.py", "row[:length]", "row[: length - 1] or row[:1]", "site/test_head"),
+    Bug("site/model/states.py", 'or known.get("output_hidden_states")', "", "site/test_head"),
+    Bug("site/worker.py", "_STATES_SHARE * config.limits.memory_gib", "config.limits.memory_gib", "site/test_head"),
+    Bug("site/model/attach.py", "if not trained:", "if False:", "site/test_head"),
+    Bug("export/peft_config.py", "method.peft_type if method else", "", "site/test_head"),
+    Bug("job/cost.py", "if not adapter.below:", "if False:", "site/test_head"),
+    Bug("job/legality.py", "not job.method.adapts and job.task", "False and job.task", "test_legality"),
     # logits, some at a time; memory; what a GPU needs
     Bug(
         "site/training/logits.py",

@@ -123,7 +123,8 @@ def test_a_job_is_settled_and_its_server_built_without_loading_what_a_site_does(
     loaded = modules_after(
         "from nvflare_fm.flare import components; kinds = [components.load(name) for name in components.SERVER]; "
         "from nvflare_fm.job.peft import registry; from nvflare_fm.aggregation import merge; "
-        "[kinds[0](plan={'peft': {'method': method}}) for method in registry]; list(merge.registry)"
+        "classify = {'task': 'sequence_classification', 'labels': ['a', 'b']}; "
+        "[kinds[0](plan={'peft': {'method': method}, **classify}) for method in registry]; list(merge.registry)"
     )
     assert {"nvflare_fm.job.peft.lora", "nvflare_fm.aggregation.merge.exact", "nvflare_fm.flare.persistor"} <= loaded
     assert not {name for name in loaded if name.startswith("nvflare_fm.site")}

@@ -44,6 +44,7 @@ REFUSED = [
     ("head_needs_adam", {"training": {"head_lr_ratio": 2.0, "optim": "sgd"}}, {}),
     ("no_head", {"training": {"head_lr_ratio": 2.0}}, {}),
     ("no_head", {"task": "preference", "training": {"head_lr_ratio": 2.0}}, {}),
+    ("nothing_trained", {"peft": {"method": "head"}}, {}),
     ("no_pairs", {"training": {"dpo_beta": 0.2}}, {}),
     ("private_steps", {"privacy": PRIVATE, "training": {"local_steps": 0}}, {}),
     ("private_checkpointing", {"privacy": PRIVATE, "training": {"gradient_checkpointing": True}}, {}),
@@ -125,6 +126,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
         ({"uplink": "ckks", "negotiable": "rank"}, FROZEN | {"weigh": ["examples", "loss"], "max_weight": 0.4}),
         ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
+        ({**CLASSIFY, "uplink": "ckks", "peft": {"method": "head"}}, {"guard": []}),
+        ({"peft": {"method": "head", "modules_to_save": ["lm_head"]}}, {}),
     ],
 )
 def test_what_goes_together_is_let_through(plan, how):
@@ -148,12 +151,16 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
     ],
 )
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
-    def settled(method: str = "lora", **training: object) -> TrainingSettings:
-        plan = RoundPlan(task=task, labels=["a", "b"], peft={"method": method}, training=training)
+    def settled(method: str = "lora", privacy: object = None, **training: object) -> TrainingSettings:
+        peft = {"method": method} | ({"modules_to_save": ["lm_head"]} if method == "head" else {})
+        plan = RoundPlan(task=task, labels=["a", "b"], peft=peft, training=training, privacy=privacy or {})
         return settle(plan, Aggregation()).plan.training
 
     assert settled().head_lr_ratio == ratio
     assert settled(optim="sgd").head_lr_ratio == 0
     assert settled("ia3").head_lr_ratio == 0
+    assert settled("head").head_lr_ratio == ratio
+    assert settled(privacy=PRIVATE).head_lr_ratio == ratio
+    assert settled("head", privacy=PRIVATE).head_lr_ratio == 6 * ratio
     assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
     assert settled(head_lr_ratio=ratio / 4).head_lr_ratio == ratio / 4

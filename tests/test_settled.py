@@ -35,8 +35,9 @@ BEFORE = """{
 def jobs(draw: st.DrawFn) -> tuple[RoundPlan, Aggregation]:
     """Choices that go together."""
     task = draw(st.sampled_from(["causal_lm", "sequence_classification", "token_classification"]))
-    peft = {"method": draw(st.sampled_from(list(methods)))}
+    peft = {"method": draw(st.just("lora") | st.sampled_from(list(methods)))}  # most others go with few rules
     peft |= draw(st.sampled_from([{}, {"rank": 3}, {"use_dora": True}])) if peft["method"] == "lora" else {}
+    peft |= {"modules_to_save": ["lm_head"]} if peft["method"] == "head" else {}
     training = {
         "head_lr_ratio": draw(st.sampled_from([None, 0.0, 2.0])),
         "optim": draw(st.sampled_from(["adamw_torch", "sgd"])),

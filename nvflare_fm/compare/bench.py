@@ -86,12 +86,13 @@ class Bench:
         config = SiteConfig(models=models, data=data, privacy=data_sets.OPEN)
         rank = method.rank or self._rank(place)
         overrides = SiteOverrides(
-            rank=rank,
+            rank=None if method.peft else rank,
             lora_alpha=method.alpha(rank) if method.alpha else None,
             quantization=method.quantizations[place % len(method.quantizations)],
         )
         worker = method.worker(name, config, overrides)
-        worker._data = self._kept.setdefault((name, train, test, self.study.model), worker)._data
+        first = self._kept.setdefault((name, train, test, self.study.model), worker)
+        worker._data, worker._states = first._data, first._states
         return worker
 
     def digest(self, method: Method, seed: int) -> str:
@@ -110,7 +111,7 @@ class Bench:
         """The plan as a method's sites carry it out."""
         rank = method.rank or max(RANKS)
         alpha = method.alpha(rank) if method.alpha else ALPHA
-        peft = {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
+        peft = method.peft or {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
         training = self.plan.training.model_copy(update=method.training)
         privacy = PrivacySettings.read(method.privacy, "method")
         asked = self.plan.model_copy(update={"seed": seed, "peft": peft, "training": training, "privacy": privacy})
@@ -186,7 +187,7 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
         adapter = done.combined.adapter
         if (done.number + 1) % max(1, rounds // points) == 0 or done.number + 1 == rounds:
             scores = bench.measure(workers, method, adapter, done.combined.manifest)
-            share = None if method.rank or method.folds else above(adapter, min(RANKS))
+            share = None if method.rank or method.peft or method.folds else above(adapter, min(RANKS))
             yield {"round": done.number + 1, "scores": scores, "bytes_up": up, "bytes_down": down, "above": share}
         down += len(workers) * size(adapter)
     if method.at_home:

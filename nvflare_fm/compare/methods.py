@@ -29,6 +29,7 @@ class Method:
         worker: what a site does; a peer's may differ.
         folds: whether adapters are added to the base model each round.
         quantizations: of the base model, over the sites in turn.
+        peft: the PEFT method and its settings; empty: LoRA at `rank`.
         training: training settings that differ from the defaults.
         privacy: differential privacy of what each site sends; empty: none.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
@@ -42,6 +43,7 @@ class Method:
     worker: type[Worker] = Worker
     folds: bool = False
     quantizations: tuple[Quantization, ...] = ("nf4",)
+    peft: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
@@ -98,23 +100,30 @@ def private(epsilon: float, method: Method) -> Method:
     return replace(method, privacy={"epsilon": epsilon}, training={**FAR, **method.training, **MOST_ROWS})
 
 
+HEAD_ALONE = Method(  # best on a good base model: of studies whose names end in @full
+    peft={"method": "head"}, training={"head_lr_ratio": None, "batch_size": 64}
+)
 AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
     f"{name}, ε = {epsilon:g}": private(epsilon, method)
     for epsilon in EPSILONS
     for name, method in {
         OURS: Method(),
+        "ours, head alone": HEAD_ALONE,
         "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
         "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
     }.items()
 }
 METHODS = {
-    OURS: Method(), **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    OURS: Method(), "ours, head alone": HEAD_ALONE,
+    **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
     "alone": Method(),
     TOGETHER: Method(),
+    "alone, head alone": HEAD_ALONE,
     **{f"alone, ε = {epsilon:g}": private(epsilon, Method()) for epsilon in EPSILONS},
+    **{f"alone, head alone, ε = {epsilon:g}": private(epsilon, HEAD_ALONE) for epsilon in EPSILONS},
 }
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours

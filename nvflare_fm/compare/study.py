@@ -14,6 +14,7 @@ from . import data_sets
 
 RATES = (5e-3, 1e-2, 2e-2)  # what every method tries first
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
+_ALL = 10_000  # test rows of a site; no public data set has more
 _PUBLIC_MAX_LENGTHS = {
     "banking77": 24,
     "banking77lm": 48,
@@ -129,7 +130,7 @@ def study(
 
     Args:
         name: of the results' file; without `folder`, a public data set of `data_sets`, and behind an `@`, `random` for
-            a base model whose weights are random.
+            a base model whose weights are random, or `full` for all layers of MiniLM.
         folder: one's own rows, a folder per site.
         model: folder of the base model; unset: the first two layers of MiniLM, or stories260k.
         task: empty: classification where rows have a label, else causal_lm.
@@ -166,12 +167,12 @@ def study(
     return Study(
         name,
         root,
-        model or _model(usual, start == "random", workspace),
+        model or _model(usual, start, workspace),
         plan,
         usual.metric,
         workspace,
         rounds or usual.rounds,
-        test_rows or usual.test_rows,
+        test_rows or (_ALL if start == "full" else usual.test_rows),
         tuple(rates) or RATES,
         usual.lower_is_better,
     )
@@ -234,11 +235,13 @@ def _usual(first: dict[str, Any]) -> Usual:
     raise DataError("the first row has neither a label nor a prompt; see nvflare-fm data check", code="unreadable_row")
 
 
-def _model(usual: Usual, random: bool, workspace: Workspace) -> Path:
+def _model(usual: Usual, start: str, workspace: Workspace) -> Path:
     if usual is WRITING:
         return data_sets.stories260k()
+    if start == "full":
+        return data_sets.minilm()
     base = data_sets.first_layers(data_sets.minilm(), 2, workspace.root / "models" / "minilm-2")
-    return data_sets.randomized(base, workspace.root / "models" / f"{base.name}-random") if random else base
+    return data_sets.randomized(base, workspace.root / "models" / f"{base.name}-random") if start == "random" else base
 
 
 def _kind(source: str) -> str:

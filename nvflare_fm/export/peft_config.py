@@ -9,6 +9,8 @@ from typing import Any
 
 from ..adapter import LORA_A, LORA_B, Adapter, Manifest
 from ..config import RoundPlan
+from ..job import peft
+from ..job.peft.head import NO_LAYER
 from ..job.peft.vera import PROJECTION_PRNG_KEY
 from ..job.tasks import TASKS
 
@@ -26,7 +28,10 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
         Plain JSON. Of pairs: the rank and α that make α/r each pair's own scale.
     """
     settings: Mapping[str, Any] = plan.peft if plan else {}
-    if adapter.lora or any(_is_lora(name) for name in adapter.dense):
+    method = peft.registry[manifest.peft] if manifest.peft in set(peft.registry) else None
+    if method and not method.adapts:
+        own = _whole(adapter, settings)
+    elif adapter.lora or any(_is_lora(name) for name in adapter.dense):
         own = _lora(adapter, settings)
     elif any(name.endswith(_IA3) for name in adapter.dense):
         own = _ia3(adapter)
@@ -35,7 +40,7 @@ def adapter_config(adapter: Adapter, manifest: Manifest, plan: RoundPlan | None 
     else:
         own = _prompt(adapter)
     return own | {
-        "peft_type": manifest.peft.upper(),
+        "peft_type": method.peft_type if method else manifest.peft.upper(),
         "task_type": TASKS[manifest.task].peft_type if manifest.task in TASKS else None,
         "auto_mapping": _auto_mapping(manifest.base_class),
         "base_model_name_or_path": None,
@@ -92,6 +97,14 @@ def _vera(adapter: Adapter, settings: Mapping[str, Any]) -> dict[str, Any]:
         "target_modules": _targets(settings.get("target_modules"), sorted(found)),
         "modules_to_save": _trained_whole(adapter, settings),
     }
+
+
+def _whole(adapter: Adapter, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """No layer with factors: modules trained whole alone, as the plan calls them, others in full."""
+    modules = {_module(name).rpartition(".")[0] for name in adapter.dense}
+    listed = {end for end in settings.get("modules_to_save", ()) if any(f".{end}." in f".{m}." for m in modules)}
+    others = {module for module in modules if not any(f".{end}." in f".{module}." for end in listed)}
+    return {"target_modules": NO_LAYER, "modules_to_save": sorted(filter(None, listed | others))}
 
 
 def _prompt(adapter: Adapter) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class AdapterShape:
     dense: tuple[int, ...] = ()  # numbers of each tensor without factors: heads, magnitudes, prompts
     whole: tuple[str, ...] = ()  # modules of the base model that are trained whole
     embeddings: tuple[str, ...] = ()  # modules it trains, whole or with factors, that embed words or answer with words
+    below: bool = True  # whether anything is trained below what the task's class puts on top
 
     def numbers(self, rank: int) -> int:
         return sum(self.dense) + rank * sum(fan_out + fan_in for fan_out, fan_in in self.layers.values())
@@ -155,6 +156,9 @@ def activation_bytes(base: BaseShape, adapter: AdapterShape, plan: RoundPlan) ->
     """
     texts, width = plan.training.batch_size * promises(plan.task).texts_per_row, number_width(plan)
     positions = texts * plan.max_length
+    if not adapter.below:  # no way back leads through the blocks
+        passing = width * (_MEASURED_WIDTH * base.hidden + _MEASURED_INNER * base.inner)
+        return round(positions * passing + FLOAT32 * _PER_PICKED_LOGIT * _logits(base, plan, texts))
     per_width = _PER_WIDTH[width] * base.hidden
     block = width * (per_width + _PER_INNER * base.inner + _PER_SCORE * base.heads * plan.max_length)
     if plan.peft.get("lora_dropout"):

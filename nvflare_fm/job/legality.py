@@ -179,6 +179,14 @@ CLASHES = (
         "leave it out",
     ),
     Clash(
+        "nothing_trained",
+        "a PEFT method that trains the head alone",
+        "a task that writes text",
+        lambda job: not job.method.adapts and job.task.learns_text and not job.method.trained_whole,
+        "it is about a new head, and the task has none",
+        "use lora, or name modules_to_save",
+    ),
+    Clash(
         "no_pairs",
         "`dpo_beta`",
         "a task other than `preference`",

@@ -167,12 +167,14 @@ def _counts(plan: RoundPlan, aggregation: Aggregation, needs: Needs) -> tuple[st
 
 def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
     """How far a head moves where the job does not say: a fresh one hears little of most classes in a round. Methods
-    without factors want rates of their own, at which eight times would be too far.
+    without factors want rates of their own, at which eight times would be too far; a head alone has no other rate.
+    Under privacy it takes few steps of many rows, and so longer ones.
     """
     given = plan.training
     if given.head_lr_ratio is not None:
         return given
-    ratio = 8.0 if promises(plan.task).classes and method.factored and given.optim != "sgd" else 0.0
+    apart = promises(plan.task).classes and given.optim != "sgd" and (method.factored or not method.adapts)
+    ratio = (48.0 if plan.privacy.asked and not method.adapts else 8.0) if apart else 0.0
     return given.model_copy(update={"head_lr_ratio": ratio})
 
 

@@ -85,7 +85,7 @@ class MeanPooledForSequenceClassification(PreTrainedModel):  # type: ignore[misc
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **given
         ).last_hidden_state
         counted = hidden.new_ones(hidden.shape[:2])
-        if attention_mask is not None:
+        if attention_mask is not None and hidden.shape[1] > 1:  # a single state is a text's mean already
             counted = attention_mask[:, -hidden.shape[1] :].to(hidden)
         mean = (hidden * counted[..., None]).sum(1) / counted.sum(1, keepdim=True)
         logits: Tensor = self.classifier(self.dropout(mean))

@@ -35,6 +35,7 @@ from .model.fingerprint import read_config
 from .model.own_adapter import OwnAdapter, shared_half
 from .model.sealed import padded, unsealed
 from .model.shapes import shapes
+from .model.states import States
 from .offer.policy import accept, check_shapes, check_trained, few_examples, few_metric_rows, few_update_rows, fit
 from .offer.site_config import ModelSource, SiteConfig
 from .peft_methods import Attachment, attachment_of
@@ -45,6 +46,8 @@ from .training import fit as training
 from .training.dp import Private, PrivateTrainer
 from .training.job_events import JobEvents
 from .training.kept_state import KeptState
+
+_MOST_STATES, _STATES_SHARE = 2**30, 1 / 16  # bytes of what a frozen base model made of texts, and of memory_gib
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Worker:
         self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
         self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
+        self._states = States(min(_MOST_STATES, _STATES_SHARE * config.limits.memory_gib * 2**30))
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
             self.log = None
@@ -135,6 +139,7 @@ class Worker:
         with base.lent(), self._within_time() as stop:
             reference = gate.reference(job, stop)
             model, before = self._attached(job, task), {}
+            attachment.prepare(base, job.data.train, job.chosen or range(len(job.data.train)), stop)
             if plan.evaluation.before:
                 before = self._measured("before", task, self._evaluate(model, job, stop))
             if plan.rest == "none":
@@ -319,7 +324,10 @@ class Worker:
         return model
 
     def _evaluate(self, model: Any, job: Job, stop: Callable[[], bool]) -> dict[str, float]:
-        return {} if job.measured is None else evaluation.evaluate(model, job.base, job.measured, job.plan, stop)
+        if job.measured is None:
+            return {}
+        job.attachment.prepare(job.base, job.measured, range(len(job.measured)), stop)
+        return evaluation.evaluate(model, job.base, job.measured, job.plan, stop)
 
     def _measured(self, when: str, task: RoundTask, metrics: dict[str, float]) -> dict[str, float]:
         for name, value in metrics.items():
@@ -336,7 +344,7 @@ class Worker:
         world = distributed.processes()[1]
         decision = accept(fit(self.overrides.applied(task.plan), self.config, world, trains))
         plan, privacy = decision.plan, self.config.privacy
-        kind, attachment = tasks[plan.task], attachment_of(plan.peft)
+        kind, attachment = tasks[plan.task], attachment_of(plan.peft, self._states)
         check_training(attachment.method, plan.training)
         if trains:
             private.check(plan)

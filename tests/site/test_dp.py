@@ -118,10 +118,11 @@ def test_int8_is_taken_a_row_at_a_time_even_where_hooks_seem_to_agree(
 
 @pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "multi_label", "regression"])
 @pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("peft", [LORA, {"method": "head"}], ids=lambda peft: peft["method"])
 def test_each_row_has_its_own_gradient_in_every_task_with_its_head(
-    request: pytest.FixtureRequest, tmp_path: Path, task: str, kind: str
+    request: pytest.FixtureRequest, tmp_path: Path, task: str, kind: str, peft: dict[str, Any]
 ) -> None:
-    plan, worker = private_plan(task, peft=LORA), tiny.worker(tmp_path, request.getfixturevalue(kind), task)
+    plan, worker = private_plan(task, peft=peft), tiny.worker(tmp_path, request.getfixturevalue(kind), task)
     with worker._job(RoundTask(plan), trains=False).base.lent():
         model, base, rows = attached(worker, plan)
         assert any("modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -118,7 +118,8 @@ def test_what_a_federation_trained_loads_on_the_same_class(averaged: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("method", "rate"), [("lora", 5e-3), ("ia3", 5e-2), ("prompt_tuning", 5e-2), ("prefix_tuning", 5e-2)]
+    ("method", "rate"),
+    [("lora", 5e-3), ("ia3", 5e-2), ("prompt_tuning", 5e-2), ("prefix_tuning", 5e-2)],
 )
 def test_every_peft_method_learns_on_it(averaged: Path, tmp_path: Path, method: str, rate: float) -> None:
     training = {"local_steps": 6, "learning_rate": rate}

@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "a head apart from the embedding": ("tied", "causal_lm", {"method": "lora", "modules_to_save": ["lm_head"]}),
     "classifier": ("bert", "sequence_classification", {"method": "lora", "rank": 4}),
     "classifier on the mean": ("averaged", "sequence_classification", {"method": "lora", "rank": 4}),
+    "classifier alone": ("bert", "sequence_classification", {"method": "head"}),
+    "classifier alone on the mean": ("averaged", "sequence_classification", {"method": "head"}),
     "word classifier": ("bert", "token_classification", {"method": "lora", "rank": 4}),
 }
 

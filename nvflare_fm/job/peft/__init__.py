@@ -18,6 +18,7 @@ class PeftMethod(Settings):
     peft_type: ClassVar[str]  # PEFT's own name of the method
     factored: ClassVar[bool] = False  # whether it sends B @ A pairs
     checkpointing: ClassVar[bool] = True  # whether activations may be computed a second time
+    adapts: ClassVar[bool] = True  # whether it changes the base model; otherwise only modules trained whole learn
 
     @property
     def scale(self) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...adapter import BaseClass, own_class
 from ...config import Factors
 from ...errors import ConfigError, WireError
+from ...job.peft.head import NO_LAYER
 from ...registry import nearest
 from ..check.probe import stacked
 from ..training.memory import ran_out
@@ -88,7 +89,7 @@ def _keep_reached(base: "BaseModel", config: "PeftConfig") -> None:
             "reach them; name target_modules, such as q_proj, and only those are adapted",
             code="experts_not_adapted",
         )
-    if base.unreached and hasattr(config, "exclude_modules"):
+    if base.unreached and hasattr(config, "exclude_modules") and config.target_modules != NO_LAYER:
         config.exclude_modules = set(base.unreached)
 
 
@@ -145,6 +146,8 @@ def check_fits(model: "PeftModel", base: "BaseModel") -> None:
 
 def _check_heads(model: "PeftModel", base: "BaseModel") -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("the PEFT method would train nothing of the base model; use lora", code="nothing_trained")
     for head in base.heads:
         if not any(f".{head}." in name for name in trained):
             raise ConfigError(

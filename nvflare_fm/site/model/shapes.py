@@ -22,7 +22,7 @@ from ..check.probe import TOKENS, check_length, positions, stacked, unreached
 from ..peft_methods import attachment_of
 from ..tasks import registry as tasks
 from ..training.logits import find_backbone
-from .attach import LOCAL, trained_modules, wrap
+from .attach import LOCAL, PREFIX, trained_modules, wrap
 from .base_model import BaseModel, check_head, compute_dtype, load_tokenizer, parts_on_top
 
 
@@ -83,7 +83,8 @@ def _shapes(folder: Path, asked: str) -> tuple[BaseShape, AdapterShape]:
     whole, embeddings = trained_modules(wrapped, heads)
     own = {name: parameter for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
     saved = {name.replace(f".{LOCAL}.", "."): parameter for name, parameter in own.items()}  # as in PEFT's file
-    return base, replace(adapter_shape(saved), whole=whole, embeddings=embeddings)
+    below = any(name.removeprefix(PREFIX).split(".")[0] not in on_top for name in own)
+    return base, replace(adapter_shape(saved), whole=whole, embeddings=embeddings, below=below)
 
 
 def adapter_shape(tensors: dict[str, torch.Tensor]) -> AdapterShape:

@@ -4,7 +4,7 @@ The methods, their settings and promises are those of `nvflare_fm.job.peft`. PEF
 method that needs another has a module of its name here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter
@@ -14,16 +14,22 @@ from ...job.peft import PeftMethod
 from ...registry import Registry
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import PeftConfig, PeftModel
 
     from ..model.base_model import BaseModel
+    from ..model.states import States
 
 
 class Attachment:
-    """One method at a site, in PEFT's own way. PEFT is imported only when a site calls it."""
+    """One method at a site, in PEFT's own way. PEFT is imported only when a site calls it.
 
-    def __init__(self, method: PeftMethod) -> None:
-        self.method = method
+    Args:
+        states: where what stays frozen below a head is kept; None: nothing is.
+    """
+
+    def __init__(self, method: PeftMethod, states: "States | None" = None) -> None:
+        self.method, self.states = method, states
 
     def config(self, base: "BaseModel") -> "PeftConfig":
         """Make PEFT's configuration of the trained adapter."""
@@ -63,6 +69,18 @@ class Attachment:
         check_fits(model, base)
         return model
 
+    def prepare(
+        self, base: "BaseModel", rows: "Dataset", chosen: Sequence[int], should_stop: Callable[[], bool]
+    ) -> None:
+        """Compute ahead what the base model makes of rows, where the method leaves that as it is.
+
+        Args:
+            base: lent, with the adapter.
+            rows: tokenized.
+            chosen: their numbers.
+            should_stop: whether to leave it at what is done.
+        """
+
     def leave_rest(self, model: "PeftModel", factors: Factors) -> None:
         """Take off what rides along frozen, if anything does, and leave the trained adapter as it is.
 
@@ -80,12 +98,15 @@ class Attachment:
 registry: Registry[type[Attachment]] = Registry("PEFT method", __name__)
 
 
-def attachment_of(peft: Mapping[str, Any]) -> Attachment:
+def attachment_of(peft: Mapping[str, Any], states: "States | None" = None) -> Attachment:
     """Find how a site puts on the method that `{"method": name, …}` describes.
+
+    Args:
+        states: see `Attachment`.
 
     Raises:
         ConfigError: an unknown method or setting, with the nearest known one.
     """
     method = methods.read(peft)
     name = str(peft["method"])
-    return registry[name](method) if name in set(registry) else Attachment(method)
+    return registry[name](method, states) if name in set(registry) else Attachment(method, states)
