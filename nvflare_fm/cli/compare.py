@@ -51,7 +51,7 @@ def run(
 
     Public data sets: medquad-types, medquad-lm, and banking77-A, banking77lm-A, mts-A, mtslm-A, where A is the
     parameter of the Dirichlet distribution of labels over sites (0: sites are alike). Add `@random` to a name to use a
-    base model with random weights, `@full` for all six layers of MiniLM, on all test rows.
+    base model with random weights, `@full` for all six layers of MiniLM.
     """
     from ..compare.grid import runs
     from ..compare.methods import COMPARED, methods_named

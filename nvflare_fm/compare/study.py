@@ -14,7 +14,6 @@ from . import data_sets
 
 RATES = (5e-3, 1e-2, 2e-2)  # what every method tries first
 RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their names; of others, as widely spread
-_ALL = 10_000  # test rows of a site; no public data set has more
 _PUBLIC_MAX_LENGTHS = {
     "banking77": 24,
     "banking77lm": 48,
@@ -172,7 +171,7 @@ def study(
         usual.metric,
         workspace,
         rounds or usual.rounds,
-        test_rows or (_ALL if start == "full" else usual.test_rows),
+        test_rows or usual.test_rows,
         tuple(rates) or RATES,
         usual.lower_is_better,
     )

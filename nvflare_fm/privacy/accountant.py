@@ -35,7 +35,13 @@ def epsilon(events: Iterable[Event], delta: float, accountant: Accountant | None
     return tighter if accountant == "prv" else min(bound, tighter)
 
 
-@lru_cache(maxsize=1024)
+def within(events: Iterable[Event], delta: float, most: float) -> bool:
+    """Whether events cost an ε of no more than `most`. The quick accountant is asked first."""
+    found = tuple(events)
+    return epsilon(found, delta, "rdp") <= most or epsilon(found, delta) <= most
+
+
+@lru_cache(maxsize=4096)
 def _bound(name: Accountant, history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accountant = _ACCOUNTANTS[name]()
     accountant.history = list(history)

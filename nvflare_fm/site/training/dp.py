@@ -80,7 +80,7 @@ def settle(task: RoundTask, units: tuple[int, ...], world: int) -> Private:
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """As `accountant.noise_multiplier`, which takes seconds, for the rounds of a job."""
     return accountant.noise_multiplier(epsilon, delta, rate, steps)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ...at_rest import replacing, standing
 from ...errors import ModelError, PolicyError
 from ...files import MIB, read_bytes
-from ...privacy.accountant import epsilon
+from ...privacy.accountant import within
 from ...privacy.events import EVENTS, Event, together
 from ...privacy.protection import Protection
 from .distributed import gather, processes
@@ -59,7 +59,7 @@ class JobEvents:
         """
         before = gather(self.read())[0]  # all have read by now, and the first process alone writes
         events = together((*before, *protection.events))
-        if most is not None and epsilon(events, protection.delta) > most:
+        if most is not None and not within(events, protection.delta, most):
             raise PolicyError(
                 "this round would take the job beyond its own privacy.epsilon: the server asks for more rounds or "
                 "steps than it said; end the job",
