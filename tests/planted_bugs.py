@@ -62,8 +62,8 @@ BUGS = [
     Bug("site/training/dp.py", "drawn[rank::world]", "drawn", "site/test_distributed"),
     Bug("site/training/dp.py", "steps * max(1, task.total_rounds)", "steps", "site/test_dp"),
     Bug("site/training/distributed.py", "    distributed.broadcast(vector, 0)\n", "", "site/test_distributed"),
-    Bug("site/training/chance.py", "mul_(-2).sqrt_()", "mul_(-1).sqrt_()", "site/test_dp"),
-    Bug("site/training/chance.py", "<= probability", "<= probability / 2", "site/test_dp"),
+    Bug("privacy/chance.py", "mul_(-2).sqrt_()", "mul_(-1).sqrt_()", "site/test_dp"),
+    Bug("privacy/chance.py", "<= probability", "<= probability / 2", "site/test_dp"),
     Bug("site/training/per_sample.py", 'base.quantization != "int8" and ', "", "site/test_dp"),
     Bug("site/training/per_sample.py", "gradients /= items", "gradients /= 1 + 0 * items", "site/test_dp"),
     Bug(
