@@ -73,7 +73,8 @@ def forecast(
         raise ConfigError("--measure trains the base model: say where it is with --model", code="no_model")
     noise = _noise(job, model, records or {})
     costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
-    notes, of_clients = [*_notes(job, costs, model, measure), *_of_noise(job, noise)], _of_clients(job)
+    of_clients = _of_clients(job)
+    notes = [*_notes(job, costs, model, measure), *_of_noise(job, noise), *_of_client_noise(of_clients)]
     return Forecast(job.name, len(job.rounds), costs, notes, noise, of_clients)
 
 
@@ -160,6 +161,22 @@ def _of_clients(job: Job) -> dict[str, float]:
         "ratio": noise.ratio(numbers),
         "ratio_of_all": noise.ratio_of_all(numbers),
     }
+
+
+def _of_client_noise(noise: Mapping[str, float]) -> list[str]:
+    if not noise:
+        return []
+    notes = [
+        "client privacy: noise : clip is the length of a round's noise over the longest that the mean change can be; of "
+        "all rounds together it decides what can be learned"
+    ]
+    if noise["ratio_of_all"] > 1:
+        notes.append(
+            "client privacy: where the noise of all rounds is longer than what they can change, a good part of what "
+            "could be learned is lost (docs/privacy.md has figures); more sites, a larger epsilon or fewer numbers to "
+            "train lower it"
+        )
+    return notes
 
 
 def _starts_at(job: Job) -> int:
