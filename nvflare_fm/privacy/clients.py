@@ -13,7 +13,7 @@ from ..config import ClientPrivacySettings
 from ..errors import ConfigError
 from . import gaussian
 
-HOPELESS = 10.0  # noise of all rounds to the farthest that they can move: nothing is learned beyond (docs/privacy.md)
+HOPELESS = 30.0  # noise of all rounds to the farthest that they can move the adapter; measured in docs/privacy.md
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def checked(settings: ClientPrivacySettings, rounds: int, start: Adapter | None)
         needed = math.ceil(noise.expected_sites * ratio / HOPELESS)
         raise ConfigError(
             f"client_privacy: the noise of all rounds together is {ratio:.3g} times as long as the farthest that they "
-            f"can move the adapter, and beyond {HOPELESS:g} nothing is learned; it takes {needed} sites, a larger "
-            "epsilon, or fewer numbers to train (a lower rank, fewer target_modules). With few sites, protect records "
-            "(privacy.epsilon)",
+            f"can move the adapter, and beyond {HOPELESS:g} next to nothing is learned; it takes {needed} sites, a "
+            "larger epsilon, or fewer numbers to train (a lower rank, fewer target_modules). With few sites, protect "
+            "records (privacy.epsilon)",
             code="client_noise_hopeless",
         )
     return noise

@@ -4,10 +4,10 @@
     nice python tests/benchmarks/client_noise.py --seeds 1   a look
 
 banking77's questions, embedded once by all-MiniLM-L6-v2, which stays as it is. FedAvg trains a linear head on them,
-with the noise of `aggregation.noised`: on 64 random projections, on the embeddings, and on 3,072 random features (ReLU),
-so that the number of trained numbers differs. Each of 20 sites has as many questions as any other, drawn at random, and
-no answer depends on the head's length: the easiest case there is. The better of two clipping norms is told, chosen on
-the test rows.
+with the noise of `aggregation.noised`: on 64 random projections, on the embeddings, and on 3,072 random features
+(ReLU), so that the number of trained numbers differs. Each of 20 sites has as many questions as any other, drawn at
+random, and no answer depends on the head's length: the easiest case there is. The better of two clipping norms is told,
+chosen on the test rows.
 """
 
 import csv

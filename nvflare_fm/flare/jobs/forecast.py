@@ -167,8 +167,8 @@ def _of_client_noise(noise: Mapping[str, float]) -> list[str]:
     if not noise:
         return []
     notes = [
-        "client privacy: noise : clip is the length of a round's noise over the longest that the mean change can be; of "
-        "all rounds together it decides what can be learned"
+        "client privacy: noise : clip is the length of a round's noise over the longest that the mean change can be; "
+        "that of all rounds together decides what can be learned"
     ]
     if noise["ratio_of_all"] > 1:
         notes.append(
