@@ -237,6 +237,7 @@ def test_settings_are_refused_or_give_noise_that_costs_what_they_say(written, st
     assert noise.delta * noise.expected_sites < 1
     assert asked.epsilon is None or noise.epsilon(steps) <= asked.epsilon * (1 + 1e-6) + 1e-9
     assert noise.ratio(100) == pytest.approx(noise.ratio_of_all(100) * math.sqrt(steps))
+    assert noise.ratio_of_all(100) == pytest.approx(10 * noise.per_number)
 
 
 ASKED = {"epsilon": 8.0, "expected_sites": 10, "delta": 1e-5}
@@ -262,7 +263,7 @@ def test_a_job_is_refused_as_hopeless_by_the_noise_of_all_rounds_and_told_how_ma
     epsilon, sites, steps
 ):
     asked = Aggregation.read({"client_privacy": ASKED | {"epsilon": epsilon, "expected_sites": sites}}, "x")
-    ratio = ClientNoise.of(asked.client_privacy, steps).ratio_of_all(noised_numbers(START))
+    ratio = ClientNoise.of(asked.client_privacy, steps).per_number
     if ratio <= HOPELESS:
         checked(asked.client_privacy, steps, START)
         return

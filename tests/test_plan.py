@@ -239,6 +239,8 @@ def test_a_job_that_protects_each_site_as_a_whole_is_told_its_noise_from_the_ada
     assert (found["numbers"], found["rounds"], found["expected_sites"]) == (2 * 6 * 3 + 2, 20, 50)
     assert found["epsilon"] == pytest.approx(8.0)
     assert found["ratio"] == pytest.approx(found["noise_multiplier"] * 38**0.5 / 50)
+    assert found["per_number"] == pytest.approx(found["ratio_of_all"] / 38**0.5)
+    assert any("costs a good part" in note for note in told(job).notes)
     shown = CliRunner().invoke(app, ["plan", str(job)], env={"COLUMNS": "150"}).stdout
     assert f"{found['ratio']:.3g} : 1" in shown
     assert (

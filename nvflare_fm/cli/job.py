@@ -231,6 +231,7 @@ def _client_table(noise: Mapping[str, float]) -> Table:
         "δ": f"{noise['delta']:g}",
         "noise : clip": f"{noise['ratio']:.3g} : 1",
         "of all rounds": f"{noise['ratio_of_all']:.3g} : 1",
+        "per number": f"{noise['per_number']:.3g}",
     }
     for name in cells:
         table.add_column(name, justify="right")

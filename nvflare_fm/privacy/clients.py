@@ -13,7 +13,8 @@ from ..config import ClientPrivacySettings
 from ..errors import ConfigError
 from . import gaussian
 
-HOPELESS = 30.0  # noise of all rounds to the farthest that they can move the adapter; measured in docs/privacy.md
+HOPELESS = 0.2  # noise on one number to the farthest that all rounds can move the adapter; see docs/privacy.md
+FELT = 0.01  # from here on it costs a good part of the accuracy
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class ClientNoise:
         """Compare the length of a round's noise with the longest that the mean change can be."""
         return self.noise_multiplier * math.sqrt(numbers) / self.expected_sites
 
+    @property
+    def per_number(self) -> float:
+        """Compare all rounds' noise on one number with the farthest that they can move the adapter."""
+        return self.noise_multiplier / (self.expected_sites * math.sqrt(self.rounds))
+
     def ratio_of_all(self, numbers: int) -> float:
         """Compare the length of all rounds' noise together with the farthest that they can move the adapter."""
         return self.ratio(numbers) / math.sqrt(self.rounds)
@@ -86,13 +92,12 @@ def checked(settings: ClientPrivacySettings, rounds: int, start: Adapter | None)
             code="client_start",
         )
     noise = ClientNoise.of(settings, rounds)
-    if (ratio := noise.ratio_of_all(noised_numbers(start))) > HOPELESS:
-        needed = math.ceil(noise.expected_sites * ratio / HOPELESS)
+    if noise.per_number > HOPELESS:
+        needed = math.ceil(noise.expected_sites * noise.per_number / HOPELESS)
         raise ConfigError(
-            f"client_privacy: the noise of all rounds together is {ratio:.3g} times as long as the farthest that they "
-            f"can move the adapter, and beyond {HOPELESS:g} next to nothing is learned; it takes {needed} sites, a "
-            "larger epsilon, or fewer numbers to train (a lower rank, fewer target_modules). With few sites, protect "
-            "records (privacy.epsilon)",
+            f"client_privacy: the noise of all rounds on each single number is {noise.per_number:.3g} times the "
+            f"farthest that they can move the whole adapter, and beyond {HOPELESS:g} next to nothing is learned; it "
+            f"takes {needed} sites, or a larger epsilon. With few sites, protect records (privacy.epsilon)",
             code="client_noise_hopeless",
         )
     return noise

@@ -50,7 +50,8 @@ def main(data: Path = Path("../shared/data/banking77"), seeds: int = 3) -> None:
             found = [accuracy(start, train, test, noise, seed) for seed in range(seeds)]
             best = max(best, (sum(found) / seeds, min(found), max(found), clip))
         said = dict(zip(("accuracy", "least", "most", "max_norm"), best, strict=True))
-        print(json.dumps({"numbers": numbers, "rounds": rounds, "ratio_of_all": ratio, **said}), flush=True)
+        said |= {"numbers": numbers, "rounds": rounds, "ratio_of_all": ratio, "per_number": noise.per_number}
+        print(json.dumps(said), flush=True)
 
 
 def embedded(file: Path) -> Rows:

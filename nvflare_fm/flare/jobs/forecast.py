@@ -160,6 +160,7 @@ def _of_clients(job: Job) -> dict[str, float]:
         "numbers": numbers,
         "ratio": noise.ratio(numbers),
         "ratio_of_all": noise.ratio_of_all(numbers),
+        "per_number": noise.per_number,
     }
 
 
@@ -168,13 +169,12 @@ def _of_client_noise(noise: Mapping[str, float]) -> list[str]:
         return []
     notes = [
         "client privacy: noise : clip is the length of a round's noise over the longest that the mean change can be; "
-        "that of all rounds together decides what can be learned"
+        "per number is the noise of all rounds on one number, over the farthest that they can move the adapter"
     ]
-    if noise["ratio_of_all"] > 1:
+    if noise["per_number"] > clients.FELT:
         notes.append(
-            "client privacy: where the noise of all rounds is longer than what they can change, a good part of what "
-            "could be learned is lost (docs/privacy.md has figures); more sites, a larger epsilon or fewer numbers to "
-            "train lower it"
+            f"client privacy: from {clients.FELT:g} per number on, noise costs a good part of what can be learned "
+            "(docs/privacy.md); more sites or a larger epsilon lower it"
         )
     return notes
 
