@@ -288,6 +288,56 @@ class PrivacySettings(Settings):
         return self
 
 
+class ClientPrivacySettings(Settings):
+    """Differential privacy of each site's whole part in a job: the server clips what a site changed and adds noise to
+    the mean (DP-FedAvg, arXiv:1710.06963). Off unless `epsilon` or `noise_multiplier` is set.
+    """
+
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="ε that all rounds together may cost a site; unset: none is asked. The server derives the noise "
+        "from it and from the number of rounds.",
+        examples=[8.0],
+    )
+    noise_multiplier: float | None = Field(
+        None,
+        ge=1e-3,
+        le=1000,
+        description="Noise on the sum of a round's changes, in multiples of max_norm, in place of epsilon.",
+        examples=[1.0],
+    )
+    delta: float = Field(1e-5, ge=1e-12, le=0.01, description="δ of (ε, δ): less than one in expected_sites.")
+    max_norm: float = Field(
+        1.0,
+        ge=1e-6,
+        le=1e6,
+        description="ℓ₂ norm to which what one site changed in a round is clipped. It is taken over scale · B of all "
+        "layers, which is the norm of ΔW where the rows of A are orthonormal, and over all tensors without factors.",
+    )
+    expected_sites: int = Field(
+        0,
+        ge=0,
+        le=SITES,
+        description="Number that the sum of the changes is divided by, however many sites answer. The noise on the "
+        "mean shrinks with it.",
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether the job asks for it."""
+        return self.epsilon is not None or self.noise_multiplier is not None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ValueError("set epsilon or noise_multiplier, not both: one follows from the other")
+        if self.asked != bool(self.expected_sites):
+            raise ValueError("set expected_sites, and epsilon or noise_multiplier, or none of them")
+        return self
+
+
 class RoundPlan(Settings):
     """What a job asks of every site. `job.settle.settle` adds what follows from it and from how adapters are merged.
 
@@ -430,6 +480,9 @@ class Aggregation(Settings):
         "B", description="Factor that holds the singular values: B, balanced or A."
     )
     seed: int = Field(0, ge=0, le=SEED, description="Seed of the directions that fill unused rank.")
+    client_privacy: ClientPrivacySettings = Field(
+        ClientPrivacySettings(), description="Differential privacy of each site's whole part, by noise at the server."
+    )
 
 
 class RoundSettings(Settings):

@@ -12,10 +12,12 @@ from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
 from .aggregation.encrypted import combine_unread
 from .aggregation.late import trained_from
+from .aggregation.noised import combine_noised
 from .aggregation.step import Memory
 from .config import Aggregation, RoundPlan, TaskPlan
 from .encryption.keys import Keys
 from .job.settle import settle
+from .privacy import clients
 from .site.training.job_events import JobEvents
 from .site.worker import Worker
 from .transforms.packed import added, check_sealed, pack
@@ -69,7 +71,8 @@ def federate(
     for worker in workers.values():
         worker.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
-    memory = Memory()
+    memory, private = Memory(), settled.aggregation.client_privacy
+    noise = clients.checked(private, rounds, adapter) if private.asked else None
     at: dict[str, RoundTask] = {}  # site → what it works at
     for number in range(rounds):
         down = pack(adapter, transforms.read(plan.downlink, "downlink"), "the server")
@@ -87,6 +90,9 @@ def federate(
         whole = adapter if down.chain else None
         if keys:
             combined = combine_unread(received, manifest, updates, settled.aggregation, partial(added, keys))
+        elif noise and manifest:
+            given = received, manifest, updates, settled.aggregation, noise, number, settled.global_rank
+            combined = combine_noised(*given, memory, whole)
         else:
             combined = combine(received, manifest, updates, settled.aggregation, settled.global_rank, memory, whole)
         adapter, manifest, memory = combined.adapter, combined.manifest, combined.memory

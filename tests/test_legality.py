@@ -17,6 +17,7 @@ CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}
 PRIVATE = {"epsilon": 8.0}
 FROZEN = {"merge": "freeze_a", "guard": []}
+NOISED = FROZEN | {"client_privacy": {"epsilon": 8.0, "expected_sites": 50}}
 REFUSED = [
     ("rank_is_fixed", {"negotiable": "rank"}, {"merge": "factor_mean"}),
     ("rank_is_fixed", {"negotiable": "rank", "peft": DORA}, {}),
@@ -68,6 +69,20 @@ REFUSED = [
     ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"max_staleness": 1}),
     ("encrypted_downlink", {"uplink": "ckks", "downlink": "int8"}, FROZEN),
     ("uplink_only", {"downlink": "ckks"}, {}),
+    *(
+        ("client_not_linear", {}, NOISED | {"merge": rule})
+        for rule in ("exact", "svd", "stack", "share_a", "alternate")
+    ),
+    ("client_guard", {}, NOISED | {"guard": ["clip_norm"]}),
+    ("client_guard", {"peft": {"method": "ia3"}}, NOISED | {"guard": ["clip_norm"], "merge": "exact"}),
+    ("client_weights", {}, NOISED | {"weigh": ["examples"]}),
+    ("client_weights", {}, NOISED | {"weigh": ["uniform", "norm"]}),
+    ("client_weights", {}, NOISED | {"weigh": ["agreement"]}),
+    ("client_weights", {}, NOISED | {"weigh": ["loss"]}),
+    ("client_weights", CLASSIFY, NOISED | {"weigh": ["skew"]}),
+    ("client_changes", {"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "normalize_steps": True}),
+    ("client_changes", {"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "max_staleness": 1}),
+    ("client_encrypted", {"uplink": "ckks"}, NOISED),
 ]
 
 
@@ -128,6 +143,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
         ({**CLASSIFY, "uplink": "ckks", "peft": {"method": "head"}}, {"guard": []}),
         ({"peft": {"method": "head", "modules_to_save": ["lm_head"]}}, {}),
+        ({"privacy": PRIVATE, "uplink": "int8", "downlink": "int8"}, NOISED),
+        ({"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "step": {"rule": "momentum", "beta": 0.5}}),
     ],
 )
 def test_what_goes_together_is_let_through(plan, how):

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
+from typer.testing import CliRunner
 
 from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.cli import app
 from nvflare_fm.config import Aggregation, EvaluationSettings, TaskPlan, TrainingSettings
 from nvflare_fm.errors import ConfigError, ModelError
 from nvflare_fm.flare.jobs.forecast import EVERY, Forecast, forecast
@@ -225,6 +227,47 @@ def test_records_that_make_no_sense_are_refused(
     with pytest.raises(ConfigError) as refused:
         forecast(exported(tmp_path, privacy=privacy), None, {}, measure=False, records=records)
     assert refused.value.code == code
+
+
+CLIENTS = {"merge": "freeze_a", "guard": [], "key_metric": "", "num_rounds": 20}
+CLIENTS |= {"peft": {"method": "lora", "rank": 3}, "client_privacy": {"epsilon": 8.0, "expected_sites": 50}}
+
+
+def test_a_job_that_protects_each_site_as_a_whole_is_told_its_noise_from_the_adapter_it_brings(tmp_path: Path) -> None:
+    from nvflare_fm.export.folder import Saved, write_adapter
+
+    brought = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST))
+    job = exported(tmp_path, initial_adapter=brought, **CLIENTS)
+    found = told(job).plain()["client_noise"]
+    assert (found["numbers"], found["rounds"], found["expected_sites"]) == (2 * 6 * 3 + 2, 20, 50)
+    assert found["epsilon"] == pytest.approx(8.0)
+    assert found["ratio"] == pytest.approx(found["noise_multiplier"] * 38**0.5 / 50)
+    assert found["per_number"] == pytest.approx(found["ratio_of_all"] / 38**0.5)
+    assert any("costs a good part" in note for note in told(job).notes)
+    shown = CliRunner().invoke(app, ["plan", str(job)], env={"COLUMNS": "150"}).stdout
+    assert f"{found['ratio']:.3g} : 1" in shown
+    assert (
+        "client_noise" not in told(exported(tmp_path / "open", initial_adapter=brought, peft=CLIENTS["peft"])).plain()
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        ("client_start", {"initial_adapter": ""}),
+        ("client_best", {"key_metric": "loss"}),
+        ("client_alone", {"cross_site_evaluation": True}),
+        ("client_noise_hopeless", {"client_privacy": {"noise_multiplier": 1000.0, "expected_sites": 2}}),
+    ],
+)
+def test_a_job_that_would_not_protect_each_site_or_teach_nothing_is_refused(
+    tmp_path: Path, code: str, more: dict[str, Any]
+) -> None:
+    from nvflare_fm.export.folder import Saved, write_adapter
+
+    brought = write_adapter(tmp_path / "earlier", Saved(adapter(1), MANIFEST))
+    with refused(code, ConfigError):
+        told(exported(tmp_path, **{"initial_adapter": brought, **CLIENTS, **more}))
 
 
 def test_a_plan_with_privacy_holds_a_gradient_for_each_row() -> None:

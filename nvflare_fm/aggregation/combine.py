@@ -12,7 +12,8 @@ from torch import Tensor
 from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest
 from ..algebra.lora import refill, shorten, spectrum, zero
 from ..config import Aggregation
-from ..errors import WireError
+from ..errors import ConfigError, WireError
+from ..record.noised import Noised
 from ..record.reason import Reason
 from . import guard, merge, step, weigh
 from .admit import admit
@@ -30,7 +31,7 @@ class Combined:
 
     adapter: Adapter
     manifest: Manifest | None  # none where no round has made an adapter yet
-    weights: Mapping[str, float]  # site → share, sums to 1
+    weights: Mapping[str, float]  # site → share; they sum to 1 where a mean is taken over those that answered
     factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # weight factor → site → its value
     refused: Mapping[str, Reason] = field(default_factory=dict)  # sites that do not count, and why
     guarded: Mapping[str, guard.Verdict] = field(default_factory=dict)  # sites that count less than they sent, and why
@@ -39,6 +40,7 @@ class Combined:
     spectrum: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # layer → singular values of ΔW, falling
     step_size: float | None = 1.0  # η of the server step; none where it has one for each layer
     memory: Memory = field(default_factory=Memory)  # what the server step needs in the next round
+    noised: Noised | None = None  # the noise on the mean change; None: there is none
     failed: str = ""  # why nothing could be merged, so that the adapter is still that of the round before
 
 
@@ -69,7 +71,10 @@ def combine(
         The next global adapter, with weights and reasons.
     Raises:
         WireError: no update can be merged; every site's reason is in the message.
+        ConfigError: the job asks for noise, and `aggregation.noised` adds it.
     """
+    if aggregation.client_privacy.asked:
+        raise ConfigError("client_privacy: this merge adds no noise; leave it out here", code="merge_without_noise")
     rule = merge.choose(aggregation.merge)
     accepted, refused = admit(state, manifest, updates, rule.mixed_ranks)
     if not accepted:

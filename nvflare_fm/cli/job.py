@@ -3,6 +3,7 @@
 import json
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -191,6 +192,8 @@ def _show(told: "Forecast") -> None:
     screen.print(table)
     if told.noise:
         screen.print(_noise_table(told))
+    if told.of_clients:
+        screen.print(_client_table(told.of_clients))
     for note in told.notes:
         screen.print(plain(f"- {note}"))
 
@@ -212,6 +215,27 @@ def _noise_table(told: "Forecast") -> Table:
             _known(each.ratio, f"{each.ratio or 0:.3g} : 1"),
         )
         add_row(table, cells)
+    return table
+
+
+def _client_table(noise: Mapping[str, float]) -> Table:
+    """The noise at the server under `client_privacy`."""
+    table = Table(title="client privacy: each site as a whole", show_edge=False)
+    cells = {
+        "sites": f"{noise['expected_sites']:g}",
+        "rounds": f"{noise['rounds']:g}",
+        "numbers": f"{noise['numbers']:g}",
+        "clip": f"{noise['max_norm']:g}",
+        "σ": f"{noise['noise_multiplier']:.3g}",
+        "ε": f"{noise['epsilon']:.3g}",
+        "δ": f"{noise['delta']:g}",
+        "noise : clip": f"{noise['ratio']:.3g} : 1",
+        "of all rounds": f"{noise['ratio_of_all']:.3g} : 1",
+        "per number": f"{noise['per_number']:.3g}",
+    }
+    for name in cells:
+        table.add_column(name, justify="right")
+    add_row(table, tuple(cells.values()))
     return table
 
 

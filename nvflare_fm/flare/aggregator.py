@@ -23,15 +23,17 @@ from ..aggregation.combine import Combined, combine, per_step
 from ..aggregation.encrypted import combine_unread
 from ..aggregation.late import trained_from
 from ..aggregation.metrics import mean
+from ..aggregation.noised import combine_noised
 from ..aggregation.salvage import without_the_largest
 from ..aggregation.step import Memory
 from ..aggregation.weigh import check
 from ..algebra.lora import effective_rank
 from ..config import Aggregation
 from ..encryption.keys import Keys
-from ..errors import FmError
+from ..errors import FmError, WireError
 from ..export.folder import Saved
 from ..job.settle import SettledPlan
+from ..privacy import clients
 from ..transforms.packed import added, check_sealed
 from ..untrusted import printable
 from . import wire
@@ -115,18 +117,25 @@ class AdapterAggregator(ModelAggregator):
 
     def _combined(self, updates: Sequence[AdapterUpdate]) -> Combined:
         task, aggregation, rank = self.task, self.settled.aggregation, self.settled.global_rank
+        private = aggregation.client_privacy
 
         def merge(updates: Sequence[AdapterUpdate]) -> Combined:
             if self.keys:
                 return combine_unread(task.adapter, task.manifest, updates, aggregation, partial(added, self.keys))
+            if private.asked and task.manifest:
+                noise = clients.checked(private, task.total_rounds, task.adapter)
+                given = task.adapter, task.manifest, updates, aggregation, noise, task.round, rank
+                return combine_noised(*given, self.memory, self.whole)
             return combine(task.adapter, task.manifest, updates, aggregation, rank, self.memory, self.whole)
 
         try:
             return merge(updates)
         except Exception as error:  # what no check foresaw must not end the job
             why = error.message if isinstance(error, FmError) else f"{type(error).__name__}: {printable(str(error))}"
-            self.logger.exception(f"round {task.round}: the updates cannot be merged; trying without the largest")
+            self.logger.exception(f"round {task.round}: the updates cannot be merged as they are")
         try:
+            if private.asked:  # a choice by size would be one that no noise covers
+                raise WireError(f"the round cannot be merged: {why}", code="merge_failed")
             return without_the_largest(merge, updates, why)
         except FmError as error:
             self.logger.error(f"round {task.round}: {error.message}; the adapter stays as it was")
@@ -139,6 +148,8 @@ class AdapterAggregator(ModelAggregator):
         shares = ", ".join(f"{site} {weight:.4f}" for site, weight in sorted(combined.weights.items()))
         size = "" if combined.step_size is None else f"; server step {combined.step_size:.2f}"
         self.logger.info(f"round {self.task.round}: weights {shares}{size}")
+        if combined.noised:
+            self.logger.info(f"round {self.task.round}: {combined.noised}")
         for site, reason in sorted(combined.refused.items()):
             self.logger.warning(f"round {self.task.round}: {site} is left out: {reason}")
         for site, verdict in sorted(combined.guarded.items()):

@@ -16,7 +16,7 @@ from typing import Any
 
 from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import Task
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel
@@ -39,6 +39,7 @@ from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
 from ..job.feasible import check_best
 from ..job.settle import settle
+from ..privacy import clients
 from ..record.reason import Kind, Reason, Verdict
 from ..transforms.packed import pack
 from ..untrusted import printable
@@ -119,6 +120,12 @@ class FedPEFT(ModelController):
         overrides = {site: SiteOverrides.read(said, f"sites: {site}") for site, said in self.sites.items()}
         self.settled = settle(RoundPlan.read(self.plan, "plan"), aggregator.aggregation, overrides)
         check_best(self.settled.plan.task, given.key_metric, given.key_metric_mode)
+        if aggregator.aggregation.client_privacy.asked and given.key_metric:
+            raise ConfigError(
+                "client_privacy does not go with a best round: which one it is follows from metrics that no noise "
+                'covers; set key_metric = ""',
+                code="client_best",
+            )
         self.ledger = Ledger(0, given.num_rounds, [], 0)
         self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
         self.scaled: Mapping[str, Verdict] = {}  # what the guards said of the round that was merged last
@@ -175,6 +182,9 @@ class FedPEFT(ModelController):
                 "from one that is encrypted; leave initial_adapter out, or change uplink",
                 code="other_start",
             )
+        if (private := self.settled.aggregation.client_privacy).asked:
+            clients.checked(private, self.num_rounds, saved.adapter if saved else None)
+            self._check_alone()
         made_by = saved.round if saved else None
         first = 0 if made_by is None else made_by + 1
         if first >= self.num_rounds:
@@ -188,6 +198,20 @@ class FedPEFT(ModelController):
         if step == self.settled.aggregation.step:  # what one step remembers is of no use to another
             self.aggregator.memory = memory
         return first
+
+    def _check_alone(self) -> None:
+        """Holds the job to this workflow: one that sends the sites' own adapters around would do so without noise.
+
+        Raises:
+            ConfigError: the job has another.
+        """
+        runner = self.fl_ctx.get_prop(FLContextKey.RUNNER)
+        if any(workflow.controller is not self for workflow in runner.config.workflows):
+            raise ConfigError(
+                "client_privacy does not go with another workflow, such as cross-site evaluation: no noise covers what "
+                "that sends; leave it out",
+                code="client_alone",
+            )
 
     def save_model(self, model: FLModel) -> None:
         """Saves the global adapter, and what the server's step remembers with it."""

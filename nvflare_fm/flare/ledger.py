@@ -65,6 +65,7 @@ class Ledger:
             "factors": combined.factors,
             "guarded": combined.guarded,
             "held": combined.held,
+            "noised": combined.noised,
             "error": combined.failed,
             "step_size": combined.step_size,
             "energy_lost": combined.energy_lost,

@@ -122,6 +122,12 @@ class FedPEFTRecipe(AdapterRecipe):
         plan, aggregation, rounds = sorted_out(settings)
         asked = RoundPlan.read(plan, "plan")
         check_plan(asked, overrides)
+        if cross_site_evaluation and aggregation.get("client_privacy"):
+            raise ConfigError(
+                "client_privacy does not go with cross_site_evaluation: no noise covers the sites' own adapters; leave "
+                "it out",
+                code="client_alone",
+            )
         controller = FedPEFT(
             min_responses=min_sites,
             plan=plan,

@@ -4,7 +4,7 @@ Rules state promises and needs; no rule is known here by its name.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from .. import transforms
@@ -58,6 +58,14 @@ def _shifts_classes(training: TrainingSettings) -> bool:
 
 def _unfit(each: private.Unfit, job: Job) -> bool:
     return job.plan.privacy.asked and each.holds(job.plan)
+
+
+def _noised(job: Job) -> bool:
+    return job.aggregation.client_privacy.asked
+
+
+def _reads(needs: Needs) -> bool:
+    return replace(needs, canonical=False) != Needs()
 
 
 CLASHES = (
@@ -250,6 +258,47 @@ CLASHES = (
         lambda job: transforms.read(job.plan.downlink, "downlink").encrypts,
         "the server has no key to encrypt with, and sends back what it added",
         "encrypt the uplink",
+    ),
+    Clash(
+        "client_not_linear",
+        "`client_privacy`",
+        "a merge rule that does more than add B beside a frozen A",
+        lambda job: _noised(job) and job.method.factored and not job.rule.linear_sum,
+        "noise on one factor is no noise of known size on the product, unless the other one stays as it is",
+        "choose a merge rule with a linear sum, of those in docs/reference/rules.md",
+    ),
+    Clash(
+        "client_guard",
+        "`client_privacy`",
+        "a guard",
+        lambda job: _noised(job) and bool(job.aggregation.guard),
+        "what it makes of one site follows from what others sent, so that site could move the mean by more than it "
+        "may; each change is clipped to client_privacy.max_norm all the same",
+        "set guard = []",
+    ),
+    Clash(
+        "client_weights",
+        "`client_privacy`",
+        "a weight or server step that reads what sites send or report",
+        lambda job: _noised(job) and _reads(job.needs),
+        "no noise covers what it reads, and one site's weight would follow from another's data",
+        "leave weigh out, which is uniform, and step",
+    ),
+    Clash(
+        "client_changes",
+        "`client_privacy`",
+        "`normalize_steps`, `max_staleness`",
+        lambda job: _noised(job) and bool(job.aggregation.normalize_steps or job.aggregation.max_staleness),
+        "each change counts the same, once, in its own round",
+        "leave them out",
+    ),
+    Clash(
+        "client_encrypted",
+        "`client_privacy`",
+        "an encrypted uplink",
+        lambda job: _noised(job) and job.encrypts,
+        "the server cannot clip what it cannot read",
+        "leave uplink out, or protect records at the sites (privacy.epsilon)",
     ),
 )
 

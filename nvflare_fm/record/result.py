@@ -95,6 +95,8 @@ def explanation(result: Result) -> Iterator[str]:
     for line in result.rounds:
         yield in_words(line)[0]
     trained = [line for line in result.rounds if line.trained or line.out]
+    if noised := [line.noised for line in trained if line.noised]:
+        yield f"ε of the job to each site as a whole: {noised[-1].epsilon:.3g} at δ = {noised[-1].delta:g}"
     for site in sorted({name for line in trained for name in (*line.asked, *line.sites, *line.out)}):
         yield from _of_site(site, trained)
     yield from measurements(result)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import DataError, ModelError
 from ..files import open_file
 from ..untrusted import Amount, Count, Number, one_line
+from .noised import Noised
 from .reason import Verdict, Words, Written
 from .site_report import Contribution
 
@@ -50,6 +51,7 @@ class Round(_Line):
     factors: Mapping[Name, Values] = {}  # weight factor → site → its value
     guarded: Mapping[Name, Verdict] = {}  # sites of whose change a part counts, and why
     held: Mapping[Name, Words] = {}  # site → what it reported that counts as another number
+    noised: Noised | None = None  # the noise on the mean change, where each site's whole part is protected
     error: Words = ""  # why nothing was merged and the adapter stayed as it was
     step_size: Number | None = None  # η of the server step
     energy_lost: Values = {}  # layer → share of ‖ΔW‖² cut off by shortening
@@ -183,6 +185,8 @@ def in_words(line: Round) -> list[str]:
     if line.trained:
         loss = "" if line.loss is None else f", training loss {line.loss:.4g}"
         parts.append(f"then {len(line.sites)} of {len(line.asked)} sites trained{loss}, {line.seconds:.0f} s")
+    if line.noised:
+        parts.append(str(line.noised))
     sites = [f"{site}: {why}" for site, why in sorted(line.out.items())]
     sites += [f"{site}: {verdict}" for site, verdict in sorted(line.scaled.items())]
     return [one_line("; ".join(parts)), *(f"  {one_line(site)}" for site in sites)]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError
+from nvflare_fm.record.noised import Noised
 from nvflare_fm.record.result import Result, explanation
 from nvflare_fm.record.round import SPECTRA, Round, in_words, read_line, read_spectra, written
 
@@ -30,6 +31,7 @@ LIKELY = st.fixed_dictionaries(
         "asked": st.lists(SITES, max_size=3),
         "sites": st.dictionaries(SITES, st.dictionaries(REPORT, VALUES)),
         "out": st.dictionaries(SITES, WHY | st.text(max_size=8).map("refused: {}".format)) | VALUES,
+        "noised": st.fixed_dictionaries(dict.fromkeys(Noised.__dataclass_fields__, st.integers(-1, 2) | VALUES)),
         "guarded": st.dictionaries(
             SITES, st.fixed_dictionaries({"multiplier": st.floats(-1, 2), "reason": st.text(max_size=8)})
         ),

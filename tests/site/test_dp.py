@@ -17,11 +17,12 @@ from torch import Tensor
 from nvflare_fm.adapter import Adapter, RoundTask
 from nvflare_fm.config import TaskPlan
 from nvflare_fm.errors import ConfigError, DataError, ModelError, PolicyError, TrainingError
+from nvflare_fm.privacy import chance
 from nvflare_fm.privacy.accountant import epsilon
 from nvflare_fm.privacy.events import Event
 from nvflare_fm.privacy.protection import Protection
 from nvflare_fm.site.peft_methods import attachment_of
-from nvflare_fm.site.training import chance, dp, fit, logits
+from nvflare_fm.site.training import dp, fit, logits
 from nvflare_fm.site.training.job_events import FILE, FOLDER, JobEvents
 from nvflare_fm.site.training.kept_state import KeptState
 from nvflare_fm.site.training.per_sample import PerSample

@@ -78,6 +78,30 @@ def test_one_round_by_one_site_is_that_site_alone(llama: Path, tmp_path: Path) -
         torch.testing.assert_close(pair.delta(), adapter.lora[layer].delta(), atol=1e-6, rtol=1e-4)
 
 
+def test_under_client_privacy_sites_move_what_an_earlier_adapter_holds_and_noise_covers_it(
+    llama: Path, tmp_path: Path
+) -> None:
+    plan, workers = tiny.plan(), sites(tmp_path, llama, "causal_lm", (4, 4))
+    (first,) = federate(workers, plan, Aggregation(merge="freeze_a", guard=()), 1)
+    start, manifest = first.combined.adapter, first.combined.manifest
+    asked = {"noise_multiplier": 0.01, "max_norm": 0.5, "expected_sites": 2}
+    how = Aggregation.read({"merge": "freeze_a", "guard": [], "client_privacy": asked}, "test")
+    one, two = federate(workers, plan, how, 2, start, manifest)
+    spent = [done.combined.noised.epsilon for done in (one, two) if done.combined.noised]
+    assert len(spent) == 2
+    assert spent[0] < spent[1]
+    before = start
+    for done in (one, two):
+        after, size = done.combined.adapter, sum(pair.B.numel() for pair in start.lora.values())
+        assert all(torch.equal(after.lora[name].A, start.lora[name].A) for name in start.lora)
+        square = sum(float((after.lora[n].delta() - before.lora[n].delta()).square().sum()) for n in start.lora)
+        noise = 0.01 * 0.5 / 2 * size**0.5
+        assert 0.5 * noise <= square**0.5 <= 0.5 + 2 * noise
+        before = after
+    with refused("client_start", ConfigError):
+        next(federate(workers, plan, how, 1))
+
+
 def test_a_slow_sites_work_counts_in_the_round_in_which_it_comes(llama: Path, tmp_path: Path) -> None:
     """site-1 takes two rounds. From the first there is nothing to be late for, so it begins with the second."""
     workers, plan = sites(tmp_path, llama, "causal_lm"), tiny.plan(evaluation={"before": True, "after": False})

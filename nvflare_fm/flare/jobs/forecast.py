@@ -10,6 +10,7 @@ from ... import transforms
 from ...config import MANY
 from ...errors import ConfigError
 from ...job.cost import AdapterShape, BaseShape, Cost, activation_bytes, cost, measuring_bytes, remarks
+from ...privacy import clients
 from .job import ALL, Job, read_job
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class Forecast:
     costs: list[Cost]
     notes: list[str]
     noise: "list[Noise]" = field(default_factory=list)  # of the sites whose number of records is known
+    of_clients: dict[str, float] = field(default_factory=dict)  # noise at the server; empty: the job asks for none
 
     @property
     def title(self) -> str:
@@ -35,7 +37,8 @@ class Forecast:
     def plain(self) -> dict[str, Any]:
         sites = [{**asdict(each), "memory_bytes": each.memory_bytes} for each in self.costs]
         noise = {"noise": [asdict(each) for each in self.noise]} if self.noise else {}
-        return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes, **noise}
+        clients = {"client_noise": self.of_clients} if self.of_clients else {}
+        return {"name": self.name, "rounds": self.rounds, "sites": sites, "notes": self.notes, **noise, **clients}
 
 
 def forecast(
@@ -70,9 +73,9 @@ def forecast(
         raise ConfigError("--measure trains the base model: say where it is with --model", code="no_model")
     noise = _noise(job, model, records or {})
     costs = [_cost(job, site, model, rates, measure, memory or {}) for site in sorted(job.sites)]
-    return Forecast(
-        job.name, len(job.rounds), costs, [*_notes(job, costs, model, measure), *_of_noise(job, noise)], noise
-    )
+    of_clients = _of_clients(job)
+    notes = [*_notes(job, costs, model, measure), *_of_noise(job, noise), *_of_client_noise(of_clients)]
+    return Forecast(job.name, len(job.rounds), costs, notes, noise, of_clients)
 
 
 def _cost(
@@ -138,6 +141,41 @@ def _of_noise(job: Job, noise: "list[Noise]") -> list[str]:
     ]
     if any(each.ratio is None for each in noise):
         notes.append("noise : clip is not known without the base model's layers: add --model FOLDER")
+    return notes
+
+
+def _of_clients(job: Job) -> dict[str, float]:
+    """The noise on the mean change of each round, and what all rounds cost a site."""
+    if not (job.settled and job.adapter and job.settled.aggregation.client_privacy.asked):
+        return {}
+    noise = clients.checked(job.settled.aggregation.client_privacy, job.rounds.stop, job.adapter)
+    numbers = clients.noised_numbers(job.adapter)
+    return {
+        "noise_multiplier": noise.noise_multiplier,
+        "max_norm": noise.max_norm,
+        "expected_sites": noise.expected_sites,
+        "rounds": noise.rounds,
+        "epsilon": noise.epsilon(noise.rounds),
+        "delta": noise.delta,
+        "numbers": numbers,
+        "ratio": noise.ratio(numbers),
+        "ratio_of_all": noise.ratio_of_all(numbers),
+        "per_number": noise.per_number,
+    }
+
+
+def _of_client_noise(noise: Mapping[str, float]) -> list[str]:
+    if not noise:
+        return []
+    notes = [
+        "client privacy: noise : clip is the length of a round's noise over the longest that the mean change can be; "
+        "per number is the noise of all rounds on one number, over the farthest that they can move the adapter"
+    ]
+    if noise["per_number"] > clients.FELT:
+        notes.append(
+            f"client privacy: from {clients.FELT:g} per number on, noise costs a good part of what can be learned "
+            "(docs/privacy.md); more sites or a larger epsilon lower it"
+        )
     return notes
 
 

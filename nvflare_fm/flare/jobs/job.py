@@ -18,6 +18,7 @@ from ...job import job_files
 from ...job.feasible import check_plan, check_sites
 from ...job.peft import read
 from ...job.settle import CHECKED, SettledPlan
+from ...privacy import clients
 from .. import components
 from ..controller import FedPEFT
 from ..deployment import check_folder, first_bytes
@@ -72,6 +73,8 @@ def read_job(folder: Path) -> Job:
             _check_admitted(each, executor.overrides, settled.terms(each), settled.plan)
     if saved:
         _check_fits(settled.plan, saved.manifest)
+    if (private := settled.aggregation.client_privacy).asked:
+        clients.checked(private, last, adapter)
     made_by = saved.round if saved and persistor.resume else None
     first = 0 if made_by is None else made_by + 1
     if first >= last:

@@ -229,7 +229,7 @@ def _rounds(
     workflow = _filled(
         _ROUNDS,
         controller=_arguments("nvflare_fm.flare.controller.FedPEFT", rounds, {"plan", "aggregator"}),
-        aggregation=_settings(Aggregation, aggregation),
+        aggregation=_settings(Aggregation, aggregation, () if brings else {"client_privacy"}),  # it needs an adapter
         plan=_settings(RoundPlan, {**plan, "template": name}),
     )
     persistor = _arguments("nvflare_fm.flare.persistor.AdapterPersistor", {INITIAL: INITIAL} if brings else {})

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ...adapter import RoundTask
 from ...job.private import check_delta, rows_per_step, sample_rate
-from ...privacy import accountant
+from ...privacy import accountant, chance
 from ...privacy.events import Event
 from ...privacy.protection import Protection
-from . import chance
 from .distributed import gather, processes, sum_once
 from .fit import LocalTrainer, diverged
 from .per_sample import PerSample

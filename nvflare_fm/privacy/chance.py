@@ -17,7 +17,8 @@ _BITS = 53  # of a float64
 def uniform(count: int) -> Tensor:
     """Draw `count` numbers from (0, 1], in float64."""
     drawn = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64) if count else torch.zeros(0)
-    return ((drawn.long() & (2**_BITS - 1)) + 1).double() * 2.0**-_BITS
+    numbers: Tensor = ((drawn.long() & (2**_BITS - 1)) + 1).double() * 2.0**-_BITS
+    return numbers
 
 
 def normal(count: int) -> Tensor:
