@@ -68,8 +68,8 @@ BUGS = [
     Bug("site/training/per_sample.py", "gradients /= items", "gradients /= 1 + 0 * items", "site/test_dp"),
     Bug(
         "site/training/job_events.py",
-        "epsilon(events, protection.delta) > most",
-        "epsilon(protection.events, protection.delta) > most",
+        "within(events, protection.delta, most)",
+        "within(protection.events, protection.delta, most)",
         "site/test_dp",
     ),
     Bug("site/worker.py", "        self.may_spend(job.private.protection)\n", "", "site/test_dp"),
