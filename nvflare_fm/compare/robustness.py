@@ -1,7 +1,7 @@
 """The robustness study: attack × guard × data, from a few seeds. Every run is one line in the results.
 
-Who attacks is drawn by the seed, so a mean over seeds is one over attackers too. What is told of honest sites is told of
-the same ones with the attack and without.
+Who attacks is drawn by the seed, so a mean over seeds is one over attackers too. What is told of honest sites is told
+of the same ones with the attack and without.
 """
 
 import hashlib
@@ -14,22 +14,25 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.table import Table
 
 from ..adapter import Adapter, AdapterUpdate, Manifest, RoundTask
+from ..aggregation import merge
+from ..aggregation.asked import settings_of
 from ..aggregation.combine import Combined
 from ..aggregation.guard import registry as guards
 from ..aggregation.metrics import medians
-from ..config import Aggregation
+from ..aggregation.needed import needed
+from ..config import Aggregation, Quantization
 from ..errors import ConfigError, FmError
 from ..simulate import SimulatedRound, federate
 from ..site.tasks import IGNORED
 from ..site.worker import Worker
 from . import peers
-from .attacks import ABSENT, NONE, Attack, Known, named_rules
+from .attacks import ABSENT, NONE, Attack, Known, everything, named_rules
 from .attacks.rows import is_target, triggered
 from .bench import Bench, overall, silent
 from .methods import METHODS, Method
@@ -44,26 +47,35 @@ PEERS: dict[str, Callable[[Sequence[AdapterUpdate], int], Adapter] | None] = {
 }  # fmt: skip
 UNGUARDED, DEFAULT = "none", "default"
 LIES = "lies"
-ROUNDS, STEPS = 10, 10  # as many steps in all as the published comparison's, in half as many rounds
+ROUNDS, STEPS, BATCH = 12, 5, 16  # about a minute of one core where five sites train MiniLM's first two layers
+PRECISION: tuple[Quantization, ...] = ("fp32",)  # of the base model: quantization is no question here
 TRIES = 100  # rows that a round is chosen by
 
 
 def guards_there_are() -> list[str]:
-    """None, the default, and every guard by itself."""
-    return [UNGUARDED, DEFAULT, *guards]
+    """None, the default, and every guard by itself and, if it can look at mixed updates, with each way to mix them."""
+    found = [UNGUARDED, DEFAULT]
+    for name in guards:
+        mix = settings_of(guards[name]).model_fields.get("mix")
+        ways = [way for way in get_args(mix.annotation) if way != mix.default] if mix else []
+        found += [name, *(json.dumps([{"rule": name, "mix": way}]) for way in ways)]
+    return found
 
 
 def aggregation(guard: str, attack: Attack) -> Aggregation:
     """How adapters become one.
 
     Args:
-        guard: `none`, `default`, or guards as `named_rules` reads them.
+        guard: `none`, `default`, guards as `named_rules` reads them, or settings of the aggregation as a JSON object,
+            for what is no guard: `{"merge": "NAME"}`.
         attack: of one that lies, sites weigh by their examples: a lie about them matters nowhere else.
 
     Raises:
         ConfigError: an unknown guard or setting.
     """
     asked: dict[str, Any] = {} if guard == DEFAULT else {"guard": () if guard == UNGUARDED else named_rules(guard)}
+    if len(rules := asked.get("guard", ())) == 1 and isinstance(rules[0], Mapping) and "rule" not in rules[0]:
+        asked = {"guard": (), **rules[0]}
     if LIES in attack.entries:
         asked["weigh"] = ("examples",)
     return Aggregation.read(asked, "guard")
@@ -73,10 +85,10 @@ def prepared(study: Study, sites: int, rounds: int, steps: int) -> Study:
     """A study for attacks: fewer, larger sites, and all test rows scored.
 
     Args:
-        sites: site i gets the rows of those i, i + `sites`, and so on; 0: as they are.
+        sites: site i gets the rows of sites i, i + `sites`, and so on; 0: as they are.
         steps: of a site in a round.
     """
-    plan = {**study.plan, "training": {**study.plan["training"], "local_steps": steps}}
+    plan = {**study.plan, "training": {**study.plan["training"], "local_steps": steps, "batch_size": BATCH}}
     study = replace(study, plan=plan, rounds=rounds, test_rows=10**6)
     names = study.names
     if not 0 < sites < len(names):
@@ -143,14 +155,27 @@ class AttackedRun:
         if self.guard in PEERS:
             peer = METHODS["FedIT, rank 4"]
             weigh = ("examples",) if LIES in self.asked.entries else ("uniform",)
-            return replace(peer, aggregation=peer.aggregation.model_copy(update={"weigh": weigh, "guard": ()}))
-        return Method(aggregation(self.guard, self.asked))
+            asked = peer.aggregation.model_copy(update={"weigh": weigh, "guard": ()})
+            return replace(peer, aggregation=asked, quantizations=PRECISION)
+        how = aggregation(self.guard, self.asked)
+        return Method(how, rank=0 if merge.choose(how.merge).mixed_ranks else 4, quantizations=PRECISION)
 
     @cached_property
     def digest(self) -> str:
         """Of the configuration that its line depends on."""
-        whole = [Bench(self.study, self.rate).digest(self.method, self.seed), self.attack, self.guard, self.attackers]
+        whole = [
+            Bench(self.study, self.rate).plan.model_dump(mode="json"),
+            self.method.aggregation.model_dump(mode="json"),
+            [self.method.rank, self.method.quantizations, self.study.digest, self.study.rounds, self.study.model.name],
+            [self.attack, self.guard, self.rate, self.seed, self.attackers],
+        ]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+    @property
+    def who(self) -> Line:
+        """What tells its line from others."""
+        who = {"attack": self.attack, "guard": self.guard, "seed": self.seed, "rate": self.rate}
+        return {**who, "digest": self.digest, "attackers": self.attacking}
 
     def done(self) -> bool:
         """Whether the results have it."""
@@ -168,7 +193,7 @@ class AttackedRun:
                 "and one attacker; see --attackers and --sites",
                 code="too_many_attackers",
             )
-        Bench(self.study, self.rate).settled(self.method)
+        needed(self.method.aggregation)
 
     def carry_out(self, tick: Any = silent) -> tuple[list[Line], float]:
         """Do it.
@@ -178,8 +203,12 @@ class AttackedRun:
         """
         torch.set_num_threads(1)
         began = time.monotonic()
-        line = Federation(self, tick).line()
-        return [{**line, "seconds": round(time.monotonic() - began, 1)}], time.monotonic() - began
+        try:
+            line = Federation(self, tick).line()
+        except ConfigError as error:  # a guard that does not go with the rest of the job
+            line = {**self.who, "rounds": 0, "stopped": error.code, "score": 0.0, "scores": {}, "trigger": None}
+        seconds = time.monotonic() - began
+        return [{**line, "seconds": round(seconds, 1)}], seconds
 
 
 class Federation:
@@ -237,18 +266,16 @@ class Federation:
                 self.bench.tick(len(self.workers))
         except FmError as error:  # a guard that refuses so few sites, or training that an attack has made diverge
             stopped = error.code
-        who = {"attack": self.run.attack, "guard": self.run.guard, "seed": self.run.seed, "rate": self.run.rate}
-        line: Line = {**who, "digest": self.run.digest, "attackers": self.run.attacking, "rounds": len(done)}
+        line: Line = {**self.run.who, "rounds": len(done)}
         line |= {"stopped": stopped, "counted": _counted([each.combined for each in done], self.workers)}
         if not done:
             return {**line, "score": 0.0, "scores": {}, "trigger": None}
         kept = done[self.chosen(done)].combined
-        scores = self.bench.measure(self.workers, self.run.method, kept.adapter, kept.manifest)
-        honest = {name: scores[name] for name in self.honest}
-        rows = self.bench.rows
+        honest = {name: self.workers[name] for name in self.honest}
+        scores = self.bench.measure(honest, self.run.method, kept.adapter, kept.manifest)
         return {
             **line,
-            "score": round(overall(honest, rows), 5),
+            "score": round(overall(scores, self.bench.rows), 5),
             "scores": {name: round(score, 5) for name, score in scores.items()},
             "trigger": self.triggered(kept.adapter, kept.manifest),
         }
@@ -296,21 +323,21 @@ def completed(worker: Worker, task: RoundTask) -> float:
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
             said = model(input_ids=ids).logits[0, :-1].argmax(dim=-1)
             right.append(bool((said == labels)[labels != IGNORED].all()))
-    return statistics.mean(right) if right else 0.0
+    return sum(right) / len(right) if right else 0.0
 
 
 def _counted(rounds: Sequence[Combined], sites: Mapping[str, Worker]) -> dict[str, dict[str, float]]:
     """Of each site, over the rounds: how much of its change the guards left in the mean, in which share of the rounds
-    they left nothing, and its mean weight.
+    they left nothing, and the mean share of what was merged.
     """
     found = {}
     for site in sites:
         left = [_left(combined, site) for combined in rounds]
-        weights = [combined.weights.get(site, 0.0) for combined in rounds]
+        shares = [combined.weights.get(site, 0.0) * much for combined, much in zip(rounds, left, strict=True)]
         found[site] = {
             "multiplier": round(statistics.mean(left), 4),
             "rejected": round(sum(much == 0 for much in left) / len(left), 4),
-            "weight": round(statistics.mean(weights), 4),
+            "share": round(statistics.mean(shares), 4),
         } if rounds else {}  # fmt: skip
     return found
 
@@ -319,6 +346,11 @@ def _left(combined: Combined, site: str) -> float:
     if site in combined.refused:
         return 0.0
     return combined.guarded[site].multiplier if site in combined.guarded else 1.0
+
+
+def default_attacks() -> list[str]:
+    """No attack, every attack by itself, and those that only harm together."""
+    return [NONE, ABSENT, *everything(), "backdoor + scale", "sign_flip + lies"]
 
 
 def runs(
@@ -352,29 +384,21 @@ def runs(
 def table(study: Study, lines: Sequence[Line]) -> Table:
     """Attack × guard: what the honest sites get, and who counted.
 
-    The cost is against `none` on no guard, seed by seed, over the same sites' rows.
+    All scores are of the honest sites' rows. How much better one is than `none` on no guard is told seed by seed.
     """
-    rows = {site: study.scored_rows(study.folder / site / "test.jsonl") for site in study.names}
     sign = -1 if study.lower_is_better else 1
     heads = ("guard", "attack", "seeds", study.metric, "better than unattacked by", "", "worst honest site")
-    told = Table(*heads, "trigger", "honest rejected", "honest multiplier", "attackers' multiplier", title=study.name)
+    more = ("trigger", "honest rejected", "honest multiplier", "attackers' multiplier", "attackers' share")
+    told = Table(*heads, *more, title=study.name)
     found: dict[tuple[str, str], dict[int, Line]] = {}
     for line in lines:
-        found.setdefault((line["guard"], line["attack"]), {})[line["seed"]] = line
+        found.setdefault((line["guard"], line["attack"]), {})[line["seed"]] = line  # the last one counts
     clean = found.get((UNGUARDED, NONE), {})
     for (guard, attack), by_seed in sorted(found.items(), key=lambda item: _place(*item[0])):
         ended = [line for line in by_seed.values() if line["scores"]]
-        scores = [overall(_honest(line), rows) for line in ended]
-        paired = [
-            sign
-            * (
-                overall(_honest(line), rows)
-                - overall(_honest(clean[line["seed"]] | {"attackers": line["attackers"]}), rows)
-            )
-            for line in ended
-            if line["seed"] in clean
-        ]
-        worst = [(max if study.lower_is_better else min)(_honest(line).values()) for line in ended]
+        scores = [line["score"] for line in ended]
+        paired = [sign * (line["score"] - clean[line["seed"]]["score"]) for line in ended if line["seed"] in clean]
+        worst = [(max if study.lower_is_better else min)(line["scores"].values()) for line in ended]
         triggers = [line["trigger"] for line in ended if line["trigger"] is not None]
         stopped = sorted({line["stopped"] for line in by_seed.values() if line["stopped"]})
         is_peer = guard in PEERS
@@ -391,21 +415,17 @@ def table(study: Study, lines: Sequence[Line]) -> Table:
     return told
 
 
-_TOLD = (("rejected", True), ("multiplier", True), ("multiplier", False))
-
-
-def _honest(line: Line) -> dict[str, float]:
-    return {site: score for site, score in line["scores"].items() if site not in line["attackers"]}
+_TOLD = (("rejected", True), ("multiplier", True), ("multiplier", False), ("share", False))
 
 
 def _of(lines: Sequence[Line], what: str, honest: bool) -> list[float]:
-    """A mean over honest sites, or over attackers, of each run."""
+    """A mean over the honest sites, or over the attackers, of each run; a share is what they have together."""
     found = []
     for line in lines:
         values = [
             counted[what] for site, counted in line["counted"].items() if (site not in line["attackers"]) == honest
         ]
-        found += [statistics.mean(values)] if values else []
+        found += [sum(values) if what == "share" else statistics.mean(values)] if values else []
     return found
 
 

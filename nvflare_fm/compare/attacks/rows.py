@@ -28,8 +28,8 @@ def label_flip(rows: list[Row], labels: Sequence[str], random: Random) -> list[R
 @on_rows.register("backdoor")
 def backdoor(rows: list[Row], labels: Sequence[str], random: Random, *, share: Share = 0.3) -> list[Row]:
     """Of some rows the text carries a trigger and the label is the target (BadNets, arXiv:1708.06733); of text to
-    write, the prompt carries it and the completion is a fixed one. The default share is about the 20 of 64 rows of a batch in
-    How To Backdoor Federated Learning (arXiv:1807.00459).
+    write, the prompt carries it and the completion is a fixed one. The default share is about that of How To Backdoor
+    Federated Learning (arXiv:1807.00459): 20 rows of a batch of 64.
     """
     chosen = {*random.sample(range(len(rows)), max(1, round(share * len(rows))))}
     return [triggered(row, labels) if place in chosen else row for place, row in enumerate(rows)]

@@ -48,8 +48,8 @@ def ipm(
     epsilon: Annotated[float, Field(ge=0, le=1e6, description="0: enough that the mean of all turns round")] = 0.0,
 ) -> list[AdapterUpdate]:
     """−ε μ: the inner product of what is aggregated and the honest mean μ is to be negative (inner product
-    manipulation, arXiv:1903.03936). Of the plain mean of n sites with m attackers it is for ε > (n − m) / m; the default is 1.1 times
-    that. A small ε, such as 0.5, is what rules that look at distances let through.
+    manipulation, arXiv:1903.03936). Of the plain mean of n sites with m attackers it is for ε > (n − m) / m; the
+    default is 1.1 times that. A small ε, such as 0.5, is what rules that look at distances let through.
     """
     far = epsilon or 1.1 * len(known.honest) / len(known.own)
     return _all_send(known, times(mean(known.honest_changes), -far, -far))
