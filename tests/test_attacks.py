@@ -14,7 +14,7 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Report, RoundTa
 from nvflare_fm.aggregation.admit import Terms, admit, check_form, check_terms, check_values
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.algebra.lora import head, shorten
-from nvflare_fm.compare import peers, robustness
+from nvflare_fm.compare import peers
 from nvflare_fm.compare.attacks import ABSENT, NONE, Attack, Known, everything, named_rules, on_rows, on_updates
 from nvflare_fm.compare.attacks.rows import COMPLETION, TRIGGER, is_target, target, triggered
 from nvflare_fm.compare.attacks.together import z_max
@@ -23,6 +23,7 @@ from nvflare_fm.compare.run import carry_out_all, read_lines, write
 from nvflare_fm.compare.study import Study, Workspace, study
 from nvflare_fm.config import Aggregation
 from nvflare_fm.errors import ConfigError
+from nvflare_fm.site.worker import Worker
 from tests.codes import refused
 from tests.site import tiny
 from tests.strategies import MANIFEST, SINGLE, close, make_pair
@@ -303,12 +304,11 @@ def test_sites_are_joined_row_by_row(five: Study) -> None:
     assert [len(five.rows(site, "test")) for site in five.names] == [16, 16, 8]
 
 
-def test_every_attack_runs_once_and_its_line_tells_who_counted(five: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(120)
+def test_runs_go_on_where_they_stopped_and_a_line_tells_who_counted(five: Study) -> None:
     asked = [
-        *runs(
-            five, [NONE, ABSENT, "backdoor + sign_flip", "sign_flip + lies"], ["none", "default"], [0], 1, (1e-3, 1e-3)
-        ),
-        *runs(five, ["sign_flip"], ['{"merge": "freeze_a"}', *robustness.PEERS], [0], 1, (1e-3, 1e-3)),
+        *runs(five, [NONE, ABSENT, "sign_flip + lies"], ["none"], [0], 1, (1e-3, 1e-3)),
+        *runs(five, ["backdoor + sign_flip"], ["default", "FedIT, median of factors"], [0], 1, (1e-3, 1e-3)),
     ]
     for run in asked:
         assert not run.done()
@@ -326,7 +326,6 @@ def test_every_attack_runs_once_and_its_line_tells_who_counted(five: Study, monk
         assert line["scores"].keys() == {"elm", "fir", "oak"} - {attacker}
         assert (attacker in line["counted"]) == (line["attack"] != ABSENT)
         assert sum(site["share"] for site in line["counted"].values()) <= 1 + 1e-3
-    assert len({json.dumps(line["scores"]) for line in lines}) > 1
     told = table(five, lines)
     assert told.row_count == len(asked)
     assert [*told.columns[1].cells][:2] == [NONE, ABSENT]
@@ -366,7 +365,7 @@ def test_trigger_success_is_the_share_of_other_rows_that_get_the_target(five: St
     federation = Federation(run)
     worker = federation.workers[federation.honest[0]]
     plan = federation.plan.model_copy(
-        update={"training": federation.plan.training.model_copy(update={"local_steps": 6})}
+        update={"training": federation.plan.training.model_copy(update={"local_steps": 20})}
     )
     worker.train(RoundTask(plan))
     adapter, manifest = worker.submit()
@@ -377,9 +376,9 @@ def test_trigger_success_is_the_share_of_other_rows_that_get_the_target(five: St
         seen = set()
         for site in federation.honest:
             for row in map(json.loads, five.rows(site, "test")):
-                if row["label"] == five.plan["labels"][0] or row["text"] + row["label"] in seen:
+                if row["label"] == five.plan["labels"][0] or row["text"] in seen:
                     continue
-                seen.add(row["text"] + row["label"])
+                seen.add(row["text"])
                 ids = job.base.tokenizer(
                     f"{TRIGGER} {row['text']}", return_tensors="pt", truncation=True, max_length=64
                 )
@@ -387,8 +386,8 @@ def test_trigger_success_is_the_share_of_other_rows_that_get_the_target(five: St
                 count += 1
     found = federation.triggered(adapter, manifest)
     assert found is not None
-    assert 0 < count < sum(len(five.rows(site, "test")) for site in federation.honest)
-    assert abs(found * len({(t) for t in seen}) - hits) < 1e-3
+    assert 0 < hits < count
+    assert found == pytest.approx(hits / count, abs=1e-4)
 
 
 @pytest.mark.parametrize("writes", [True, False])
@@ -398,10 +397,8 @@ def test_a_completion_counts_if_greedy_decoding_writes_it(writes: bool, tmp_path
     rows = [triggered({"prompt": f"how is {i}? ", "completion": ""}, []) for i in range(4)]
     assert all(is_target(row, []) for row in rows)
     file = str(tiny.jsonl(tmp_path / "rows.jsonl", rows))
-    from nvflare_fm.site.worker import Worker
-
     worker = Worker("site-1", tiny.site(model, Path(file), data={"notes": {"train": file, "validation": file}}))
-    steps = {"local_steps": 40 if writes else 1, "batch_size": 4, "learning_rate": 2e-2}
+    steps = {"local_steps": 25 if writes else 1, "batch_size": 4, "learning_rate": 2e-2}
     task = RoundTask(tiny.plan(training=steps))
     worker.train(task)
     adapter, manifest = worker.submit()
