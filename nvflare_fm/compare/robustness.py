@@ -310,19 +310,20 @@ class Federation:
 
 
 def completed(worker: Worker, task: RoundTask) -> float:
-    """The share of a site's test rows that greedy decoding completes exactly as they stand: each of its tokens is the
-    likeliest after those before it.
+    """The share of a site's test rows whose completion greedy decoding begins with: each of its tokens is the likeliest
+    after those before it. What comes after it, an end or more text, does not matter.
     """
     job = worker.opened(task)
     plan = job.plan.model_copy(update={"rest": "tail"})
-    right = []
+    right, end = [], job.base.tokenizer.eos_token_id
     with job.base.lent(), torch.inference_mode():
         model = job.attachment.attach(job.base, task.adapter, plan)
         model.eval()
         for row in job.measured or ():
             ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
             said = model(input_ids=ids).logits[0, :-1].argmax(dim=-1)
-            right.append(bool((said == labels)[labels != IGNORED].all()))
+            asked = (labels != IGNORED) & (labels != end)
+            right.append(bool((said == labels)[asked].all()))
     return sum(right) / len(right) if right else 0.0
 
 
