@@ -40,9 +40,7 @@ def test_who_sends_poison_is_named_and_the_result_is_as_good_as_without_it(tmp_p
     assert re.search(r"^mallory: counted in [01] of \d rounds\n  rounds? 0", told, re.MULTILINE), told
     workers = {name: Worker(name, sites[name]) for name in HONEST}
     plan = RoundPlan.read(PLAN, "test")
-    *_, last = federate(
-        workers, plan, Aggregation(guard=()), ROUNDS + 1
-    )  # the last round measures, as the federation does
+    *_, last = federate(workers, plan, Aggregation(guard=()), ROUNDS + 1)  # the last one measures
     alone = sum(report.before["loss"] for report in last.reports.values()) / len(HONEST)
     together = sum(run.rounds()[-1]["sites"][name]["before"]["loss"] for name in HONEST) / len(HONEST)
     assert together < alone + 0.1

@@ -1,4 +1,4 @@
-"""On the PYTHONPATH of one federation: for three rounds the trainer of mallory sends the opposite of what it learned."""
+"""On the PYTHONPATH of one federation: for three rounds mallory's trainer sends the opposite of what it learned."""
 
 import sys
 from dataclasses import replace
