@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate, LoraPair, Report, RoundTask
 from nvflare_fm.aggregation.admit import Terms, admit, check_form, check_terms, check_values
 from nvflare_fm.aggregation.combine import combine
 from nvflare_fm.algebra.lora import head, shorten
+from nvflare_fm.cli import app
 from nvflare_fm.compare import peers
 from nvflare_fm.compare.attacks import ABSENT, NONE, Attack, Known, everything, named_rules, on_rows, on_updates
 from nvflare_fm.compare.attacks.rows import COMPLETION, TRIGGER, is_target, target, triggered
 from nvflare_fm.compare.attacks.together import z_max
+from nvflare_fm.compare.results import spread
 from nvflare_fm.compare.robustness import AttackedRun, Federation, completed, prepared, runs, table
 from nvflare_fm.compare.run import carry_out_all, read_lines, write
 from nvflare_fm.compare.study import Study, Workspace, study
@@ -328,6 +331,24 @@ def test_runs_go_on_where_they_stopped_and_a_line_tells_who_counted(five: Study)
         assert sum(site["share"] for site in line["counted"].values()) <= 1 + 1e-3
     told = table(five, lines)
     assert told.row_count == len(asked)
+    root = five.workspace.root
+    typed = ["--folder", root / "data", "--model", five.model, "-o", root, "--sites", 3, "--rounds", 2, "--steps", 1]
+    typed += [
+        "--rate",
+        0.001,
+        "--seeds",
+        1,
+        "--attacks",
+        f"{NONE}; sign_flip + lies",
+        "--guards",
+        "none",
+        "--table-only",
+    ]
+    said = CliRunner().invoke(app, ["compare", "robustness", "own", *map(str, typed)])
+    assert said.exit_code == 0, said.output
+    rows = [row for row in said.output.splitlines() if row.startswith("| none |")]
+    assert [row.split(" | ")[1] for row in rows] == [NONE, "sign_flip + lies"]
+    assert rows[0].split(" | ")[3] == spread([lines[0]["score"]])
     assert [*told.columns[1].cells][:2] == [NONE, ABSENT]
 
 
