@@ -378,6 +378,7 @@ def test_a_lying_sites_metrics_may_choose_a_round_and_it_is_told_which(five: Stu
     assert run.method.aggregation.weigh == ("examples",)
     assert federation.plan.evaluation.before
     assert not Federation(replace(run, attack="scale")).plan.evaluation.before
+    assert replace(run, attack='{"rule": "lies", "loss": 2.0}').method.aggregation.weigh == ("examples",)
 
 
 def test_trigger_success_is_the_share_of_other_rows_that_get_the_target(five: Study) -> None:

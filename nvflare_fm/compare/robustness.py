@@ -46,7 +46,6 @@ PEERS: dict[str, Callable[[Sequence[AdapterUpdate], int], Adapter] | None] = {
     "FedIT": None, "FedIT, median of factors": peers.factor_median, "FedIT, Krum on factors": peers.factor_krum,
 }  # fmt: skip
 UNGUARDED, DEFAULT = "none", "default"
-LIES = "lies"
 ROUNDS, STEPS, BATCH = 12, 5, 16  # about a minute of one core where five sites train MiniLM's first two layers
 PRECISION: tuple[Quantization, ...] = ("fp32",)  # of the base model: quantization is no question here
 TRIES = 100  # rows that a round is chosen by
@@ -76,7 +75,7 @@ def aggregation(guard: str, attack: Attack) -> Aggregation:
     asked: dict[str, Any] = {} if guard == DEFAULT else {"guard": () if guard == UNGUARDED else named_rules(guard)}
     if len(rules := asked.get("guard", ())) == 1 and isinstance(rules[0], Mapping) and "rule" not in rules[0]:
         asked = {"guard": (), **rules[0]}
-    if LIES in attack.entries:
+    if attack.lies:
         asked["weigh"] = ("examples",)
     return Aggregation.read(asked, "guard")
 
@@ -154,7 +153,7 @@ class AttackedRun:
     def method(self) -> Method:
         if self.guard in PEERS:
             peer = METHODS["FedIT, rank 4"]
-            weigh = ("examples",) if LIES in self.asked.entries else ("uniform",)
+            weigh = ("examples",) if self.asked.lies else ("uniform",)
             asked = peer.aggregation.model_copy(update={"weigh": weigh, "guard": ()})
             return replace(peer, aggregation=asked, quantizations=PRECISION)
         how = aggregation(self.guard, self.asked)
@@ -219,7 +218,7 @@ class Federation:
         self.labels = [str(label) for label in run.study.plan.get("labels", [])]
         self.plan = self.bench.settled(run.method, run.seed)
         self.generator = torch.Generator().manual_seed(run.seed)
-        if LIES in run.asked.entries:
+        if run.asked.lies:
             told = {"before": True, "max_examples": TRIES}
             self.plan = self.plan.model_copy(update={"evaluation": self.plan.evaluation.model_copy(update=told)})
         if run.asked.changes_rows:

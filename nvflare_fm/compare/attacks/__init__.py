@@ -146,6 +146,11 @@ class Attack:
         """Whether attackers train on other rows."""
         return any(self._of(on_rows))
 
+    @property
+    def lies(self) -> bool:
+        """Whether attackers report false numbers."""
+        return any(named(entry) == "lies" for entry in self.entries)
+
     def _of(self, registry: RuleRegistry[Any]) -> Iterator[Rule]:
         return (entry for entry in self.entries if _registry(entry) is registry)
 
