@@ -281,8 +281,9 @@ def test_the_peers_median_and_krum_are_of_entries() -> None:
     sites = [update(f"site-{i}", i, start) for i in range(5)]
     for name, tensor in peers.factor_median(sites, 1).tensors().items():
         close(tensor, torch.stack([each.adapter.tensors()[name] for each in sites]).median(0).values, 1e-6)
-    near = [replace(sites[0], site=f"near-{i}", adapter=_plus(sites[0].adapter, torch.tensor(i))) for i in (0, 3, 2)]
-    assert peers.factor_krum([*sites[1:3], *near], 1) is near[2].adapter  # of its two nearest, not of its nearest alone
+    places = (500, -500, 0, 3, 2)
+    near = [replace(sites[0], adapter=_plus(sites[0].adapter, torch.tensor(place))) for place in places]
+    assert peers.factor_krum(near, 1) is near[4].adapter  # of its two nearest, not of its nearest alone
 
 
 def _plus(adapter: Adapter, much: Tensor) -> Adapter:
