@@ -1,7 +1,7 @@
 """A federation in one process: for benchmarks, trials and law tests, with the same workers and the same combination."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,6 +47,7 @@ def federate(
     sites_per_round: int = 0,
     takes: Mapping[str, int] | None = None,
     keys: Keys | None = None,
+    tampered: Callable[[tuple[AdapterUpdate, ...], RoundTask], tuple[AdapterUpdate, ...]] = lambda updates, _: updates,
 ) -> Iterator[SimulatedRound]:
     """Run a federation in this process, and yield each round as it ends.
 
@@ -61,6 +62,7 @@ def federate(
         takes: site → rounds that its answer takes, if more than one. An answer that is more than
             `aggregation.max_staleness` rounds late does not count.
         keys: the server's, where the plan encrypts what sites send.
+        tampered: what the server gets in place of a round's updates, for studies of attacks.
 
     Yields:
         The rounds, in order.
@@ -82,6 +84,7 @@ def federate(
         due = sorted(site for site, sent in at.items() if number - sent.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
         updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
+        updates = tampered(updates, task)
         for update in updates:
             if keys:
                 check_sealed(keys, update.adapter, update.site, apart=False)

@@ -77,6 +77,68 @@ def run(
 
 
 @compare.command()
+def robustness(
+    names: Annotated[list[str] | None, typer.Argument(help="public data sets, as for run; unset: those of the "
+                                                           "docs")] = None,
+    attacks: Annotated[str, typer.Option(help="separated by semicolons; unset: all")] = "",
+    guards: Annotated[str, typer.Option(help="separated by semicolons; unset: all, and peers")] = "",
+    sites: Annotated[int, typer.Option(min=0, max=1024, help="sites to make of the data set's; 0: its own")] = 5,
+    attackers: Annotated[int, typer.Option(min=1, max=1024, help="how many of them attack")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="rounds of every federation")] = 12,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="steps of a site in a round")] = 5,
+    rate: Annotated[float, typer.Option(min=0, max=10, help="learning rate; 0: the one tuned for a published data set, "
+                                                            "or 0.01")] = 0,
+    seeds: Seeds = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first seed; the others follow it")] = 0,
+    cores: Cores = 2,
+    folder: Folder = None,
+    model: Model = None,
+    task: TaskName = "",
+    max_length: MaxLength = 0,
+    table_only: Annotated[bool, typer.Option("--table-only", help="run nothing; print what there is")] = False,
+    output: Output = HERE,
+) -> None:  # fmt: skip
+    """Measure what attacks of dishonest sites cost under each guard.
+
+    Every attack runs on every guard from each seed; the seed draws who attacks. If you stop the command, the next call
+    continues. The tables are Markdown.
+
+    An attack or guard is a name, several joined by +, or JSON with settings: '[{"rule": "sign_flip", "far": 1}]'. The
+    attack `none` has honest sites alone, and `absent` leaves out those that would attack. The guard `none` is no guard,
+    and `default` is that of a job that names none. A JSON object without `rule` sets other settings of the aggregation:
+    '{"merge": "freeze_a"}'.
+    """
+    from ..compare import robustness as study_of
+    from ..compare.results import markdown
+    from ..compare.run import carry_out_all, read_lines
+    from ..compare.study import Workspace
+
+    if folder and len(names or ()) != 1:
+        raise ConfigError("with --folder give one name, for the file of the results", code="one_name")
+    cells, found = names or [*study_of.CELLS], []
+    asked = _listed(attacks) or study_of.default_attacks()
+    against = _listed(guards) or [*study_of.guards_there_are(), *study_of.PEERS]
+    for name in cells:
+        data = _study(name, Workspace.at(output), folder, model, task, max_length)
+        data = study_of.prepared(data, sites, rounds, steps)
+        rates = (rate or study_of.CELLS.get(name, 1e-2)), (rate or study_of.PEER_RATES.get(name, 1e-2))
+        numbers = range(first_seed, first_seed + seeds)
+        found.append((data, study_of.runs(data, asked, against, numbers, attackers, rates)))
+    if not table_only:
+        carry_out_all([run for _, runs in found for run in runs], cores)
+    for data, runs in found:
+        if runs[0].file.exists():
+            mine = {run.digest for run in runs}
+            lines = [line for line in read_lines(runs[0].file) if line["digest"] in mine]
+            typer.echo(f"\n{data.name}: {attackers} of {len(data.names)} sites attack\n")
+            typer.echo(markdown(study_of.table(data, lines)))
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(";") if part.strip()]
+
+
+@compare.command()
 def report(
     name: Annotated[str, typer.Argument(help="a study that compare run has run")],
     folder: Folder = None,

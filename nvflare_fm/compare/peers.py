@@ -1,6 +1,6 @@
 """Faithful versions of what other people's rules do where ours would do better than theirs, for comparison alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor
 
-from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask
+from ..adapter import Adapter, AdapterUpdate, LoraPair, Manifest, RoundTask, from_tensors
 from ..aggregation.combine import Combined
 from ..algebra.lora import head, tail
 from ..job.peft import read
@@ -106,3 +106,25 @@ def fold(combined: Combined, worker: Worker, task: RoundTask) -> tuple[Adapter, 
                 module.weight += delta
     empty = {n: LoraPair(p.A[:0], p.B[:, :0]) for n, p in combined.adapter.lora.items()}
     return Adapter(empty, combined.adapter.dense), combined.manifest
+
+
+def factor_median(updates: Sequence[AdapterUpdate], attackers: int) -> Adapter:
+    """The median over the sites of each entry of A, of B and of the head (arXiv:1803.01498), as it is used
+    on whole models: the median of products is another.
+    """
+    first = updates[0]
+    found = {
+        name: torch.quantile(torch.stack([update.adapter.tensors()[name].float() for update in updates]), 0.5, dim=0)
+        for name in first.adapter.tensors()
+    }
+    return from_tensors(found, first.adapter.scales(), first.site)
+
+
+def factor_krum(updates: Sequence[AdapterUpdate], attackers: int) -> Adapter:
+    """Krum (arXiv:1703.02757) on the entries of A, of B and of the head: the update whose n − f − 2 nearest others are
+    nearest, with f the number of attackers, which it is told.
+    """
+    flat = torch.stack([torch.cat([t.float().flatten() for t in u.adapter.tensors().values()]) for u in updates])
+    apart = torch.cdist(flat.double(), flat.double()).square().sort(dim=1).values[:, 1:]  # without itself
+    nearest = max(1, len(updates) - attackers - 2)
+    return updates[int(apart[:, :nearest].sum(dim=1).argmin())].adapter

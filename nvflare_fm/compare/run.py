@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from queue import Empty
 from threading import Event, Thread
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,6 +53,15 @@ class Run:
         bench = Bench(self.study, self.rate, bool(self.tuning_of))
         return bench.digest((METHODS | BASELINES)[self.method], self.seed)
 
+    @property
+    def title(self) -> str:
+        """What it is, in a log."""
+        return f"{self.study.name}, {self.method} at {self.rate:g}, seed {self.seed}"
+
+    def carry_out(self, tick: Any = silent) -> tuple[list[Line], float]:
+        """See `carry_out`."""
+        return carry_out(self, tick)
+
     def done(self) -> bool:
         """Whether the results have it. A line without a digest is one of an earlier version, and stands."""
         mine = (self.method, self.seed, self.rate)
@@ -92,14 +101,31 @@ def rounded(row: Line) -> Line:
     }
 
 
-def write(run: Run, rows: Sequence[Line]) -> None:
+class Doable(Protocol):
+    """A run of any kind: what `carry_out_all` needs of it."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def file(self) -> Path: ...
+
+    @property
+    def site_rounds(self) -> int: ...
+
+    def done(self) -> bool: ...
+
+    def carry_out(self, tick: Any = silent) -> tuple[list[Line], float]: ...
+
+
+def write(run: Doable, rows: Sequence[Line]) -> None:
     """Append a run's lines to its study's results."""
     run.file.parent.mkdir(parents=True, exist_ok=True)
     with run.file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def carry_out_all(runs: Sequence[Run], cores: int) -> None:
+def carry_out_all(runs: Sequence[Doable], cores: int) -> None:
     """Do the runs that the results lack, `cores` at a time; each one's lines are written as it ends.
 
     Shows a bar of rounds done over all sites and runs, with the time that is left, from the first round on.
@@ -119,9 +145,7 @@ def carry_out_all(runs: Sequence[Run], cores: int) -> None:
                 run, (rows, seconds) = running[future], future.result()
                 write(run, rows)
                 scores = " ".join(f"{row['score']:.4f}" for row in rows)
-                progress.console.log(
-                    f"{run.study.name}, {run.method} at {run.rate:g}, seed {run.seed}: {scores} in {seconds:.0f} s"
-                )
+                progress.console.log(f"{run.title}: {scores} in {seconds:.0f} s")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -161,5 +185,5 @@ def _start(ticks: Any) -> None:
     _ticks = ticks
 
 
-def _in_process(run: Run) -> tuple[list[Line], float]:
-    return carry_out(run, _ticks.put)
+def _in_process(run: Doable) -> tuple[list[Line], float]:
+    return run.carry_out(_ticks.put)
