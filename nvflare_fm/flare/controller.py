@@ -102,6 +102,7 @@ class FedPEFT(ModelController):
                 code="too_few_sites",
             )
         aggregator = aggregator or AdapterAggregator()
+        _check_fewest(needed(aggregator.aggregation).fewest, given.sites_per_round, "sites_per_round draws")
         if aggregator.aggregation.max_staleness and not (given.grace_s or given.deadline_s):
             raise ConfigError(
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
@@ -150,6 +151,7 @@ class FedPEFT(ModelController):
         if self.settled.encrypts:
             startup = Path(self.engine.get_workspace().get_startup_kit_dir())
             self.aggregator.keys = server_keys(startup)
+        _check_fewest(needed(self.settled.aggregation).fewest, len(self.engine.get_clients()), "the job has")
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
