@@ -125,7 +125,8 @@ class AdapterAggregator(ModelAggregator):
             return merge(updates)
         except Exception as error:  # what no check foresaw must not end the job
             why = error.message if isinstance(error, FmError) else f"{type(error).__name__}: {printable(str(error))}"
-            self.logger.exception(f"round {task.round}: the updates cannot be merged; trying without the largest")
+            log = self.logger.error if isinstance(error, FmError) else self.logger.exception
+            log(f"round {task.round}: the updates cannot be merged ({why}); trying without the largest")
         try:
             return without_the_largest(merge, updates, why)
         except FmError as error:

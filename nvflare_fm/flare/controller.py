@@ -34,6 +34,7 @@ from pydantic import Field
 from .. import transforms
 from ..adapter import Adapter, RoundTask
 from ..aggregation.cohort import drawn
+from ..aggregation.needed import needed
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
@@ -436,6 +437,19 @@ class FedPEFT(ModelController):
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
+
+
+def _check_fewest(fewest: int, sites: int, where: str) -> None:
+    """Refuse a job whose rounds cannot have the updates that its guards need; 0 sites: not known yet.
+
+    Raises:
+        ConfigError: says how many the guards need.
+    """
+    if 0 < sites < fewest:
+        raise ConfigError(
+            f"{where} {sites} sites, and the job's guards need {fewest} updates in a round; lower their f or leave it out",
+            code="too_few_for_guard",
+        )
 
 
 def _is_ok(code: object) -> bool:
