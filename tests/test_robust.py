@@ -47,8 +47,8 @@ def heads(vectors: Tensor) -> list[AdapterUpdate]:
     return [update(f"s{i}", Adapter({}, {"head": v.float()})) for i, v in enumerate(vectors)]
 
 
-def weight(sites: list[AdapterUpdate], name: str, state: Adapter = Adapter(), **settings) -> dict[str, float]:
-    verdicts = guard.judge([{"rule": name, **settings}], Cohort(sites, state, "tail"))
+def weight(sites: list[AdapterUpdate], name: str, state: Adapter | None = None, **settings) -> dict[str, float]:
+    verdicts = guard.judge([{"rule": name, **settings}], Cohort(sites, state or Adapter(), "tail"))
     return {site.site: verdicts[site.site].weight if site.site in verdicts else 1.0 for site in sites}
 
 
@@ -248,8 +248,8 @@ def test_a_site_that_weighs_less_than_half_of_the_usual_is_told_of_in_words():
     (found,) = merged(sites, {"rule": "geometric_median", "f": 1}).guarded.items()
     assert found[0] == "s4"
     assert str(found[1]) == (
-        f"{found[1].weight:.3g} of its weight counts: its dense tensors lie {_times(found[1].reason)} times as far from "
-        "what the sites agree on as the usual site"
+        f"{found[1].weight:.3g} of its weight counts: its dense tensors lie {_times(found[1].reason)} times as far "
+        "from what the sites agree on as the usual site"
     )
 
 
@@ -338,8 +338,8 @@ def test_a_minority_cannot_move_a_number_out_of_the_range_of_the_others(name, cl
     found = merge.registry[name].merge(start, [*honest, *bad], [1 / n] * n)
     values = torch.stack([pair.B for pair in honest])
     assert torch.equal(found.A, start.A)
-    assert (found.B <= values.amax(0) + 1e-9).all()
-    assert (found.B >= values.amin(0) - 1e-9).all()
+    assert (values.amax(0) + 1e-9 >= found.B).all()
+    assert (values.amin(0) - 1e-9 <= found.B).all()
 
 
 @pytest.mark.parametrize("rule", ["median", {"rule": "trimmed_mean", "trim": 0.3}])

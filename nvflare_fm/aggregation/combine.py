@@ -136,7 +136,12 @@ def nothing_left(refused: Mapping[str, Reason]) -> WireError:
 def weighed_by(aggregation: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
     needs = needed(aggregation)
-    return {*needs.counts, *needs.labels, *(["loss"] if needs.loss else []), *(["steps"] if aggregation.normalize_steps else [])}
+    return {
+        *needs.counts,
+        *needs.labels,
+        *(["loss"] if needs.loss else []),
+        *(["steps"] if aggregation.normalize_steps else []),
+    }
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:

@@ -49,7 +49,7 @@ def bucketing(gram: Gram, f: int) -> Float[Tensor, "m n"]:
     """
     digest = hashlib.sha256(gram.contiguous().numpy().tobytes()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    dealt = torch.randperm(len(gram), generator=generator).split(BUCKET)
+    dealt = torch.split(torch.randperm(len(gram), generator=generator), BUCKET)
     means = torch.zeros(len(dealt), len(gram), dtype=gram.dtype)
     for bucket, sites in enumerate(dealt):
         means[bucket, sites] = 1 / len(sites)

@@ -5,7 +5,7 @@ weigh as much as ever: the result is a weighted mean of the changes, Σ βₖD�
 """
 
 from collections.abc import Callable
-from math import inf, sqrt
+from math import inf
 from typing import Annotated
 
 import torch
@@ -85,7 +85,7 @@ def weighed(cohort: Cohort, weigh: Weighing, fewest: Fewest, f: int | None, mix:
     kept = torch.where(kept > 1 - 1e-9, 1.0, kept)
     usual = kept.median()
     return {
-        site: Verdict(1.0, _why(cohort, beta, place) if kept[place] < NAMED * usual else "", float(kept[place]))
+        site: Verdict(1.0, _why(cohort, beta, place) if kept[place] <= NAMED * usual else "", float(kept[place]))
         for place, site in enumerate(sites)
         if kept[place] < 1
     }

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..adapter import LoraPair
 
-
 DIRECT = 256  # the largest rank that is multiplied in one piece
 PANEL = 512  # directions of a longer sum that are multiplied with all others at a time
 ROWS = 1024  # of a factor that are held in the wider type at a time

@@ -38,7 +38,7 @@ from ..aggregation.needed import needed
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
-from ..job.feasible import check_best
+from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
 from ..record.reason import Kind, Reason, Verdict
 from ..transforms.packed import pack
@@ -103,7 +103,7 @@ class FedPEFT(ModelController):
                 code="too_few_sites",
             )
         aggregator = aggregator or AdapterAggregator()
-        _check_fewest(needed(aggregator.aggregation).fewest, given.sites_per_round, "sites_per_round draws")
+        check_fewest(given.sites_per_round, needed(aggregator.aggregation).fewest)
         if aggregator.aggregation.max_staleness and not (given.grace_s or given.deadline_s):
             raise ConfigError(
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
@@ -152,7 +152,7 @@ class FedPEFT(ModelController):
         if self.settled.encrypts:
             startup = Path(self.engine.get_workspace().get_startup_kit_dir())
             self.aggregator.keys = server_keys(startup)
-        _check_fewest(needed(self.settled.aggregation).fewest, len(self.engine.get_clients()), "the job has")
+        check_fewest(len(self.engine.get_clients()), needed(self.settled.aggregation).fewest)
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
@@ -437,19 +437,6 @@ class FedPEFT(ModelController):
 
     def _show(self) -> None:
         self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
-
-
-def _check_fewest(fewest: int, sites: int, where: str) -> None:
-    """Refuse a job whose rounds cannot have the updates that its guards need; 0 sites: not known yet.
-
-    Raises:
-        ConfigError: says how many the guards need.
-    """
-    if 0 < sites < fewest:
-        raise ConfigError(
-            f"{where} {sites} sites, and the job's guards need {fewest} updates in a round; lower their f or leave it out",
-            code="too_few_for_guard",
-        )
 
 
 def _is_ok(code: object) -> bool:

@@ -150,9 +150,7 @@ CLASHES = (
         "guard_needs_sum",
         "a guard that weighs sites by where their changes lie",
         "a merge rule that is no weighted sum of what sites send",
-        lambda job: (
-            job.needs.sums and job.method.factored and job.rule.shares == "AB" and not job.rule.sums
-        ),
+        lambda job: job.needs.sums and job.method.factored and job.rule.shares == "AB" and not job.rule.sums,
         "it compares products ΔW, and there a site can spoil the result by factors whose product looks sound",
         f"{_MERGE}, or take a guard that leaves sites out by the length of their factors",
     ),

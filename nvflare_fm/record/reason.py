@@ -57,7 +57,7 @@ class Verdict:
 
     multiplier: Share  # of what the site changed; 0: its update does not count at all
     reason: Words  # empty where it counts about as much as the others
-    weight: Share = 1.0  # of its weight, before the sites' weights are divided by their sum; 0: it does not count at all
+    weight: Share = 1.0  # of its weight, before the weights are divided by their sum; 0: it does not count at all
 
     @property
     def left_out(self) -> bool:

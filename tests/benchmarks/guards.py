@@ -3,10 +3,10 @@
     python tests/benchmarks/guards.py            # 8 and 32 sites; --sites 128 --sites 256 for more
 
 Sites, layers and files are those of scaling.py: LoRA at rank 16 on all linear layers, in float32, read from disk layer
-by layer. Measured is one of 32 transformer blocks (two up to 32 sites), and time is carried on to all 32. Each number of
+by layer. It measures one of 32 transformer blocks (two up to 32 sites), and carries time on to all 32. Each number of
 sites runs in a fresh process with one thread: first the merge alone (`exact`, no guard, plain step), then the one pass
-over the updates that all guards, `agreement` and FedExP share, and then each guard on what that pass found, which takes
-no longer for larger layers.
+over the updates that guards, `agreement` and FedExP share, and then each guard on what that pass found. Those take no
+longer for larger layers.
 
 Seconds are the processor's. Memory is anonymous memory beyond what the process held before.
 """

@@ -37,8 +37,7 @@ class MergeRule:
         shares: the factors that a site sends; the other stays there, and each site has an adapter of its own.
         linear_sum: B is averaged beside an A that stays at the seed's values, so that the server can add what it cannot
             read.
-        tensor: what becomes of a tensor without factors, such as a classifier's head: (that tensor of each site, weights)
-            → the next global one.
+        tensor: (one tensor without factors, such as a classifier's head, of each site, weights) → the next global one.
     """
 
     merge: Merge
@@ -113,7 +112,9 @@ def rule(
     """
 
     def register(merge: Merge) -> Merge:
-        registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares, linear_sum, tensor))
+        registry.register(name)(
+            MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares, linear_sum, tensor)
+        )
         return merge
 
     return register

@@ -32,8 +32,8 @@ def weigh(
         entries: weight factors by name, or with their settings.
         cohort: the updates of the round.
         max_weight: the largest share of one site. A site's own limit may be lower.
-        guarded: what guards leave of a site's weight, by site; who is not named keeps all of it. It lowers a limit below
-            1 as well, so that what other sites may not count does not go to those that guards hold down.
+        guarded: what guards leave of a site's weight, by site; who is not named keeps all of it. It lowers a limit
+            below 1 as well, so that what other sites may not count does not go to those that guards hold down.
 
     Returns:
         The shares, and the value of each factor.
