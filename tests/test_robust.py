@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,6 +135,7 @@ def test_neither_the_order_of_the_sites_nor_the_unit_of_their_changes_decides(na
 
 @every_guard
 @every_mix
+@settings(max_examples=20)
 @given(data=st.data(), seed=seeds, far=st.sampled_from([10.0, 1e3, 1e6]), alike=st.booleans())
 def test_f_sites_move_the_result_by_a_bounded_amount_however_far_they_go(name, mix, data, seed, far, alike):
     """As far as a few times the honest sites lie apart, wherever those are; a bound that does not grow with `far`."""
@@ -169,6 +170,7 @@ def moved(site: str, seed: int, of_pair: float = 1.0, of_head: float = 1.0, rank
 
 
 @every_guard
+@settings(max_examples=20)
 @given(seed=st.integers(0, 99))
 def test_how_b_and_a_are_turned_inside_the_rank_changes_nothing(name, seed):
     sites = [moved(f"s{i}", i, 1.0 if i else -1.0) for i in range(5)]
@@ -219,6 +221,7 @@ def test_values_that_are_not_finite_are_refused_by_code():
 
 
 @every_guard
+@settings(max_examples=20)
 @given(seed=seeds, examples=st.lists(st.integers(5, 20), min_size=6, max_size=6))
 def test_the_result_is_the_mean_by_weight_times_beta_and_all_weigh_one(name, seed, examples):
     vectors = 1 + 0.5 * points(6, 4, seed)
@@ -234,6 +237,7 @@ def test_the_result_is_the_mean_by_weight_times_beta_and_all_weigh_one(name, see
     assert {*result.refused} == {s for s, w in kept.items() if w == 0}
 
 
+@settings(max_examples=20)
 @given(limit=st.floats(0.2, 0.3))
 def test_what_a_limit_takes_from_sound_sites_does_not_go_to_one_that_a_guard_holds_down(limit):
     sites = [moved(f"s{i}", i) for i in range(4)] + [moved("t", 9, -1.0, -1.0)]
@@ -286,6 +290,7 @@ def test_fewer_sites_than_f_asks_for_are_refused_by_code_and_no_more(name, mix, 
 
 @every_guard
 @every_mix
+@settings(max_examples=20)
 @given(n=st.integers(0, 12), seed=seeds)
 def test_an_unset_f_is_a_quarter_of_those_present_and_asks_for_nobody(name, mix, n, seed):
     sites = heads(points(n, 3, seed))
