@@ -248,17 +248,44 @@ def test_what_a_limit_takes_from_sound_sites_does_not_go_to_one_that_a_guard_hol
 
 
 def test_a_site_that_weighs_less_than_half_of_the_usual_is_told_of_in_words():
-    sites = heads(torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.1, 0.0], [0.9, 0.0], [5.0, 5.0]]))
-    (found,) = merged(sites, {"rule": "geometric_median", "f": 1}).guarded.items()
+    vectors = torch.tensor([[1.0, 0.1], [1.0, -0.1], [1.1, 0.0], [0.9, 0.0], [5.0, 5.0]])
+    (found,) = merged(heads(vectors), {"rule": "geometric_median", "f": 1}).guarded.items()
+    kept = weight(heads(vectors), "geometric_median", f=1)
+    shares = torch.tensor([*kept.values()]) / sum(kept.values())
+    others = [shares[[j for j in range(5) if j != i]] for i in range(5)]
+    means = [s @ vectors[[j for j in range(5) if j != i]] / s.sum() for i, s in enumerate(others)]
+    far = (vectors - torch.stack(means)).norm(dim=1)
     assert found[0] == "s4"
     assert str(found[1]) == (
-        f"{found[1].weight:.3g} of its weight counts: its dense tensors lie {_times(found[1].reason)} times as far "
-        "from what the sites agree on as the usual site"
+        f"{kept['s4']:.3g} of its weight counts: its dense tensors lie {float(far[4] / far.median()):.3g} times as far "
+        "from what the sites agree on as the usual site's"
     )
 
 
-def _times(reason: str) -> str:
-    return reason.split(" lie ")[1].split(" ")[0]
+@every_guard
+def test_one_that_goes_as_far_as_it_can_does_not_make_another_look_near(name):
+    sites = [moved(f"s{i}", i) for i in range(7)] + [moved("t", 9, 1e3, 1e3), moved("u", 10, 1e9, 1e9)]
+    kept = weight(sites, name, f=2, mix="nnm", near=1.5)
+    assert (kept["t"], kept["u"]) == (0.0, 0.0)
+
+
+@every_guard
+@pytest.mark.parametrize("mix", ["none", "nnm"])
+@settings(max_examples=20)
+@given(seed=seeds, near=st.floats(1.1, 3))
+def test_who_lies_near_keeps_its_whole_weight_and_who_lies_far_in_one_part_does_not(name, mix, seed, near):
+    generator = torch.Generator().manual_seed(seed)
+    heads_ = 1 + 0.1 * torch.nn.functional.normalize(torch.randn(6, 60, generator=generator), dim=1)
+    spared = weight(heads(heads_), name, f=1, mix=mix, near=2.0)
+    assert spared == dict.fromkeys(spared, 1.0)
+    far = heads_.clone()
+    far[5] = heads_[:5].mean(0) + 3 * near * (heads_[5] - heads_[:5].mean(0))
+    kept = weight(heads(far), name, f=1, mix=mix, near=near)
+    assert kept["s5"] < 0.7
+    assert kept["s5"] == weight(heads(far), name, f=1, mix=mix)["s5"]
+    pair = {"q": make_pair(6, 5, 2, seed=1).to(SINGLE)}  # all alike: nobody lies far by it
+    both = [replace(s, adapter=Adapter(pair, s.adapter.dense)) for s in heads(far)]
+    assert weight(both, name, f=1, mix=mix, near=near)["s5"] < 0.7
 
 
 def test_clipping_and_weighing_go_together():

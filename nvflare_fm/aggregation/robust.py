@@ -4,7 +4,7 @@ Such a guard says how much of its weight each site keeps. Then weights are divid
 weigh as much as ever: the result is a weighted mean of the changes, Σ βₖDₖ with β ≥ 0 and Σ βₖ = 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Annotated
 
@@ -28,9 +28,16 @@ Bad = Annotated[
     Field(ge=0, le=SITES, description="sites of a round that may be hostile; unset: one in four"),
 ]
 Mixed = Annotated[Mix, Field(description="what goes before: none, nnm (nearest-neighbour mixing) or bucketing")]
+Near = Annotated[
+    float,
+    Field(
+        ge=0, le=100, description="times the median distance from the result: who lies nearer keeps its whole weight"
+    ),
+]
 ALONE = 4  # updates, below which a guard whose f is unset judges nobody: a quarter of three is none
 FAINT = 1e-2  # of the largest weight: who keeps less is left out
 NAMED = 0.5  # of the median weight: who keeps less is told of
+ROUNDING = 1e-9  # of a weight, or of a squared length
 NOWHERE = 1e-12  # of the longest change: the scale of a part that most sites left as it was
 
 
@@ -44,7 +51,9 @@ def needs(fewest: Fewest) -> Callable[..., Needs]:
     return of
 
 
-def weighed(cohort: Cohort, weigh: Weighing, fewest: Fewest, f: int | None, mix: Mix) -> dict[str, Verdict]:
+def weighed(
+    cohort: Cohort, weigh: Weighing, fewest: Fewest, f: int | None, mix: Mix, near: float
+) -> dict[str, Verdict]:
     """Weigh the sites by `weigh`, after mixing.
 
     Args:
@@ -54,6 +63,8 @@ def weighed(cohort: Cohort, weigh: Weighing, fewest: Fewest, f: int | None, mix:
         f: sites that may be hostile; None: a quarter of those that answered, or fewer where `fewest` asks for more
             than there are. Where that finds none, nobody is judged.
         mix: what goes before.
+        near: the sites that lie no farther than so many times the median distance from where β puts the result, in
+            products and in dense tensors alike, keep their whole weight; 0: none of them, as in the papers.
 
     Returns:
         A verdict for each site that does not keep its whole weight.
@@ -82,10 +93,12 @@ def weighed(cohort: Cohort, weigh: Weighing, fewest: Fewest, f: int | None, mix:
     beta = weigh(means @ gram @ means.T, f) @ means
     kept = beta / beta.max()
     kept = torch.where(kept < FAINT, 0.0, kept)
-    kept = torch.where(kept > 1 - 1e-9, 1.0, kept)
+    lies = {name: _distances(part, kept / kept.sum()) for name, part in _parts(cohort).items()}
+    spared = torch.stack([*lies.values()]).amax(0) <= near
+    kept = torch.where(spared | (kept > 1 - ROUNDING), 1.0, kept)
     usual = kept.median()
     return {
-        site: Verdict(1.0, _why(cohort, beta, place) if kept[place] <= NAMED * usual else "", float(kept[place]))
+        site: Verdict(1.0, _why(lies, place) if kept[place] <= NAMED * usual else "", float(kept[place]))
         for place, site in enumerate(sites)
         if kept[place] < 1
     }
@@ -97,8 +110,12 @@ def on_own_scales(cohort: Cohort) -> Gram:
 
     Where most sites left a part as it was, a change of it lies farther off than anything else.
     """
-    parts = [cohort.products, cohort.dense]
-    return sum((part / _scale(part.diagonal()) for part in parts), torch.zeros_like(parts[0]))
+    parts = _parts(cohort).values()
+    return sum((part / _scale(part.diagonal()) for part in parts), torch.zeros_like(cohort.products))
+
+
+def _parts(cohort: Cohort) -> dict[str, Gram]:
+    return {"products": cohort.products, "dense tensors": cohort.dense}
 
 
 def _scale(squares: Tensor) -> float:
@@ -106,14 +123,18 @@ def _scale(squares: Tensor) -> float:
     return max(usual, NOWHERE * longest) or 1.0
 
 
-def _why(cohort: Cohort, beta: Beta, place: int) -> str:
-    """How far from the weighted mean of all a site's change lies, against the median, of the part where it is worse."""
-    share, worst, of = beta / beta.sum(), 0.0, "changes"
-    for name, gram in {"products": cohort.products, "dense tensors": cohort.dense}.items():
-        lies = (gram.diagonal() - 2 * gram @ share + share @ gram @ share).clamp(min=0).sqrt()
-        usual = float(lies.median())
-        ratio = float(lies[place]) / usual if usual > 0 else inf if lies[place] > 0 else 0.0
-        if ratio > worst:
-            worst, of = ratio, name
-    times = f"{worst:.3g} times as far" if worst < inf else "far"
-    return f"its {of} lie {times} from what the sites agree on{' as the usual site' if worst < inf else ''}"
+def _distances(gram: Gram, beta: Beta) -> Beta:
+    """Of each site from the weighted mean of the others, in units of the median; infinite for who is off where most are
+    not. From the mean of all, who has a share in it would lie nearer than who has none.
+    """
+    squares, centre = gram.diagonal(), beta @ gram @ beta
+    off = squares - 2 * gram @ beta + centre
+    off = torch.where(off > ROUNDING * (squares + centre), off, 0.0).sqrt() / (1 - beta).clamp(min=ROUNDING)
+    return torch.where(off > 0, off / off.median(), 0.0)
+
+
+def _why(lies: Mapping[str, Beta], place: int) -> str:
+    of = max(lies, key=lambda name: float(lies[name][place]))
+    times = float(lies[of][place])
+    far = f"{times:.3g} times as far from what the sites agree on as the usual site's"
+    return f"its {of} lie {far if times < inf else 'where those of no other site do'}"

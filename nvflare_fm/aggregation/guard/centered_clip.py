@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ..cohort import Cohort
 from ..mixing import Gram
-from ..robust import Bad, Beta, Mixed, needs, weighed
+from ..robust import Bad, Beta, Mixed, Near, needs, weighed
 from . import Verdict, registry
 
 STEPS, STEADY = 200, 1e-10
@@ -24,6 +24,7 @@ def centered_clip(
     *,
     f: Bad = None,
     mix: Mixed = "none",
+    near: Near = 0.0,
     radius: Annotated[float, Field(gt=0, le=100, description="times the median distance from the centre")] = 1.0,
 ) -> dict[str, Verdict]:
     """v ← v + mean of (uₖ − v) · min(1, τ / ‖uₖ − v‖), until v rests. It starts from today's adapter, which no site of
@@ -31,7 +32,7 @@ def centered_clip(
 
     The paper starts from the last round's mean, which the server would have to keep and read again.
     """
-    return weighed(cohort, lambda gram, _: clipped(gram, radius), fewest, f, mix)
+    return weighed(cohort, lambda gram, _: clipped(gram, radius), fewest, f, mix, near)
 
 
 def clipped(gram: Gram, radius: float) -> Beta:

@@ -4,7 +4,7 @@ import torch
 
 from ..cohort import Cohort
 from ..mixing import Gram
-from ..robust import Bad, Beta, Mixed, needs, weighed
+from ..robust import Bad, Beta, Mixed, Near, needs, weighed
 from . import Verdict, registry
 
 SMOOTH = 1e-6  # of the median length: nearer than that counts as that near
@@ -17,11 +17,11 @@ def fewest(f: int) -> int:
 
 
 @registry.register("geometric_median", needs(fewest))
-def geometric_median(cohort: Cohort, *, f: Bad = None, mix: Mixed = "none") -> dict[str, Verdict]:
+def geometric_median(cohort: Cohort, *, f: Bad = None, mix: Mixed = "none", near: Near = 0.0) -> dict[str, Verdict]:
     """The point with the least sum of distances to the sites' changes: βₖ in proportion to one over the distance of
     site k from it. Less than half of the sites cannot move it farther than the others' changes lie apart.
     """
-    return weighed(cohort, weiszfeld, fewest, f, mix)
+    return weighed(cohort, weiszfeld, fewest, f, mix, near)
 
 
 def weiszfeld(gram: Gram, f: int) -> Beta:

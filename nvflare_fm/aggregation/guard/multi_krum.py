@@ -2,7 +2,7 @@
 
 from ..cohort import Cohort
 from ..mixing import TIED, Gram, squared_distances
-from ..robust import Bad, Beta, Mixed, needs, weighed
+from ..robust import Bad, Beta, Mixed, Near, needs, weighed
 from . import Verdict, registry
 
 
@@ -12,11 +12,11 @@ def fewest(f: int) -> int:
 
 
 @registry.register("multi_krum", needs(fewest))
-def multi_krum(cohort: Cohort, *, f: Bad = None, mix: Mixed = "none") -> dict[str, Verdict]:
+def multi_krum(cohort: Cohort, *, f: Bad = None, mix: Mixed = "none", near: Near = 0.0) -> dict[str, Verdict]:
     """A site's score is the sum of the squared distances to its n − f − 2 nearest neighbours. The n − f sites with the
     lowest scores count the same, and so do those that score the same as the last of them; the others are left out.
     """
-    return weighed(cohort, chosen, fewest, f, mix)
+    return weighed(cohort, chosen, fewest, f, mix, near)
 
 
 def chosen(gram: Gram, f: int) -> Beta:
