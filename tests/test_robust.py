@@ -197,6 +197,8 @@ def test_who_changes_what_most_sites_left_alone_is_left_out():
     far = update("t", Adapter(state.lora, {"head": torch.full((5,), 1e9)}))
     kept = weight([*sites, far], "geometric_median", state, f=1)
     assert kept == {**{f"s{i}": 1.0 for i in range(4)}, "t": 0.0}
+    (said,) = guard.judge(["geometric_median"], Cohort([*sites, far], state, "tail")).values()
+    assert said.reason == "its dense tensors lie apart, where those of most sites are the same"
 
 
 @every_guard

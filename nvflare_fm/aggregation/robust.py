@@ -31,7 +31,7 @@ Mixed = Annotated[Mix, Field(description="what goes before: none, nnm (nearest-n
 Near = Annotated[
     float,
     Field(
-        ge=0, le=100, description="times the median distance from the result: who lies nearer keeps its whole weight"
+        ge=0, le=100, description="times the median distance from the others' mean: who is nearer keeps all its weight"
     ),
 ]
 ALONE = 4  # updates, below which a guard whose f is unset judges nobody: a quarter of three is none
@@ -63,8 +63,8 @@ def weighed(
         f: sites that may be hostile; None: a quarter of those that answered, or fewer where `fewest` asks for more
             than there are. Where that finds none, nobody is judged.
         mix: what goes before.
-        near: the sites that lie no farther than so many times the median distance from where β puts the result, in
-            products and in dense tensors alike, keep their whole weight; 0: none of them, as in the papers.
+        near: a site that lies no farther than so many times the median distance from the weighted mean of the others,
+            in products and in dense tensors alike, keeps its whole weight; 0: none does, as in the papers.
 
     Returns:
         A verdict for each site that does not keep its whole weight.
@@ -136,5 +136,6 @@ def _distances(gram: Gram, beta: Beta) -> Beta:
 def _why(lies: Mapping[str, Beta], place: int) -> str:
     of = max(lies, key=lambda name: float(lies[name][place]))
     times = float(lies[of][place])
-    far = f"{times:.3g} times as far from what the sites agree on as the usual site's"
-    return f"its {of} lie {far if times < inf else 'where those of no other site do'}"
+    if times == inf:
+        return f"its {of} lie apart, where those of most sites are the same"
+    return f"its {of} lie {times:.3g} times as far from what the sites agree on as the usual site's"

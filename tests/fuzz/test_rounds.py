@@ -31,7 +31,10 @@ LIKELY = st.fixed_dictionaries(
         "sites": st.dictionaries(SITES, st.dictionaries(REPORT, VALUES)),
         "out": st.dictionaries(SITES, WHY | st.text(max_size=8).map("refused: {}".format)) | VALUES,
         "guarded": st.dictionaries(
-            SITES, st.fixed_dictionaries({"multiplier": st.floats(-1, 2), "reason": st.text(max_size=8)})
+            SITES,
+            st.fixed_dictionaries(
+                {"multiplier": st.floats(-1, 2), "reason": st.text(max_size=8)}, optional={"weight": st.floats(-1, 2)}
+            ),
         ),
     },
 ).map(lambda line: json.dumps(line).encode())
