@@ -190,7 +190,7 @@ def test_the_products_of_what_sites_of_any_rank_changed_are_those_of_the_dense_c
 @given(layer=layers(), panel=st.integers(1, 5), rows=st.integers(1, 5))
 def test_the_pieces_in_which_long_sums_are_multiplied_change_nothing(layer, panel, rows):
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in (("DIRECT", 0), ("PANEL", panel), ("ROWS", rows)):
+        for name, size in (("DIRECT", 1), ("PANEL", panel), ("ROWS", rows)):
             patch.setattr(pieces, name, size)
         found = of_sums(stack(layer.pairs, [1.0] * len(layer.pairs)), owners([p.rank for p in layer.pairs]))
     flat = torch.stack([p.delta().flatten() for p in layer.pairs])
