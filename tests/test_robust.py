@@ -191,13 +191,16 @@ def test_a_poisoned_head_cannot_hide_behind_a_sound_layer_nor_the_other_way_roun
         assert "t" not in result.weights
 
 
-def test_who_changes_what_most_sites_left_alone_is_left_out():
+@pytest.mark.parametrize("far", [1e-3, 1e9])
+def test_who_changes_what_most_sites_left_alone_is_left_out_however_little_it_is(far):
     state = Adapter({"q": make_pair(6, 5, 2, seed=1).to(SINGLE)}, {"head": torch.ones(5)})
-    sites = [update(f"s{i}", state) for i in range(4)]
-    far = update("t", Adapter(state.lora, {"head": torch.full((5,), 1e9)}))
-    kept = weight([*sites, far], "geometric_median", state, f=1)
-    assert kept == {**{f"s{i}": 1.0 for i in range(4)}, "t": 0.0}
-    (said,) = guard.judge(["geometric_median"], Cohort([*sites, far], state, "tail")).values()
+    sites = [replace(s, adapter=Adapter(s.adapter.lora, state.dense)) for s in (moved(f"s{i}", i) for i in range(4))]
+    one = moved("t", 9)
+    far_off = replace(one, adapter=Adapter(one.adapter.lora, {"head": torch.full((5,), 1 + far)}))
+    kept = weight([*sites, far_off], "geometric_median", state, f=1)
+    assert kept["t"] == 0
+    assert min(kept[f"s{i}"] for i in range(4)) > 0.5
+    said = guard.judge(["geometric_median"], Cohort([*sites, far_off], state, "tail"))["t"]
     assert said.reason == "its dense tensors lie apart, where those of most sites are the same"
 
 
