@@ -199,7 +199,7 @@ def test_who_changes_what_most_sites_left_alone_is_left_out_however_little_it_is
     far_off = replace(one, adapter=Adapter(one.adapter.lora, {"head": torch.full((5,), 1 + far)}))
     kept = weight([*sites, far_off], "geometric_median", state, f=1)
     assert kept["t"] == 0
-    assert min(kept[f"s{i}"] for i in range(4)) > 0.5
+    assert min(kept[f"s{i}"] for i in range(4)) > 0.2
     said = guard.judge(["geometric_median"], Cohort([*sites, far_off], state, "tail"))["t"]
     assert said.reason == "its dense tensors lie apart, where those of most sites are the same"
 
