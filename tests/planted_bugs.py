@@ -377,7 +377,7 @@ BUGS = [
     ),
     # reads: each tensor of a site three times a round
     Bug("aggregation/step/fedexp.py", 'reads=("products",), ', "", "flare/test_reads"),
-    Bug("aggregation/weigh/norm.py", 'reads=("norms",)', "", "flare/test_reads"),
+    Bug("aggregation/weigh/norm.py", 'reads=("norms",), ', "", "flare/test_reads"),
     Bug("aggregation/weigh/__init__.py", "if registry.needs([entry]).reads:", "if False:", "flare/test_reads"),
     Bug(
         "aggregation/cohort.py",
@@ -498,6 +498,7 @@ BUGS = [
     Bug("aggregation/needed.py", "weigh.registry.needs(aggregation.weigh) | guard", "guard", "test_legality"),
     Bug("aggregation/asked.py", "(*self.labels, *other.labels)", "self.labels", "test_legality"),
     Bug("aggregation/asked.py", "self.loss or other.loss", "self.loss", "test_legality"),
+    Bug("aggregation/asked.py", "self.sums or other.sums", "self.sums", "test_legality"),
     Bug("aggregation/asked.py", "else needs(**given)", "else Needs()", "test_legality"),
     Bug("aggregation/merge/__init__.py", "with_settings(rule.merge, entry, registry.kind)", "rule.merge", "test_docs"),
     Bug("job/settle.py", "turns[number % len(turns)]", "turns[0]", "test_rules"),
