@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate
-from nvflare_fm.aggregation.claims import FAR, at_most, held, within
+from nvflare_fm.aggregation.claims import FAR, FAR_LOSS, at_most, held, shared, within
 from nvflare_fm.aggregation.combine import combine, per_step
 from nvflare_fm.aggregation.metrics import mean, medians
 from nvflare_fm.config import Aggregation
@@ -48,8 +48,27 @@ def test_of_n_sites_one_that_lies_about_its_examples_has_less_than_its_bound_of_
 def test_one_that_lies_about_its_loss_does_not_have_all_the_weight(loss, q):
     sites = [saying("a"), saying("b"), saying("liar", loss=loss)]
     result = combine(Adapter(), None, sites, Aggregation(weigh=[{"rule": "loss", "q": q}]), 2)
-    assert result.weights["liar"] <= FAR**q / (FAR**q + 2) + 1e-9
-    assert ("liar" in result.held) == (loss > 20)
+    assert result.weights["liar"] <= FAR_LOSS**q / (FAR_LOSS**q + 2) + 1e-9
+    assert ("liar" in result.held) == (loss > 6)
+
+
+@given(honest=st.lists(st.floats(0.0, 1.4), min_size=2, max_size=7), lie=st.floats(0.0, 1.4))
+def test_one_that_claims_evenly_spread_labels_weighs_no_more_than_the_most_even_of_the_others(honest, lie):
+    sites = [saying(f"s{i}") for i in range(len(honest))] + [saying("liar")]
+    said = [replace(s, report=replace(s.report, label_skew=d)) for s, d in zip(sites, [*honest, lie], strict=True)]
+    kept = {u.site: u.report.label_skew for u in held(said, ["skew"])[0]}
+    assert kept["liar"] == max(lie, min(honest))
+    how = Aggregation(weigh=["examples", {"rule": "skew", "b": 1.0}])
+    weights = combine(Adapter(), None, said, how, 2).weights
+    assert weights["liar"] <= max(w for s, w in weights.items() if s != "liar") + 1e-9
+    assert shared([]) == []
+
+
+def test_one_that_holds_a_long_product_has_no_more_than_three_times_the_usual_weight():
+    pairs = {"q": replace(PAIR.lora["q"], scale=1e6)}
+    sites = [saying("a"), saying("b"), replace(saying("liar"), adapter=Adapter(pairs))]
+    weights = combine(Adapter(), None, sites, Aggregation(weigh=["norm"], guard=()), 2).weights
+    assert weights["liar"] == pytest.approx(FAR_LOSS / (FAR_LOSS + 2))
 
 
 def test_where_the_loss_is_nothing_everywhere_all_weigh_the_same():
@@ -72,9 +91,9 @@ def test_only_what_is_weighed_by_is_touched_and_it_is_told():
     assert (kept, notes) == (sites, {})
     kept, notes = held(sites, ["examples", "loss", "steps"])
     assert kept[:2] == sites[:2]
-    assert (kept[2].report.examples, kept[2].report.steps, kept[2].report.before) == (100, 50, {"loss": 20.0})
+    assert (kept[2].report.examples, kept[2].report.steps, kept[2].report.before) == (100, 50, {"loss": 6.0})
     assert notes == {
-        "c": "examples 1e+09 counts as 100, loss 1e+08 counts as 20, steps 1e+09 counts as 50: too far from the others'"
+        "c": "examples 1e+09 counts as 100, loss 1e+08 counts as 6, steps 1e+09 counts as 50: too far from the others'"
     }
     assert held([saying("a", examples=10**9)], ["examples"])[1] == {}  # alone, there is nobody to hold it against
     assert within([5.0, 5.0, 0.0]) == [5.0, 5.0, 0.5]

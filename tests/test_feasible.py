@@ -136,6 +136,11 @@ def test_a_job_is_not_made_to_wait_for_sites_it_does_not_have(tmp_path: Path) ->
     [
         (["lora_mixed_hardware", "sites.a.rank=2", "min_responses=2"], "[too_few_sites]"),
         (["lora_mixed_hardware", "min_clients=4"], "[too_few_sites]"),
+        (["lora_mixed_hardware", 'guard=[{"rule": "geometric_median", "f": 2}]'], "[too_few_for_guard]"),
+        (
+            ["lora_text_classification", "sites_per_round=4", 'guard=[{"rule": "multi_krum", "f": 1}]'],
+            "[too_few_for_guard]",
+        ),
         (["lora_mixed_hardware", "mandatory_clients=clinik"], "[unknown_site]"),
         (["lora_mixed_hardware", "sites.a.model=/srv/x", "min_responses=1", "min_clients=1"], "a: model is a path"),
         (["lora_text_classification", "labels=ill"], "[too_few_labels]"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nvflare_fm.adapter import Adapter, Lazy, LoraPair, Waiting, WaitingPair
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.aggregation.combine import combine
+from nvflare_fm.algebra import inner as pieces
 from nvflare_fm.algebra.inner import energy, of_sums
 from nvflare_fm.algebra.lora import DIRECT, head, owners, shorten, stack
 from nvflare_fm.config import Aggregation
@@ -23,6 +24,7 @@ from tests.strategies import (
     close,
     dense_mean,
     identical,
+    layers,
     make_pair,
     precisions,
     rotated,
@@ -183,3 +185,13 @@ def test_the_products_of_what_sites_of_any_rank_changed_are_those_of_the_dense_c
         close(cohort.products, flat @ flat.T, 1e-5)
         norms = torch.stack([p.delta().norm() for p in adapters])
         close(cohort.norms, norms.double(), 1e-5)
+
+
+@given(layer=layers(), panel=st.integers(1, 5), rows=st.integers(1, 5))
+def test_the_pieces_in_which_long_sums_are_multiplied_change_nothing(layer, panel, rows):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in (("DIRECT", 1), ("PANEL", panel), ("ROWS", rows)):
+            patch.setattr(pieces, name, size)
+        found = of_sums(stack(layer.pairs, [1.0] * len(layer.pairs)), owners([p.rank for p in layer.pairs]))
+    flat = torch.stack([p.delta().flatten() for p in layer.pairs])
+    close(found, flat @ flat.T, 1e-10, layer.size() ** 2)

@@ -28,6 +28,9 @@ class Needs:
         reads: what it reads of a `Cohort` that is measured from the sites' tensors, all of it in one pass.
         lateness: whether it reads how many rounds ago the adapter was sent that a site trained from.
         canonical: whether it needs the merged adapter as U Σ Vᵀ, because it acts on ΔW.
+        products: whether it compares the sites' products ΔW alone, which only factored methods send.
+        sums: whether it needs a merge rule that adds up what it compares, because it judges whole changes.
+        fewest: the least number of updates of a round that it can compare.
     """
 
     counts: tuple[Count, ...] = ()
@@ -36,6 +39,9 @@ class Needs:
     reads: tuple[Read, ...] = ()
     lateness: bool = False
     canonical: bool = False
+    products: bool = False
+    sums: bool = False
+    fewest: int = 1
 
     def __or__(self, other: "Needs") -> "Needs":
         return Needs(
@@ -45,12 +51,10 @@ class Needs:
             tuple(dict.fromkeys((*self.reads, *other.reads))),
             self.lateness or other.lateness,
             self.canonical or other.canonical,
+            self.products or other.products,
+            self.sums or other.sums,
+            max(self.fewest, other.fewest),
         )
-
-    @property
-    def products(self) -> bool:
-        """Inner products or norms of the sites' products ΔW, which only factored methods send."""
-        return bool({"norms", "products"} & {*self.reads})
 
 
 class RuleRegistry(Registry[F]):

@@ -83,12 +83,12 @@ def combine(
     asked = aggregation.step or "plain"  # a settled plan names one
     everyone = Cohort(accepted, state, rule.rest, (needed(aggregation) | step.registry.needs([asked])).reads)
     verdicts = guard.judge(aggregation.guard, everyone)
-    refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.multiplier == 0}
-    cohort = everyone.counting({site: verdict.multiplier for site, verdict in verdicts.items()})
+    refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.left_out}
+    cohort = everyone.counting({s: 0.0 if v.left_out else v.multiplier for s, v in verdicts.items()})
     if not cohort.updates:
         raise nothing_left(refused)
     accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
-    weights = weigh.weigh(aggregation.weigh, cohort, aggregation.max_weight)
+    weights = weigh.weigh(aggregation.weigh, cohort, aggregation.max_weight, {s: v.weight for s, v in verdicts.items()})
     shares = list(weights.shares.values())
     counted = per_step(shares, accepted) if aggregation.normalize_steps else shares
     counts = [c * m for c, m in zip(counted, left, strict=True)]
@@ -109,7 +109,8 @@ def combine(
         lora[layer] = merged
         _give_back()
     first = _first(shares, left)  # of what no round has made yet there is no change that could count less
-    dense = {name: _mean(name, accepted, counts if state else first) for name in sorted(accepted[0].adapter.dense)}
+    parts = counts if state else first
+    dense = {name: rule.tensor(Held(accepted, name), parts) for name in sorted(accepted[0].adapter.dense)}
     for name in dense if state else ():
         before = state.dense[name].float()
         dense[name] = mover.tensor(name, before, dense[name] + (1 - sum(counts)) * before)
@@ -122,7 +123,7 @@ def combine(
         weights=weights.shares,
         factors=weights.factors,
         refused=refused,
-        guarded=verdicts,
+        guarded={site: verdict for site, verdict in verdicts.items() if verdict.reason},
         held=kept_down,
         energy_lost=lost,
         spectrum=spectra,
@@ -140,7 +141,12 @@ def nothing_left(refused: Mapping[str, Reason]) -> WireError:
 def weighed_by(aggregation: Aggregation) -> set[str]:
     """What of a site's report decides how much it counts."""
     needs = needed(aggregation)
-    return {*needs.counts, *(["loss"] if needs.loss else []), *(["steps"] if aggregation.normalize_steps else [])}
+    return {
+        *needs.counts,
+        *needs.labels,
+        *(["loss"] if needs.loss else []),
+        *(["steps"] if aggregation.normalize_steps else []),
+    }
 
 
 def _first(shares: Sequence[float], left: Sequence[float]) -> list[float]:
@@ -182,7 +188,3 @@ def _give_back() -> None:
     """Hands what a layer needed back to the system; glibc would keep it, in holes between the new adapter's tensors."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
-
-
-def _mean(name: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Tensor:
-    return sum((w * t for t, w in zip(Held(updates, name), weights, strict=True)), torch.zeros(()))

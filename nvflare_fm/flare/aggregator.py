@@ -132,7 +132,8 @@ class AdapterAggregator(ModelAggregator):
             return merge(updates)
         except Exception as error:  # what no check foresaw must not end the job
             why = error.message if isinstance(error, FmError) else f"{type(error).__name__}: {printable(str(error))}"
-            self.logger.exception(f"round {task.round}: the updates cannot be merged as they are")
+            log = self.logger.error if isinstance(error, FmError) else self.logger.exception
+            log(f"round {task.round}: the updates cannot be merged as they are ({why})")
         try:
             if private.asked:  # a choice by size would be one that no noise covers
                 raise WireError(f"the round cannot be merged: {why}", code="merge_failed")

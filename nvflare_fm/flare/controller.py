@@ -34,10 +34,11 @@ from pydantic import Field
 from .. import transforms
 from ..adapter import Adapter, RoundTask
 from ..aggregation.cohort import drawn
+from ..aggregation.needed import needed
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
-from ..job.feasible import check_best
+from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
 from ..privacy import clients
 from ..record.reason import Kind, Reason, Verdict
@@ -103,6 +104,7 @@ class FedPEFT(ModelController):
                 code="too_few_sites",
             )
         aggregator = aggregator or AdapterAggregator()
+        check_fewest(given.sites_per_round, needed(aggregator.aggregation).fewest)
         if aggregator.aggregation.max_staleness and not (given.grace_s or given.deadline_s):
             raise ConfigError(
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
@@ -157,6 +159,7 @@ class FedPEFT(ModelController):
         if self.settled.encrypts:
             startup = Path(self.engine.get_workspace().get_startup_kit_dir())
             self.aggregator.keys = server_keys(startup)
+        check_fewest(len(self.engine.get_clients()), needed(self.settled.aggregation).fewest)
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))

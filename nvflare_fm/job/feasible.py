@@ -109,3 +109,20 @@ def check_sites(named: Collection[str], needed: int, mandatory: Collection[str] 
     if unknown := sorted(set(mandatory) - set(named)):
         hint = nearest(unknown[0], sorted(named))
         raise ConfigError(f"a mandatory client is no site of the job; {hint}", repr(unknown[0]), code="unknown_site")
+
+
+def check_fewest(sites: int, fewest: int) -> None:
+    """Refuse a job whose rounds cannot have as many updates as its guards compare.
+
+    Args:
+        sites: of a round at most; 0: nobody knows yet.
+        fewest: so many updates the guards need.
+    Raises:
+        ConfigError: there cannot be so many.
+    """
+    if 0 < sites < fewest:
+        raise ConfigError(
+            f"the job's guards need {fewest} updates in a round, for the f that they are set to, and there are at most "
+            f"{sites} sites; lower f or leave it out",
+            code="too_few_for_guard",
+        )

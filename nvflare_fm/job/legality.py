@@ -155,6 +155,14 @@ CLASHES = (
         "leave weigh and step out",
     ),
     Clash(
+        "guard_needs_sum",
+        "a guard that weighs sites by where their changes lie",
+        "a merge rule that is no weighted sum of what sites send",
+        lambda job: job.needs.sums and job.method.factored and job.rule.shares == "AB" and not job.rule.sums,
+        "it compares products ΔW, and there a site can spoil the result by factors whose product looks sound",
+        f"{_MERGE}, or take a guard that leaves sites out by the length of their factors",
+    ),
+    Clash(
         "no_label_per_row",
         "a rule that needs label statistics",
         "a task whose texts do not have exactly one class each",

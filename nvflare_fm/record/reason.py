@@ -56,7 +56,15 @@ class Verdict:
     """What a guard decides about a site."""
 
     multiplier: Share  # of what the site changed; 0: its update does not count at all
-    reason: Words
+    reason: Words  # empty where it counts about as much as the others
+    weight: Share = 1.0  # of its weight, before the weights are divided by their sum; 0: it does not count at all
+
+    @property
+    def left_out(self) -> bool:
+        """Whether nothing of the site counts."""
+        return self.multiplier * self.weight == 0
 
     def __str__(self) -> str:
-        return f"{self.multiplier:.3g} of its change counts: {self.reason}"
+        parts = {"change": self.multiplier, "weight": self.weight}
+        counts = [f"{part:.3g} of its {of}" for of, part in parts.items() if part < 1]
+        return f"{' and '.join(counts)} counts: {self.reason}"

@@ -119,7 +119,7 @@ def _of_site(site: str, rounds: Sequence[Round]) -> Iterator[str]:
         yield f"  {one_line(f'{_rounds(numbers)}: {reason}')}"
     scaled = {line.round: line.scaled[site] for line in rounds if site in line.scaled}
     if scaled:
-        worst = min(scaled, key=lambda number: scaled[number].multiplier)
+        worst = min(scaled, key=lambda number: scaled[number].multiplier * scaled[number].weight)
         least = f", least in round {worst}" if len(scaled) > 1 else ""
         yield f"  {one_line(f'counted in part in {_rounds([*scaled])}{least}: {scaled[worst]}')}"
 

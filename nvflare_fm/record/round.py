@@ -49,7 +49,7 @@ class Round(_Line):
     medians: Values = {}  # of the same: what chooses the best and is monitored
     after: Values = {}  # of the sites' own adapters, after training
     factors: Mapping[Name, Values] = {}  # weight factor → site → its value
-    guarded: Mapping[Name, Verdict] = {}  # sites of whose change a part counts, and why
+    guarded: Mapping[Name, Verdict] = {}  # sites of which a part counts, and why
     held: Mapping[Name, Words] = {}  # site → what it reported that counts as another number
     noised: Noised | None = None  # the noise on the mean change, where each site's whole part is protected
     error: Words = ""  # why nothing was merged and the adapter stayed as it was
@@ -67,8 +67,8 @@ class Round(_Line):
 
     @property
     def scaled(self) -> Mapping[str, Verdict]:
-        """Sites of whose change only a part counts."""
-        return {site: verdict for site, verdict in self.guarded.items() if verdict.multiplier > 0}
+        """Sites of which only a part counts."""
+        return {site: verdict for site, verdict in self.guarded.items() if not verdict.left_out}
 
     @property
     def trained(self) -> bool:

@@ -88,12 +88,12 @@ def limit_mib(sites: int) -> float:
     return (2 * adapter_bytes() + sites * 4 * RANK * max(map(sum, MODULES.values()))) / MIB
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, blocks: int = BLOCKS) -> None:
     """G, whose singular values fall, and FILES adapters trained from it: every factor moved by 0.3 of its length."""
     falling = 0.8 ** torch.arange(RANK)
     for number in range(-1, FILES):
         tensors: dict[str, Tensor] = {}
-        for place, (layer, (fan_out, fan_in)) in enumerate(layers().items()):
+        for place, (layer, (fan_out, fan_in)) in enumerate(layers(blocks).items()):
             for name, side, seed in ((LORA_A, fan_in, 2 * place), (LORA_B, fan_out, 2 * place + 1)):
                 start = _randn(RANK, side, seed)
                 moved = start if number < 0 else start + 0.3 * _randn(RANK, side, 1000 * (number + 1) + seed)

@@ -156,6 +156,31 @@ def test_a_change_far_from_the_others_is_clipped_and_the_ledger_says_so() -> Non
     assert said.removeprefix("  ") in made.ledger.progress({}, line.scaled)["scaled"]
 
 
+def test_a_guard_names_the_site_that_sends_poison_and_the_reason_in_record_and_monitor() -> None:
+    made = server(guard=[{"rule": "geometric_median", "mix": "nnm", "f": 1}])
+    assert came(made, lie(times(-300.0, "lora_B.weight")))
+    made.aggregator.aggregate_model()
+    combined = made.aggregator.combined
+    assert combined
+    assert combined.refused["liar"].kind == "guard"
+    made.ledger.close(combined, made.aggregator.updates)
+    line = read_line(written(made.ledger.line))
+    assert (line.guarded["liar"].weight, line.guarded["liar"].left_out) == (0.0, True)
+    assert (line.scaled, line.out["liar"].text) == ({}, line.guarded["liar"].reason)
+    assert "as far from what the sites agree on" in made.ledger.progress({}, line.scaled)["sites_out"]
+    assert sum("liar: guard: its products lie" in said for said in in_words(line)) == 1
+
+
+def test_a_round_with_fewer_updates_than_its_guard_needs_leaves_the_adapter_as_it_was(caplog: Any) -> None:
+    made = server(guard=[{"rule": "multi_krum", "f": 1}])
+    made.aggregator.aggregate_model()
+    combined = made.aggregator.combined
+    assert combined
+    assert "[too_few_for_guard]" in combined.failed
+    assert same(combined.adapter, adapter(9))
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_configuration_of_peft_that_a_site_sends_is_not_looked_at(tmp_path: Path) -> None:
     """Of 50 MB, with a regular expression that takes for ever and a module that would be imported."""
     evil = {"exclude_modules": "(a+)+$", "auto_mapping": {"parent_library": "os"}, "more": "x" * 50_000_000}

@@ -33,7 +33,10 @@ LIKELY = st.fixed_dictionaries(
         "out": st.dictionaries(SITES, WHY | st.text(max_size=8).map("refused: {}".format)) | VALUES,
         "noised": st.fixed_dictionaries(dict.fromkeys(Noised.__dataclass_fields__, st.integers(-1, 2) | VALUES)),
         "guarded": st.dictionaries(
-            SITES, st.fixed_dictionaries({"multiplier": st.floats(-1, 2), "reason": st.text(max_size=8)})
+            SITES,
+            st.fixed_dictionaries(
+                {"multiplier": st.floats(-1, 2), "reason": st.text(max_size=8)}, optional={"weight": st.floats(-1, 2)}
+            ),
         ),
     },
 ).map(lambda line: json.dumps(line).encode())

@@ -28,7 +28,10 @@ def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:
     for entry in entries:
         for site, said in asked(registry, entry)(cohort).items():
             before = found.get(site)
-            found[site] = (
-                Verdict(before.multiplier * said.multiplier, f"{before.reason}; {said.reason}") if before else said
-            )
+            found[site] = _both(before, said) if before else said
     return found
+
+
+def _both(one: Verdict, other: Verdict) -> Verdict:
+    reasons = "; ".join(filter(None, (one.reason, other.reason)))
+    return Verdict(one.multiplier * other.multiplier, reasons, one.weight * other.weight)

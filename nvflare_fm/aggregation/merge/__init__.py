@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from ...adapter import LoraPair
 from ...config import Factors, Rest, Rule
@@ -9,6 +13,12 @@ from ...registry import Registry
 from ..asked import found, with_settings
 
 Merge = Callable[[LoraPair, Sequence[LoraPair], Sequence[float]], LoraPair]
+Tensors = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+
+
+def mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ wₖtₖ, of which one is in memory at a time."""
+    return sum((w * t for t, w in zip(tensors, weights, strict=True)), torch.zeros(()))
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class MergeRule:
         shares: the factors that a site sends; the other stays there, and each site has an adapter of its own.
         linear_sum: B is averaged beside an A that stays at the seed's values, so that the server can add what it cannot
             read.
+        tensor: (one tensor without factors, such as a classifier's head, of each site, weights) → the next global one.
     """
 
     merge: Merge
@@ -37,6 +48,7 @@ class MergeRule:
     factors: tuple[Factors, ...] = ("AB",)
     shares: Factors = "AB"
     linear_sum: bool = False
+    tensor: Tensors = mean
 
     def encrypted(self) -> "MergeRule":
         """The rule where the server adds unread: A is nested by rank, so B of any site has the columns of all.
@@ -50,6 +62,11 @@ class MergeRule:
         """Whether the result is the global adapter plus what the sites changed, so that changes can be scaled."""
         return self.rest != "none"
 
+    @property
+    def sums(self) -> bool:
+        """Whether the result is a weighted sum of what sites send, so that what lies far from it can be told by ΔW."""
+        return self.exact or self.linear_sum
+
 
 registry: Registry[MergeRule] = Registry("merge rule", __name__)
 
@@ -61,7 +78,8 @@ def choose(entry: Rule) -> MergeRule:
         ConfigError: an unknown rule or setting, or a value out of range.
     """
     rule = found(registry, entry)
-    return replace(rule, merge=with_settings(rule.merge, entry, registry.kind))
+    merge = with_settings(rule.merge, entry, registry.kind)
+    return replace(rule, merge=merge, tensor=mean if rule.tensor is mean else partial(rule.tensor, **merge.keywords))
 
 
 def rule(
@@ -74,6 +92,7 @@ def rule(
     factors: tuple[Factors, ...] = ("AB",),
     shares: Factors = "AB",
     linear_sum: bool = False,
+    tensor: Tensors = mean,
 ) -> Callable[[Merge], Merge]:
     """Register the decorated function as the merge rule `name`, with its promises.
 
@@ -89,10 +108,13 @@ def rule(
         factors: see `MergeRule`.
         shares: see `MergeRule`.
         linear_sum: see `MergeRule`.
+        tensor: see `MergeRule`.
     """
 
     def register(merge: Merge) -> Merge:
-        registry.register(name)(MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares, linear_sum))
+        registry.register(name)(
+            MergeRule(merge, exact, mixed_ranks, canonical, rest, factors, shares, linear_sum, tensor)
+        )
         return merge
 
     return register

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ...adapter import LoraPair
 from . import rule
@@ -14,5 +15,10 @@ def freeze_a(start: LoraPair, pairs: Sequence[LoraPair], weights: Sequence[float
     """(Σ wₖBₖ) A, with the frozen A whatever a site sends: the global adapter's, in the first round the seed's, which
     most sites hold: entry by entry the middle of what they sent.
     """
-    frozen = start.A if start.rank else torch.stack([p.A for p in pairs]).median(dim=0).values
+    frozen = frozen_a(start, pairs)
     return factor_mean(start, [LoraPair(frozen, p.B, p.scale) for p in pairs], weights)
+
+
+def frozen_a(start: LoraPair, pairs: Sequence[LoraPair]) -> Tensor:
+    """The A that no site trains, whatever a site sends."""
+    return start.A if start.rank else torch.stack([p.A for p in pairs]).median(dim=0).values

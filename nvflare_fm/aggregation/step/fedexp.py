@@ -11,7 +11,7 @@ from ..cohort import Cohort
 from . import Step, registry
 
 
-@registry.register("fedexp", Needs(reads=("products",), canonical=True))
+@registry.register("fedexp", Needs(reads=("products",), canonical=True, products=True))
 def fedexp(
     cohort: Cohort,
     weights: Sequence[float],

@@ -10,6 +10,7 @@ from ..asked import RuleRegistry, asked, named
 from ..cohort import Cohort
 
 FAINT = 1e-12
+GUARD = "guard"  # the factor that guards make, in the record
 Factor = Callable[..., list[float]]
 registry: RuleRegistry[Factor] = RuleRegistry("weight factor", __name__)
 
@@ -22,13 +23,17 @@ class Weights:
     factors: Mapping[str, Mapping[str, float]]  # name of a factor → site → its value, before normalising
 
 
-def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> Weights:
+def weigh(
+    entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0, guarded: Mapping[str, float] = {}
+) -> Weights:
     """Multiply the factors that a job asks for, and normalise the products to sum to 1.
 
     Args:
         entries: weight factors by name, or with their settings.
         cohort: the updates of the round.
         max_weight: the largest share of one site. A site's own limit may be lower.
+        guarded: what guards leave of a site's weight, by site; who is not named keeps all of it. It lowers a limit
+            below 1 as well, so that what other sites may not count does not go to those that guards hold down.
 
     Returns:
         The shares, and the value of each factor.
@@ -42,9 +47,14 @@ def weigh(entries: Sequence[Rule], cohort: Cohort, max_weight: float = 1.0) -> W
         _refuse_unless(all(0 <= v < float("inf") for v in values), [named(entry)], sites, values)
         factors[named(entry)] = dict(zip(sites, values, strict=True))
         weights = [w * v for w, v in zip(weights, values, strict=True)]
+    left = [guarded.get(site, 1.0) for site in sites]
+    if min(left, default=1.0) < 1:
+        factors[GUARD] = dict(zip(sites, left, strict=True))
+        weights = [w * g for w, g in zip(weights, left, strict=True)]
     total = sum(weights)
     _refuse_unless(1e-300 < total < float("inf"), entries, sites, weights)
     limits = [min(max_weight, u.report.max_weight) for u in cohort.updates]
+    limits = [limit * g if limit < 1 else limit for limit, g in zip(limits, left, strict=True)]
     return Weights(dict(zip(sites, capped(weights, limits), strict=True)), factors)
 
 

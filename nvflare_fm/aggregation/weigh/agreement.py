@@ -10,7 +10,7 @@ from ..cohort import Cohort
 from . import registry
 
 
-@registry.register("agreement", Needs(reads=("products",)))
+@registry.register("agreement", Needs(reads=("products",), products=True))
 def agreement(
     cohort: Cohort,
     *,

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from ...adapter import Adapter, Manifest
 from ...aggregation.admit import Terms
+from ...aggregation.needed import needed as guarded_by
 from ...config import SiteOverrides, TaskPlan
 from ...errors import ConfigError
 from ...job import job_files
-from ...job.feasible import check_plan, check_sites
+from ...job.feasible import check_fewest, check_plan, check_sites
 from ...job.peft import read
 from ...job.settle import CHECKED, SettledPlan
 from ...privacy import clients
@@ -66,6 +67,7 @@ def read_job(folder: Path) -> Job:
     controller = _only(FedPEFT, server)
     needed = max(needed, controller.min_responses)
     check_sites(set(sites) - {ALL}, needed)
+    check_fewest(len(set(sites) - {ALL}), guarded_by(controller.settled.aggregation).fewest)
     settled, last = controller.settled, controller.num_rounds
     check_plan(settled.plan, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
