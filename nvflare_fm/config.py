@@ -445,8 +445,11 @@ class Aggregation(Settings):
         description="Weight factors of a site, multiplied, such as uniform or examples. Normalised to sum to 1.",
     )
     max_weight: float = Field(1.0, gt=0, le=1, description="Largest share that one site may have, up to 1.")
-    guard: Rules = Field(
-        ("clip_norm",), description="Guards that limit changes far from those of the other sites; []: none."
+    guard: Rules | None = Field(
+        None,
+        description="Guards that limit changes far from those of the other sites; []: none; unset: by rule. Unset is "
+        "clip_norm, and none where the server may not look: encrypted uplinks and client_privacy.",
+        examples=[["clip_norm"]],
     )
     normalize_steps: bool = Field(
         False, description="FedNova: count a site's change per step, however many it took (arXiv:2007.07481)."

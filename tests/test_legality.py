@@ -16,7 +16,7 @@ from nvflare_fm.job.settle import settle
 CLASSIFY = {"task": "sequence_classification", "labels": ["a", "b"]}
 DORA = {"method": "lora", "use_dora": True}
 PRIVATE = {"epsilon": 8.0}
-FROZEN = {"merge": "freeze_a", "guard": []}
+FROZEN = {"merge": "freeze_a"}
 NOISED = FROZEN | {"client_privacy": {"epsilon": 8.0, "expected_sites": 50}}
 REFUSED = [
     ("rank_is_fixed", {"negotiable": "rank"}, {"merge": "factor_mean"}),
@@ -61,13 +61,13 @@ REFUSED = [
     ("private_own_half", {"privacy": PRIVATE}, {"merge": "share_a"}),
     ("private_loss", {"privacy": PRIVATE}, {"weigh": [{"rule": "loss", "q": 2}]}),
     ("needs_loss_before", {"evaluation": {"before": False}}, {"weigh": [{"rule": "loss", "q": 2}]}),
-    ("no_linear_sum", {"uplink": "ckks"}, {"guard": []}),
-    *(("no_linear_sum", {"uplink": "ckks"}, {"guard": [], "merge": rule}) for rule in ("svd", "zero_pad", "alternate")),
-    ("nothing_readable", {"uplink": "ckks"}, {"merge": "freeze_a"}),
+    ("no_linear_sum", {"uplink": "ckks"}, {}),
+    *(("no_linear_sum", {"uplink": "ckks"}, {"merge": rule}) for rule in ("svd", "zero_pad", "alternate")),
+    ("nothing_readable", {"uplink": "ckks"}, {"merge": "freeze_a", "guard": ["clip_norm"]}),
     ("nothing_readable", {"uplink": "ckks"}, {"merge": "freeze_a", "guard": ["geometric_median"]}),
     ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["examples", "agreement"]}),
     ("nothing_readable", {"uplink": "ckks"}, FROZEN | {"weigh": ["norm"]}),
-    ("nothing_readable", {"uplink": "ckks", "peft": {"method": "ia3"}}, {}),
+    ("nothing_readable", {"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": ["clip_norm"]}),
     ("step_needs_canonical", {"uplink": "ckks"}, FROZEN | {"step": "momentum"}),
     ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"normalize_steps": True}),
     ("encrypted_changes", {"uplink": "ckks"}, FROZEN | {"max_staleness": 1}),
@@ -147,8 +147,8 @@ def test_what_goes_together_follows_from_promises_and_never_from_the_name_of_a_r
         ({}, {"keep_energy": 0.9, "max_weight": 0.4}),
         ({}, {"merge": "factor_mean", "step": {"rule": "plain", "learning_rate": 1.0}}),
         ({"uplink": "ckks", "negotiable": "rank"}, FROZEN | {"weigh": ["examples", "loss"], "max_weight": 0.4}),
-        ({"uplink": "ckks", "peft": {"method": "ia3"}}, {"guard": []}),
-        ({**CLASSIFY, "uplink": "ckks", "peft": {"method": "head"}}, {"guard": []}),
+        ({"uplink": "ckks", "peft": {"method": "ia3"}}, {}),
+        ({**CLASSIFY, "uplink": "ckks", "peft": {"method": "head"}}, {}),
         ({"peft": {"method": "head", "modules_to_save": ["lm_head"]}}, {}),
         ({"privacy": PRIVATE, "uplink": "int8", "downlink": "int8"}, NOISED),
         ({"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "step": {"rule": "momentum", "beta": 0.5}}),

@@ -229,7 +229,7 @@ def test_records_that_make_no_sense_are_refused(
     assert refused.value.code == code
 
 
-CLIENTS = {"merge": "freeze_a", "guard": [], "key_metric": "", "num_rounds": 20}
+CLIENTS = {"merge": "freeze_a", "key_metric": "", "num_rounds": 20}
 CLIENTS |= {"peft": {"method": "lora", "rank": 3}, "client_privacy": {"epsilon": 8.0, "expected_sites": 50}}
 
 

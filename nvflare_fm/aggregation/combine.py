@@ -80,9 +80,11 @@ def combine(
     if not accepted:
         raise nothing_left(refused)
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], weighed_by(aggregation))
-    asked = aggregation.step or "plain"  # a settled plan names one
+    asked = aggregation.step or "plain"  # a settled plan names one, and the guards
+    guards = guard.usual(unseen=False) if aggregation.guard is None else aggregation.guard
+    aggregation = aggregation.model_copy(update={"guard": guards})
     everyone = Cohort(accepted, state, rule.rest, (needed(aggregation) | step.registry.needs([asked])).reads)
-    verdicts = guard.judge(aggregation.guard, everyone)
+    verdicts = guard.judge(guards, everyone)
     refused |= {site: Reason("guard", verdict.reason) for site, verdict in verdicts.items() if verdict.left_out}
     cohort = everyone.counting({s: 0.0 if v.left_out else v.multiplier for s, v in verdicts.items()})
     if not cohort.updates:

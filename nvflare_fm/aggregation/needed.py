@@ -13,5 +13,5 @@ def needed(aggregation: Aggregation) -> Needs:
     """
     steps = [] if aggregation.step is None else [aggregation.step]
     return (
-        weigh.registry.needs(aggregation.weigh) | guard.registry.needs(aggregation.guard) | step.registry.needs(steps)
+        weigh.registry.needs(aggregation.weigh) | guard.registry.needs(aggregation.guard or ()) | step.registry.needs(steps)
     )

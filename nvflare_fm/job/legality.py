@@ -241,7 +241,7 @@ CLASHES = (
         "a guard, weight or server step that reads what sites send",
         lambda job: job.encrypts and bool(job.needs.reads),
         "the server cannot read it",
-        "set guard = [], and weigh equally or by what sites report",
+        "leave guard out, and weigh equally or by what sites report",
     ),
     Clash(
         "encrypted_changes",
@@ -282,7 +282,7 @@ CLASHES = (
         lambda job: _noised(job) and bool(job.aggregation.guard),
         "what it makes of one site follows from what others sent, so that site could move the mean by more than it "
         "may; each change is clipped to client_privacy.max_norm all the same",
-        "set guard = []",
+        "leave guard out",
     ),
     Clash(
         "client_weights",

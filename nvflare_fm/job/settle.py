@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .. import transforms
-from ..aggregation import merge, step
+from ..aggregation import guard, merge, step
 from ..aggregation.admit import Terms
 from ..aggregation.asked import Needs, named
 from ..aggregation.merge import MergeRule
@@ -101,8 +101,11 @@ def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOv
     check_plan(plan, sites)
     rule, method = merge.choose(aggregation.merge), read(plan.peft)
     check_training(method, plan.training)
-    needs = needed(aggregation)  # unknown names and settings are refused here, before a round is lost
     encrypts = transforms.read(plan.uplink, "uplink").encrypts
+    if aggregation.guard is None:
+        guards = guard.usual(unseen=encrypts or aggregation.client_privacy.asked)
+        aggregation = aggregation.model_copy(update={"guard": guards})
+    needs = needed(aggregation)  # unknown names and settings are refused here, before a round is lost
     transforms.read(plan.downlink, "downlink")
     aggregation = aggregation.model_copy(update={"step": _step(plan, aggregation, rule, method)})
     rule = rule.encrypted() if encrypts and rule.linear_sum else rule

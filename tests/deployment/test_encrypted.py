@@ -16,7 +16,7 @@ from tests.deployment.system import BIN, ENVIRONMENT, SERVER, SITES, System
 
 pytestmark = pytest.mark.timeout(300)
 SMALL = "clinic-b"  # trains at a lower rank than the others
-ENCRYPTED: dict[str, Any] = {"uplink": ["ckks"], "merge": "freeze_a", "guard": []}
+ENCRYPTED: dict[str, Any] = {"uplink": ["ckks"], "merge": "freeze_a"}
 
 
 @pytest.fixture(scope="session")

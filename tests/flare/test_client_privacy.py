@@ -29,7 +29,7 @@ PRIVATE = {"noise_multiplier": 2.0, "max_norm": NORM, "expected_sites": 4}
 
 
 def server(**more: Any) -> FedPEFT:
-    how = {"merge": "freeze_a", "guard": [], "client_privacy": PRIVATE | more.pop("private", {})}
+    how = {"merge": "freeze_a", "client_privacy": PRIVATE | more.pop("private", {})}
     given = {"num_rounds": 9, "plan": {"peft": dict(PLAN.peft)}, "key_metric": ""} | more
     made = FedPEFT(aggregator=AdapterAggregator(how), **given)
     made.fl_ctx = FLContext()

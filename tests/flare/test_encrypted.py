@@ -40,7 +40,7 @@ from tests.flare.test_provision import quickly
 __all__ = ["fl_ctx"]
 pytestmark = pytest.mark.usefixtures("malformed_allowed")  # the checks of a test run would read values to look at them
 ASKED: dict[str, Any] = {"peft": {"method": "lora", "rank": 3, "lora_alpha": 12}, "uplink": ["ckks"], "seed": 5}
-HOW: dict[str, Any] = {"merge": "freeze_a", "guard": [], "max_rank": 4}
+HOW: dict[str, Any] = {"merge": "freeze_a", "max_rank": 4}
 SETTLED = settle(RoundPlan.read(ASKED, "plan"), Aggregation.read(HOW, "how"), {"birch": SiteOverrides(rank=2)})
 PLAN = SETTLED.plan
 SITE_KEYS, SERVER_KEYS = keys()[1], keys()[0]

@@ -109,7 +109,6 @@ ALONE += [({"step": name, "weigh": ["staleness", "agreement"]}, "late") for name
 def test_each_tensor_of_a_site_is_fetched_three_times_at_most(
     waiting: Mapping[str, list[FLModel]], fetched: Counter[tuple[str, str]], settings: dict[str, Any], when: str
 ) -> None:
-    a_round(waiting, when, **settings)
+    settled = a_round(waiting, when, **settings).settled
     assert len(fetched) == 4 * 5 - 4 * 2 * (settings.get("merge") == "share_a")
-    how = Aggregation.read(settings, "aggregator")
-    assert max(fetched.values()) == 2 + bool(needed(how).reads), fetched.most_common(3)
+    assert max(fetched.values()) == 2 + bool(needed(settled.aggregation).reads), fetched.most_common(3)

@@ -223,7 +223,7 @@ def test_rules_about_factors_are_refused_and_all_others_give_the_mean(models: di
         else:
             merged = combine(Adapter(), None, updates, Aggregation(merge=rule), 1).adapter
             torch.testing.assert_close(merged.dense[name], expected)
-    settle(RoundPlan(task=TASKS[0], labels=tiny.LABELS, peft=HEAD, uplink="ckks"), Aggregation(guard=[]))
+    settle(RoundPlan(task=TASKS[0], labels=tiny.LABELS, peft=HEAD, uplink="ckks"), Aggregation())
 
 
 def test_a_step_holds_nothing_of_the_layers_for_a_way_back(models: dict[str, Path]) -> None:

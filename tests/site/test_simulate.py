@@ -85,7 +85,7 @@ def test_under_client_privacy_sites_move_what_an_earlier_adapter_holds_and_noise
     (first,) = federate(workers, plan, Aggregation(merge="freeze_a", guard=()), 1)
     start, manifest = first.combined.adapter, first.combined.manifest
     asked = {"noise_multiplier": 0.01, "max_norm": 0.5, "expected_sites": 2}
-    how = Aggregation.read({"merge": "freeze_a", "guard": [], "client_privacy": asked}, "test")
+    how = Aggregation.read({"merge": "freeze_a", "client_privacy": asked}, "test")
     one, two = federate(workers, plan, how, 2, start, manifest)
     spent = [done.combined.noised.epsilon for done in (one, two) if done.combined.noised]
     assert len(spent) == 2

@@ -11,6 +11,15 @@ Guard = Callable[..., Mapping[str, Verdict]]
 registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)
 
 
+def usual(unseen: bool) -> tuple[Rule, ...]:
+    """Choose the guards of a job that names none.
+
+    Args:
+        unseen: whether the server may not compare what sites send.
+    """
+    return () if unseen else ("clip_norm",)
+
+
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:
     """Ask every guard that a job names for its verdicts, and multiply them.
 
