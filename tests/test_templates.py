@@ -340,7 +340,7 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     saved = read_adapter(run / "adapters" / "last")
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     assert saved.adapter
-    assert saved.round == len([line for line in rounds if any("weight" in said for said in line["sites"].values())]) - 1
+    assert saved.round == len([line for line in rounds if line["round"] < line["total_rounds"]]) - 1
     assert saved.manifest.labels == (() if task == "causal_lm" else tiny.LABELS)
     assert (rounds[0]["bytes_down"] > 0) == (template in FROM_ADAPTER)
     if template == "lora_mixed_hardware":

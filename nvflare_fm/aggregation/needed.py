@@ -12,6 +12,5 @@ def needed(aggregation: Aggregation) -> Needs:
         ConfigError: an unknown name or setting, or a value out of range.
     """
     steps = [] if aggregation.step is None else [aggregation.step]
-    return (
-        weigh.registry.needs(aggregation.weigh) | guard.registry.needs(aggregation.guard or ()) | step.registry.needs(steps)
-    )
+    guards = aggregation.guard or ()
+    return weigh.registry.needs(aggregation.weigh) | guard.registry.needs(guards) | step.registry.needs(steps)
