@@ -1,6 +1,7 @@
 """A federation whose server adds what it cannot read."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from tests.site import tiny
 
 pytestmark = pytest.mark.usefixtures("malformed_allowed")  # the checks of a test run would read values to look at them
 PLAN = tiny.plan(uplink=("ckks",), training={"local_steps": 4, "learning_rate": 1e-2})
-HOW = Aggregation(merge="freeze_a", guard=())
+HOW = Aggregation(merge="freeze_a")
 
 
-def sites(folder: Path, model: Path, ranks: tuple[int, ...], task: str = "causal_lm") -> dict[str, Worker]:
+def sites(folder: Path, model: Path, ranks: tuple[int | None, ...], task: str = "causal_lm") -> dict[str, Worker]:
     _, site = kits()
     return {
         f"site-{i}": tiny.worker(
@@ -109,3 +110,23 @@ def test_at_one_rank_it_is_what_the_server_makes_of_what_it_can_read(llama: Path
     (plain,) = federate(sites(tmp_path, llama, (4, 4)), PLAN.model_copy(update={"uplink": ()}), HOW, 1)
     assert sealed.combined.weights == plain.combined.weights
     assert off(unsealed(sealed.combined.adapter, site, rounds_plan(workers)), plain.combined.adapter) <= 1e-5
+
+
+@pytest.mark.parametrize("peft", [{"method": "lora", "rank": 2}, {"method": "head"}], ids=lambda peft: peft["method"])
+def test_what_is_private_adds_up_unread_too(bert: Path, tmp_path: Path, peft: dict[str, Any]) -> None:
+    """The server has nothing to read, and whoever decrypts the sum reads what noise covers."""
+    privacy = {"noise_multiplier": 1.0, "delta": 1e-3}
+    task, training = "sequence_classification", {"local_steps": 2, "batch_size": 12, "learning_rate": 1e-2}
+    plan = tiny.plan(task, uplink=("ckks",), peft=peft, privacy=privacy, training=training)
+    how = HOW if "rank" in peft else Aggregation()
+    workers, (server, site) = sites(tmp_path, bert, (2, 2) if "rank" in peft else (None, None), task), kits()
+    (done,) = federate(workers, plan, how, 1, keys=server)
+    assert all(update.protection for update in done.updates)
+    opened = unsealed(done.combined.adapter, site, settle(plan, how).plan)
+    wholes = [worker.submit()[0] for worker in workers.values()]
+    for layer, pair in opened.lora.items():
+        mean = stack([whole.lora[layer] for whole in wholes], [0.5, 0.5]).delta()
+        assert (pair.delta() - mean).norm() <= 1e-5 * mean.norm()
+    for name, tensor in opened.dense.items():
+        torch.testing.assert_close(tensor, (wholes[0].dense[name] + wholes[1].dense[name]) / 2, rtol=1e-4, atol=1e-6)
+    assert opened.dense
