@@ -20,6 +20,7 @@ from nvflare_fm.compare.results import Results, overview, spread, verdict
 from nvflare_fm.compare.run import Run, carry_out, carry_out_all, read_lines, write
 from nvflare_fm.compare.study import Study, Workspace, study
 from nvflare_fm.errors import FmError
+from nvflare_fm.site.worker import Worker
 from tests.codes import refused
 from tests.site import tiny
 

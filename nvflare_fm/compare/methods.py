@@ -118,7 +118,8 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
 }
 METHODS = {
     OURS: Method(), "ours, head alone": HEAD_ALONE,
-    **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=0.5),
+    **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
