@@ -24,6 +24,7 @@ from nvflare_fm.simulate import SimulatedRound, federate
 from nvflare_fm.site.model.own_adapter import OwnAdapter
 from nvflare_fm.site.offer.policy import fit
 from nvflare_fm.site.offer.site_config import SiteConfig
+from nvflare_fm.site.training import fit as fitting
 from nvflare_fm.site.worker import Worker
 from tests.codes import refused
 from tests.encryption import kits
@@ -160,6 +161,25 @@ def test_nothing_that_a_site_sends_or_owes_depends_on_it(llama: Path, tmp_path: 
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_each_part_takes_up_where_the_one_before_stopped(
+    home: tuple[Worker, RoundTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, task = home
+    train = Mock(wraps=fitting.train)
+    monkeypatch.setattr(fitting, "train", train)
+    worker.personalize(changed(task, personalize={"steps": 5, "rate": 0.5}))
+    sent = [(call.args[3], call.args[4]) for call in train.call_args_list]
+    assert [(part.round, part.total_rounds, part.plan.training.local_steps) for part, _ in sent] == [
+        (0, 3, 1),
+        (1, 3, 2),
+        (2, 3, 2),
+    ]
+    whole = at_home(changed(task, personalize={"steps": 5, "rate": 0.5}).plan)
+    rows = fitting.rows_of_round(replace(task, plan=whole), 24, worker.site)
+    assert [row for _, chosen in sent for row in chosen] == rows
+    assert [len(chosen) for _, chosen in sent] == [4, 8, 8]
+
+
 def test_the_folder_is_one_that_peft_loads(home: tuple[Worker, RoundTask], llama: Path, tmp_path: Path) -> None:
     worker, task = home
     assert worker.personalize(changed(task, personalize={"steps": 6, "rate": 2.0})).best, "else it is the global one"
@@ -186,7 +206,11 @@ def test_where_only_sites_read_the_global_adapter_they_train_on_from_it(llama: P
     worker._read_keys = lambda: keys
     _, home = after(worker, asked(uplink=("ckks",)), Aggregation(merge="freeze_a", guard=()), keys=server)
     assert worker.personalize(home).best
-    assert read_adapter(tmp_path / PERSONAL).adapter.lora
+    shared, own = worker.global_adapter.read(), read_adapter(tmp_path / PERSONAL).adapter
+    assert shared is not None
+    for layer, pair in own.lora.items():
+        assert not torch.equal(pair.B, shared.lora[layer].B)
+        assert not torch.equal(pair.A, shared.lora[layer].A), "A is no longer that of the seed"
 
 
 def test_under_privacy_nothing_is_charged_and_no_noise_is_added(home: tuple[Worker, RoundTask], tmp_path: Path) -> None:
