@@ -242,8 +242,8 @@ def test_an_adapter_of_its_own_costs_the_shared_one_nothing_and_is_scored_on_row
 ) -> None:
     bench, method = Bench(replace(own, metric="loss", test_rows=0), 1e-2), METHODS["ours, and its own at home"]
     workers = bench.workers(method)
-    (last,) = bench.rounds(method, workers, seed=0)
-    (ours,) = bench.rounds(METHODS["ours"], bench.workers(METHODS["ours"]), seed=0)
+    *_, last = bench.rounds(method, workers, seed=0)
+    *_, ours = bench.rounds(METHODS["ours"], bench.workers(METHODS["ours"]), seed=0)
     one, two = (done.combined.adapter.tensors() for done in (last, ours))
     assert all(torch.equal(one[name], two[name]) for name in one | two)
     seen: list[set[int]] = []

@@ -55,6 +55,9 @@ def main() -> None:
     options.add_argument("--job-folder", type=Path, required=True, help="where this site keeps what is its own")
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    logger.addHandler(logging.StreamHandler())  # what we say is in the site's log; of libraries, warnings
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     flare.init()
     processes = SiteProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     handler = TaskHandler(given.site_file, given.job_folder)
