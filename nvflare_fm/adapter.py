@@ -304,3 +304,8 @@ class RoundTask:
     round: int = 0
     total_rounds: int = 1
     lowered: tuple[str, ...] = ()  # what the site's gate has given less of already than the server asked
+
+    @property
+    def over(self) -> bool:
+        """Whether all rounds are over, and the adapter is the last."""
+        return self.round == self.total_rounds

@@ -245,6 +245,22 @@ class EvaluationSettings(Settings):
     )
 
 
+class PersonalizeSettings(Settings):
+    """An adapter of its own for each site, which trains on from the last global one and keeps the result. Off unless
+    `steps` is set.
+    """
+
+    steps: int = Field(
+        0,
+        ge=0,
+        le=STEPS,
+        description="Optimizer steps that each site trains on by itself after the last round; 0: off. Before, after a "
+        "third, two thirds and all of them it measures the loss on its validation rows, and keeps the adapter with "
+        "the lowest as personal_adapter. Neither adapter nor loss leaves the site, which may take fewer steps.",
+    )
+    rate: float = Field(0.5, le=10, gt=0, description="Times learning_rate at which it does.")
+
+
 class PrivacySettings(Settings):
     """Differential privacy of what each site sends, by DP-SGD (arXiv:1607.00133). Off unless `epsilon` or
     `noise_multiplier` is set.
@@ -385,6 +401,9 @@ class RoundPlan(Settings):
     training: TrainingSettings = Field(TrainingSettings(), description="How a site trains in one round.")
     evaluation: EvaluationSettings = Field(
         EvaluationSettings(), description="When a site measures the adapter on its own validation data."
+    )
+    personalize: PersonalizeSettings = Field(
+        PersonalizeSettings(), description="An adapter of its own for each site, after the last round."
     )
     privacy: PrivacySettings = Field(PrivacySettings(), description="Differential privacy of what each site sends.")
     seed: int = Field(

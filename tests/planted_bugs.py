@@ -965,6 +965,22 @@ BUGS = [
         "site/model/base_model.py", "if _ends(name, trained_whole)", "if name in trained_whole", "site/test_base_model"
     ),
     Bug("site/training/fit.py", "self.loss_is_scaled_for_ga = True", "pass", "site/test_training"),
+    # an adapter of a site's own
+    Bug("site/worker.py", 'tried[-1]["loss"] < tried[best]["loss"]', "True", "site/test_personalize"),
+    Bug("site/worker.py", "asked if sends else at_home(asked)", "asked", "site/test_personalize"),
+    Bug("site/worker.py", "done * rows : (done + steps) * rows", "0 : steps", "site/test_personalize"),
+    Bug("job/at_home.py", '            "privacy": PrivacySettings(),\n', "", "site/test_personalize"),
+    Bug("job/at_home.py", '"rate": 1.0', '"rate": asked.rate', "site/test_personalize"),
+    Bug("job/at_home.py", '"factors": "AB"', '"factors": plan.factors', "site/test_personalize"),
+    Bug("site/offer/policy.py", "if not plan.personalize.steps:", "if False:", "site/test_personalize"),
+    Bug(
+        "flare/trainer.py",
+        "if task.over:\n            self._personalize",
+        "if False:\n            self._personalize",
+        "flare/test_decided",
+    ),
+    Bug("flare/egress.py", "if wire.says_nothing(model):", "if not model.params:", "flare/test_egress"),
+    Bug("compare/bench.py", "range(place, count, 2)", "range(0, count, 2)", "test_compare"),
     Bug("flare/aggregator.py", "check(self.aggregation.weigh, update)", "pass", "flare/test_aggregator"),
     Bug("flare/wire.py", "replace(update.manifest, labels=())", "update.manifest", "flare/test_wire"),
     Bug("flare/wire.py", "if task.plan.labels or not labels:", "if not labels:", "flare/test_wire"),

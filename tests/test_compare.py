@@ -20,6 +20,7 @@ from nvflare_fm.compare.results import Results, overview, spread, verdict
 from nvflare_fm.compare.run import Run, carry_out, carry_out_all, read_lines, write
 from nvflare_fm.compare.study import Study, Workspace, study
 from nvflare_fm.errors import FmError
+from nvflare_fm.site.worker import Worker
 from tests.codes import refused
 from tests.site import tiny
 
@@ -234,6 +235,34 @@ def test_what_is_finished_at_home_is_each_sites_own(own: Study) -> None:
     for site, worker in workers.items():
         assert finished[site] != together[site]
         assert finished[site] == bench.measure(workers, method, *worker.submit())[site]
+
+
+def test_an_adapter_of_its_own_costs_the_shared_one_nothing_and_is_scored_on_rows_that_did_not_choose_it(
+    own: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, method = Bench(replace(own, metric="loss", test_rows=0), 1e-2), METHODS["ours, and its own at home"]
+    workers = bench.workers(method)
+    *_, last = bench.rounds(method, workers, seed=0)
+    *_, ours = bench.rounds(METHODS["ours"], bench.workers(METHODS["ours"]), seed=0)
+    one, two = (done.combined.adapter.tensors() for done in (last, ours))
+    assert all(torch.equal(one[name], two[name]) for name in one | two)
+    seen: list[set[int]] = []
+    evaluate = Worker._evaluate
+
+    def watched(self: Worker, model: Any, job: Any, stop: Any) -> Any:
+        seen.append({hash(str(row["input_ids"])) for row in job.measured})
+        return evaluate(self, model, job, stop)
+
+    monkeypatch.setattr(Worker, "_evaluate", watched)
+    found = bench.its_own(method, workers, 0, last)
+    assert found.keys() == workers.keys()
+    each = len(seen) // len(workers) // 2  # measurements of a half: those that choose, and the one that scores
+    for start in range(0, len(seen), each):
+        *chose, scored = seen[start : start + each]
+        assert all(rows == chose[0] for rows in chose)
+        assert not chose[0] & scored
+    digests = {bench.digest(METHODS[name], 0) for name in ("ours", "ours, and its own at home")}
+    assert len(digests) == 2
 
 
 def test_hetloras_pull_is_the_gradient_of_its_penalty() -> None:

@@ -42,6 +42,7 @@ def simulate(
     found = read_result(run.results)
     typer.echo("".join(f"{line}\n" for line in measurements(found)), nl=False)
     adapters = [("adapter", place) for place in found.adapters.values()]
+    adapters += [("personal", place) for place in run.personal.values()]
     for name, place in (*adapters, ("results", run.results), ("log", run.log)):
         typer.echo(one_line(f"{name:<8} {place}"))
     typer.echo(f"took     {time.monotonic() - started:.0f} s")

@@ -7,9 +7,10 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from ..adapter import Adapter, Manifest, RoundTask
 from ..aggregation.combine import combine
@@ -17,7 +18,9 @@ from ..algebra.lora import svd
 from ..config import PrivacySettings, RoundPlan, SiteOverrides, TaskPlan
 from ..job.settle import settle
 from ..simulate import SimulatedRound, federate, train_alone
+from ..site.data.loading import SiteData
 from ..site.model import base_model
+from ..site.model.own_adapter import OwnAdapter
 from ..site.offer.site_config import DataSource, ModelSource, SiteConfig
 from ..site.worker import Worker
 from . import data_sets, peers
@@ -99,11 +102,12 @@ class Bench:
         """Of all that a run's lines depend on but the base model's weights, in hexadecimal."""
         ranks = [method.rank or self._rank(place) for place in range(len(self.names))]
         parts = [
-            self.settled(method, seed).model_dump(mode="json"),
+            self.settled(method, seed).model_dump(mode="json", exclude={"personalize"}),
             method.aggregation.model_dump(mode="json"),
             [(rank, method.alpha(rank) if method.alpha else None) for rank in ranks],
             [method.worker.__name__, method.folds, method.quantizations, method.at_home, method.slow, method.waits],
             [self.study.digest, self.study.rounds, self.study.test_rows, self.study.model.name, self.held_out],
+            *([method.personal] if method.personal else []),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -160,6 +164,35 @@ class Bench:
             scores[name] = worker.validate(RoundTask(plan, *worker.submit()))[self.study.metric]
         return scores
 
+    def its_own(self, method: Method, workers: dict[str, Worker], seed: int, last: SimulatedRound) -> dict[str, float]:
+        """The score at home of the adapter that each site trains on for itself. It is chosen on every second of the
+        rows and scored on the others, and the other way round, so that no row has a say in its own score.
+        """
+        plan, scores = self.settled(method, seed), {}
+        steps = round(method.personal * plan.training.local_steps * self.study.rounds)
+        plan = plan.model_copy(update={"personalize": plan.personalize.model_copy(update={"steps": steps})})
+        end = RoundTask(plan, last.combined.adapter, last.combined.manifest, self.study.rounds, self.study.rounds)
+        for name, worker in workers.items():
+            found, weighed = worker.rows(plan), []
+            count = found.measured(plan.evaluation.max_examples, 1)
+            for start in (0, 1):
+                halves = [range(place, count, 2) for place in (start, 1 - start)]
+                chooses, judges = (_measuring(worker, found, [*half]) for half in halves)
+                chooses.personalize(end)
+                own = RoundTask(plan, cast(Adapter, chooses.personal.read()), last.combined.manifest)
+                weighed.append(len(halves[1]) * judges.validate(own)[self.study.metric])
+            scores[name] = sum(weighed) / count
+        return scores
+
+
+def _measuring(worker: Worker, found: SiteData, rows: list[int]) -> Worker:
+    """The same site with some of its validation rows, and no adapter of its own yet."""
+    places = tuple(found.validation_rows[row] for row in rows)
+    some = replace(found, validation=found.validation.select(rows), validation_rows=places)
+    other = copy(worker)
+    other._data, other.personal = dict.fromkeys(worker._data, some), OwnAdapter()
+    return other
+
 
 def overall(scores: dict[str, float], rows: dict[str, int]) -> float:
     """Over the test rows of all sites that have a score together."""
@@ -194,6 +227,9 @@ def federated(bench: Bench, method: Method, seed: int, points: int) -> Iterator[
         scores = bench.finished_at_home(method, workers, seed, done)
         bench.tick(len(workers) * (bench.study.rounds - rounds))
         yield {"round": bench.study.rounds, "scores": scores, "bytes_up": up, "bytes_down": down, "above": None}
+    if method.personal:
+        scores = bench.its_own(method, workers, seed, done)
+        yield {"round": rounds, "scores": scores, "bytes_up": up, "bytes_down": down, "above": None}
 
 
 def baseline(bench: Bench, name: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ..site.worker import Worker
 from . import peers
 
 OURS, AT_HOME = "ours", "ours, finished at home"
+ITS_OWN = "ours, and its own at home"
 TOGETHER = "pooled, trained as ours"
 ALONE = "alone, at home"  # what each site's own model has on its own rows
 
@@ -33,6 +34,7 @@ class Method:
         training: training settings that differ from the defaults.
         privacy: differential privacy of what each site sends; empty: none.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
+        personal: steps that each site trains on for itself after the last round, in multiples of those of all rounds.
         slow: rounds that every third site takes for one.
         waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
     """
@@ -47,6 +49,7 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
     at_home: float = 0.0
+    personal: float = 0.0
     slow: int = 1
     waits: bool = False
 
@@ -115,7 +118,8 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
 }
 METHODS = {
     OURS: Method(), "ours, head alone": HEAD_ALONE,
-    **PEERS, AT_HOME: Method(at_home=0.5), **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=0.5),
+    **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
@@ -126,7 +130,7 @@ BASELINES = {
     **{f"alone, head alone, ε = {epsilon:g}": private(epsilon, HEAD_ALONE) for epsilon in EPSILONS},
 }
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
-AS_OURS = [AT_HOME, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
+AS_OURS = [AT_HOME, ITS_OWN, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
 
 
 def is_lone(method: str) -> bool:

@@ -45,8 +45,8 @@ class SelfPruningWorker(Worker):
     pulled to zero, and a site whose training made them smaller gives them up.
     """
 
-    def _job(self, task: RoundTask, trains: bool) -> Job:
-        job = super()._job(task, trains)
+    def _job(self, task: RoundTask, trains: bool, sends: bool = True) -> Job:
+        job = super()._job(task, trains, sends)
         return replace(job, attachment=Penalised(job.attachment.method))
 
     def train(self, task: RoundTask) -> AdapterUpdate:

@@ -163,7 +163,7 @@ class AttackedRun:
     def digest(self) -> str:
         """Of the configuration that its line depends on."""
         whole = [
-            Bench(self.study, self.rate).plan.model_dump(mode="json"),
+            Bench(self.study, self.rate).plan.model_dump(mode="json", exclude={"personalize"}),
             self.method.aggregation.model_dump(mode="json"),
             [self.method.rank, self.method.quantizations, self.study.digest, self.study.rounds, self.study.model.name],
             [self.attack, self.guard, self.rate, self.seed, self.attackers],

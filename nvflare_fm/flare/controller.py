@@ -38,6 +38,7 @@ from ..aggregation.needed import needed
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
 from ..errors import ConfigError, FmError
+from ..export.folder import Saved
 from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
 from ..privacy import clients
@@ -145,6 +146,7 @@ class FedPEFT(ModelController):
             self._run_rounds()
             if not self.abort_signal.triggered:
                 self._evaluate_last()
+                self._have_them_personalize()
                 let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
         except TooFewAnswers as reason:
             let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
@@ -419,8 +421,7 @@ class FedPEFT(ModelController):
         """The adapter of the last round has not been measured yet: it may be the best. Where only the sites can read
         it, they are sent it for good.
         """
-        last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
-        saved = wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
+        saved = self._last_saved()
         measures = bool(self.key_metric) and self.settled.plan.evaluation.before
         if not saved or not (measures or saved.adapter.sealed):
             return
@@ -449,6 +450,36 @@ class FedPEFT(ModelController):
             self.info(
                 f"no site tells {self.key_metric}, so no round was chosen as the best: the last adapter is the result"
             )
+
+    def _last_saved(self) -> Saved | None:
+        last = self.fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+        return wire.read_saved(last[ModelLearnableKey.WEIGHTS], last[ModelLearnableKey.META], "the server")
+
+    def _have_them_personalize(self) -> None:
+        """Has each site train on for itself, and waits as long as for a round. What comes of it stays at the sites, and
+        nothing that they answer, or that goes wrong, changes the job.
+        """
+        try:
+            self._personalize()
+        except FmError as error:
+            self.warning(f"personalize: {error}")
+
+    def _personalize(self) -> None:
+        sites, saved = sorted(self._free()), self._last_saved()
+        if not (self.settled.plan.personalize.steps and sites and saved) or self.abort_signal.triggered:
+            return
+        task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
+
+        def take(result: FLModel) -> bool:
+            site = result.meta["client_name"]
+            if reason := wire.refused(result):
+                return self._leave_out(site, "refused", reason)
+            self.ledger.answered.append(site)
+            return True
+
+        self._ask(*self._encoded(task), AppConstants.TASK_TRAIN, sites, take)
+        done = len(self.ledger.answered)
+        self.info(f"{done} of {len(sites)} sites trained on for themselves, as far as they could")
 
     def _tell_widgets(self) -> None:
         """NVFlare's metric artifacts end with what they see after an aggregation: they see the last adapter's, too."""

@@ -102,6 +102,8 @@ class Egress:
         if (reason := wire.refused(model)) is not None:
             return _refusal(egress.public_reason(reason))
         if (update := wire.read_outgoing(model)) is None:
+            if wire.says_nothing(model):
+                return FLModelUtils.to_shareable(wire.write_nothing())
             raise PolicyError(
                 "this site has a privacy floor, and nothing but updates leaves it",
                 code="submission_withheld" if model.params else "metrics_withheld",

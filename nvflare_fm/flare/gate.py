@@ -12,6 +12,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from ..config import SiteOverrides
 from ..errors import FmError, PolicyError
+from ..job.at_home import at_home
 from ..privacy.egress import Asked
 from ..site.offer.policy import Decision, accept, decide
 from ..site.offer.site_config import FILE_NAME, SiteConfig, load_site
@@ -56,9 +57,11 @@ class Gate:
                 self._keep_submission()
                 return None
             self._need_egress(fl_ctx)
-            plan = self.overrides.applied(asked)
+            plan, trains = self.overrides.applied(asked), task_name == AppConstants.TASK_TRAIN
+            sends = not (trains and wire.rounds_over(model))
+            plan = plan if sends else at_home(plan)
             about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
-            decision = accept(decide(plan, self.config, who, self.processes, task_name == AppConstants.TASK_TRAIN))
+            decision = accept(decide(plan, self.config, who, self.processes, trains, sends))
             _hand_over(decision, model, task)
             names = frozenset(name for name in model.params or {} if isinstance(name, str))
             of_round = Asked(decision.plan, model.current_round or 0, model.total_rounds or 1, names)

@@ -15,6 +15,7 @@ from nvflare.apis.fl_constant import SiteType
 from nvflare.private.fed.simulator.simulator_const import SimulatorConstants
 
 from ..errors import FmError
+from ..job.at_home import PERSONAL
 from ..record.result import last_errors
 from ..record.round import FILE_NAME, SPECTRA, Round, read_line
 
@@ -48,6 +49,12 @@ class Simulation:
     def results(self) -> Path:
         """The server's folder of the job."""
         return self.workspace / SiteType.SERVER / SimulatorConstants.JOB_NAME
+
+    @property
+    def personal(self) -> dict[str, Path]:
+        """The adapters that sites have trained on for themselves, by site."""
+        places = {site: self.workspace / site / SimulatorConstants.JOB_NAME / PERSONAL for site in self.sites}
+        return {site: place for site, place in places.items() if place.is_dir()}
 
     def run(self) -> Iterator[Round]:
         """Run the job, and give each round as the server writes it down. Whoever stops listening stops the job.

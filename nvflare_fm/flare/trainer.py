@@ -28,8 +28,10 @@ from nvflare.client.api import get_context
 from nvflare.client.cell.attach_session import TrainerSessionError
 from torch import distributed
 
+from ..adapter import RoundTask
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
+from ..job.at_home import PERSONAL
 from ..privacy.budget import Budget
 from ..privacy.egress import public_report
 from ..privacy.protection import Protection
@@ -53,6 +55,9 @@ def main() -> None:
     options.add_argument("--job-folder", type=Path, required=True, help="where this site keeps what is its own")
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    logger.addHandler(logging.StreamHandler())  # what we say is in the site's log; of libraries, warnings
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     flare.init()
     processes = SiteProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     handler = TaskHandler(given.site_file, given.job_folder)
@@ -127,10 +132,13 @@ class TaskHandler:
         self._labels = task.plan.labels
         if name == AppConstants.TASK_VALIDATION:
             metrics = worker.validate(task)
-            if task.round == task.total_rounds:  # the last adapter; those of cross-site evaluation have no round
+            if task.over:  # the last adapter; those of cross-site evaluation have no round
                 for metric, value in metrics.items():
                     _report(f"before/{metric}", value, task.round)
             return wire.write_metrics(metrics)
+        if task.over:
+            self._personalize(worker, task)
+            return wire.write_nothing()
         update = worker.train(task)
         if worker.config.privacy.floor:
             update = replace(update, report=public_report(update.report, task.plan))
@@ -139,6 +147,17 @@ class TaskHandler:
         for event in packed.events:
             logger.info("round %d: %s", task.round, event)
         return wire.write_update(update, packed)
+
+    def _personalize(self, worker: "Worker", task: RoundTask) -> None:
+        """Best effort: whatever goes wrong is the site's own to know, and its log says it."""
+        try:
+            logger.info("personalize: %s", worker.personalize(task))
+        except FmError as error:
+            self.failed |= isinstance(error, TrainingError)
+            logger.warning("personalize: %s", error)
+        except Exception as error:
+            self.failed = True
+            logger.error("personalize: internal error: %s: %s [internal]", type(error).__name__, error)
 
     def _loaded(self) -> "Worker":
         """On the first task: transformers takes seconds to import, a faulty site file is worth a reply."""
@@ -162,9 +181,9 @@ class TaskHandler:
 
             startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
             keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
-            site = flare.get_site_name()
+            personal, site = OwnAdapter(self.job_folder, PERSONAL), flare.get_site_name()
             self._worker = Worker(
-                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole
+                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole, personal
             )
         return self._worker
 

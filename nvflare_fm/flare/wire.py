@@ -113,12 +113,27 @@ def read_task(model: FLModel) -> RoundTask:
     saved = read_saved(model.params, model.meta, "the server")
     if plan is None:
         raise WireError("the server sent no plan; update nvflare_fm there", code="no_plan")
+    number, total = _rounds(model)
+    adapter, manifest = (saved.adapter, saved.manifest) if saved else (Adapter(), None)
+    return RoundTask(plan, adapter, manifest, number, total)
+
+
+def rounds_over(model: FLModel) -> bool:
+    """Whether a task comes after the last round, as `RoundTask.over` of what `read_task` reads.
+
+    Raises:
+        WireError: its number is not one.
+    """
+    number, total = _rounds(model)
+    return number == total
+
+
+def _rounds(model: FLModel) -> tuple[int, int]:
     number = _typed(_ROUND, {"round": model.current_round}, "round", "the server") or 0
     total = _typed(_ROUND, {"total_rounds": model.total_rounds}, "total_rounds", "the server") or 1
     if number > total:
         raise WireError(f"the server sent round {number} of {total}", code="no_round")
-    adapter, manifest = (saved.adapter, saved.manifest) if saved else (Adapter(), None)
-    return RoundTask(plan, adapter, manifest, number, total)
+    return number, total
 
 
 def read_plan(model: FLModel) -> TaskPlan | None:
@@ -281,6 +296,16 @@ def labelled(task: RoundTask, labels: tuple[str, ...]) -> RoundTask:
 def write_metrics(metrics: Mapping[str, float]) -> FLModel:
     """Make the message of a site that measured an adapter."""
     return FLModel(metrics=dict(metrics), meta={KEY: {"version": VERSION}})
+
+
+def write_nothing() -> FLModel:
+    """Make the message of a site that did what it was asked, and keeps what came of it."""
+    return write_metrics({})
+
+
+def says_nothing(model: FLModel) -> bool:
+    """Whether a message is one of `write_nothing`."""
+    return not (model.params or model.metrics) and set(_content(model.meta, "the site's trainer")) == {"version"}
 
 
 def read_metrics(model: FLModel, site: str) -> dict[str, float]:

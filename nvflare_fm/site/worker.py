@@ -20,6 +20,7 @@ from ..config import RoundPlan, SiteOverrides, TaskPlan
 from ..encryption.keys import Keys
 from ..errors import ModelError, PolicyError, TrainingError, WireError
 from ..job import private
+from ..job.at_home import PERSONAL, at_home, parts
 from ..job.peft import check_training
 from ..privacy.protection import Protection
 from ..transforms import Chain
@@ -65,6 +66,21 @@ class Job:
     compared: Compared | None = None  # the rows by which the update is held back, where the site asks for it
 
 
+@dataclass(frozen=True)
+class Personalized:
+    """What a site has tried for itself, and which of it it keeps."""
+
+    tried: tuple[dict[str, float], ...]  # metrics on its validation rows: of the global adapter, and after each part
+    best: int  # place of the one that is kept
+    steps: int  # that it took
+
+    def __str__(self) -> str:
+        before, after = self.tried[0]["loss"], self.tried[self.best]["loss"]
+        if not self.best:
+            return f"loss {before:.4g}; no step made it better, and the global adapter is kept as {PERSONAL}"
+        return f"loss {before:.4g} of the global adapter, {after:.4g} after {self.steps} steps, kept as {PERSONAL}"
+
+
 class Worker:
     """One site. It keeps its base model and tokenized rows from round to round; its answers depend on the task alone.
 
@@ -85,6 +101,7 @@ class Worker:
             where that is too much.
         keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
         global_adapter: keeps the global adapter where only the sites can read it.
+        personal: keeps the adapter that the site has trained on for itself.
     """
 
     def __init__(
@@ -101,11 +118,13 @@ class Worker:
         may_spend: Callable[[Protection], None] = lambda _: None,
         keys: Callable[[], Keys | None] = lambda: None,
         global_adapter: OwnAdapter | None = None,
+        personal: OwnAdapter | None = None,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
         self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
+        self.personal = personal or OwnAdapter()
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._states = States(min(_MOST_STATES, _STATES_SHARE * config.limits.memory_gib * 2**30))
         self._last: tuple[Adapter, Manifest] | None = None
@@ -162,14 +181,7 @@ class Worker:
             adapter, whole = attachment.extract(model), attachment.extract(model, whole=True)
             if plan.padded_to:
                 adapter = whole = padded(whole, plan)
-            manifest = Manifest(
-                base.fingerprint,
-                plan.task,
-                str(plan.peft["method"]),
-                base_class(model),
-                plan.labels,
-                **base.tokenization,
-            )
+            manifest = _manifest(model, job)
         self._measured("after", task, after)
         if plan.shares != "AB":
             self.own.keep(adapter, manifest, task)
@@ -200,6 +212,53 @@ class Worker:
         """
         with memory.given_back(), memory.explained(task.plan):
             return self._validate(task)
+
+    def personalize(self, task: RoundTask) -> Personalized:
+        """Train on from the task's adapter for this site alone, and keep what its validation rows find best: the
+        adapter as it came, or after some of the steps. Of each, the best so far is kept before the next is trained.
+
+        What the site would send, or owes, does not change.
+
+        Raises:
+            FmError: the site does not allow the task, cannot carry it out, or was told to stop.
+        """
+        with memory.given_back(), memory.explained(task.plan):
+            return self._personalize(task)
+
+    def _personalize(self, task: RoundTask) -> Personalized:
+        job = self._job(task, trains=True, sends=False)
+        plan, attachment, base = job.plan, job.attachment, job.base
+        if job.measured is None:
+            raise few_metric_rows(self.config.privacy)
+        task = self._opened(task)
+        made_by = replace(task, plan=plan, round=max(0, task.round - 1))
+        seed = training.dropout_seed(task, self.site, self.secret)
+        with base.lent(), self._within_time() as stop:
+            model = attachment.attach(base, task.adapter, plan, own=self.own.read())
+            check_trained(*trained_modules(model, base.heads), self.config.limits)
+            attachment.prepare(base, job.data.train, job.chosen, stop)
+            tried = [self._evaluate(model, job, stop)]
+            self.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
+            best, done = 0, 0
+            for number, steps in enumerate(cut := parts(plan.training.local_steps)):
+                part = plan.training.model_copy(update={"local_steps": steps})
+                rows = len(job.chosen) // plan.training.local_steps
+                training.train(
+                    model,
+                    base,
+                    job.data.train,
+                    replace(task, plan=plan.model_copy(update={"training": part}), round=number, total_rounds=len(cut)),
+                    job.chosen[done * rows : (done + steps) * rows],
+                    seed,
+                    stop,
+                    scale=attachment.method.scale,
+                )
+                done += steps
+                tried.append(self._evaluate(model, job, stop))
+                if tried[-1]["loss"] < tried[best]["loss"]:
+                    best = number + 1
+                    self.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
+        return Personalized(tuple(tried), best, sum(cut[:best]))
 
     def _validate(self, task: RoundTask) -> dict[str, float]:
         job = self._job(task, trains=False)
@@ -335,14 +394,15 @@ class Worker:
                 self.log(f"{when}/{name}", value, task.round)
         return metrics
 
-    def _job(self, task: RoundTask, trains: bool) -> Job:
+    def _job(self, task: RoundTask, trains: bool, sends: bool = True) -> Job:
         """What a task names. The base model's weights come last: all else that can refuse the job is looked at before.
 
         Raises:
             FmError: the site does not offer it, does not allow it, or cannot find it.
         """
         world = distributed.processes()[1]
-        decision = accept(fit(self.overrides.applied(task.plan), self.config, world, trains))
+        asked = self.overrides.applied(task.plan)
+        decision = accept(fit(asked if sends else at_home(asked), self.config, world, trains, sends))
         plan, privacy = decision.plan, self.config.privacy
         kind, attachment = tasks[plan.task], attachment_of(plan.peft, self._states)
         check_training(attachment.method, plan.training)
@@ -361,7 +421,9 @@ class Worker:
         protected = dp.settle(told, found.train_units, world) if trains and plan.privacy.asked else None
         chosen = self._chosen(told, found, world, protected) if trains else []
         compared = (
-            gate.compared(found, chosen or range(len(found.train)), privacy.max_membership_auc) if trains else None
+            gate.compared(found, chosen or range(len(found.train)), privacy.max_membership_auc)
+            if trains and sends
+            else None
         )
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
@@ -458,6 +520,12 @@ class Worker:
             tokenizer, rows = base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
             self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer, rows)
         return self._data[key]
+
+
+def _manifest(model: Any, job: Job) -> Manifest:
+    plan, base = job.plan, job.base
+    method = str(plan.peft["method"])
+    return Manifest(base.fingerprint, plan.task, method, base_class(model), plan.labels, **base.tokenization)
 
 
 def quiet() -> None:

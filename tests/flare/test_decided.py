@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.fuel.sec.audit import AuditService
 
 from nvflare_fm.adapter import Adapter, RoundTask
-from nvflare_fm.config import SiteOverrides
-from nvflare_fm.errors import FmError
+from nvflare_fm.config import PersonalizeSettings, RoundPlan, SiteOverrides
+from nvflare_fm.errors import FmError, PolicyError
+from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.flare import executor, gate, trainer, wire
 from nvflare_fm.flare.gate import Gate
+from nvflare_fm.job.at_home import PERSONAL
 from nvflare_fm.site import worker
 from nvflare_fm.site.model import attach
 from nvflare_fm.site.offer import confine, policy, secret, site_config
@@ -190,3 +193,40 @@ def test_a_site_file_that_is_mended_is_read_again(site_file: Path, tmp_path: Pat
     for _ in range(2):
         assert at.decide(TRAIN, message, FLContext()) is None
     assert times["site file"] == 3
+
+
+def test_after_the_last_round_a_site_trains_for_itself_and_answers_with_nothing(
+    site_file: Path, handler: trainer.TaskHandler, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    at, plan = Gate(site_file, OVERRIDES, 1), PLAN.model_copy(update={"personalize": RoundPlan().personalize})
+    update = wire.read_update(handler.answer(TRAIN, passed(at, TRAIN, RoundTask(plan))), "site-1")
+    asked = plan.model_copy(update={"personalize": PersonalizeSettings(steps=3)})
+    home = RoundTask(asked, update.adapter, update.manifest, 1, 1)
+    with caplog.at_level("INFO"):
+        answer = handler.answer(TRAIN, passed(at, TRAIN, home))
+    assert (answer.params, answer.metrics, answer.meta[wire.KEY]) == (None, {}, {"version": wire.VERSION})
+    assert wire.says_nothing(answer)
+    assert [line for line in caplog.messages if line.startswith("personalize: loss ")]
+    assert read_adapter(tmp_path / "job" / PERSONAL).adapter
+    refusing = FLModelUtils.to_shareable(wire.write_task(replace(home, plan=plan)))
+    reply = at.decide(TRAIN, refusing, FLContext())
+    assert reply is not None
+    assert "[nothing_to_personalize]" in (wire.refused(FLModelUtils.from_shareable(reply)) or "")
+
+
+@pytest.mark.parametrize("error", [PolicyError("no", code="few_rows"), ValueError("secret")])
+def test_whatever_goes_wrong_at_home_is_one_line_in_the_sites_log(
+    error: Exception, site_file: Path, handler: trainer.TaskHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(task: RoundTask) -> None:
+        raise error
+
+    handler._loaded().personalize = fail  # type: ignore[method-assign]
+    asked = PLAN.model_copy(update={"personalize": PersonalizeSettings(steps=3)})
+    message = passed(Gate(site_file, OVERRIDES, 1), TRAIN, RoundTask(asked, round=1, total_rounds=1))
+    caplog.clear()
+    assert wire.says_nothing(handler.answer(TRAIN, message))
+    (line,) = caplog.messages
+    assert line.startswith("personalize: ")
+    assert line.endswith("[few_rows]" if isinstance(error, FmError) else "[internal]")
+    assert "\n" not in line

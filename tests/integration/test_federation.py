@@ -21,6 +21,8 @@ from nvflare_fm.export import folder as export
 from nvflare_fm.flare import components
 from nvflare_fm.flare.kit import allow_list
 from nvflare_fm.flare.recipe import TASKS, FedPEFTRecipe
+from nvflare_fm.flare.simulation import Simulation
+from nvflare_fm.job.at_home import PERSONAL
 from nvflare_fm.transforms.packed import pack
 from tests.site import tiny
 
@@ -49,6 +51,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
         keep_rounds=True,
         disk_offload=True,
         cross_site_evaluation=True,
+        personalize={"steps": 3},
         uplink=["int8"],
         downlink=["int8"],
         **PLAN,
@@ -131,6 +134,27 @@ def test_all_that_shows_metrics_ends_with_the_last_adapters(federation: Federati
 def test_each_rounds_adapter_and_the_best_are_kept_with_their_round(federation: Federation) -> None:
     kept = {f.name: export.read_adapter(f).round for f in (federation.server / "adapters").iterdir()}
     assert kept == {"round-000": 0, "round-001": 1, "last": 1, "best": 1}
+
+
+def test_each_site_that_took_part_ends_with_an_adapter_of_its_own_which_the_server_never_sees(
+    federation: Federation,
+) -> None:
+    names = ["alder", "birch"]
+    assert [*Simulation(Path(), federation.root, SITES).personal] == names
+    last = export.read_adapter(federation.server / "adapters" / "last").adapter
+    kept = {name: federation.root / name / "simulate_job" / PERSONAL for name in names}
+    for name, folder in kept.items():
+        saved = export.read_adapter(folder)
+        assert saved.round == 1
+        assert saved.adapter.lora.keys() == last.lora.keys()
+        assert "personalize: loss " in federation.log(name)
+        assert "personalize: loss " not in federation.log("server")
+    assert "drift does not count" in federation.log("server")
+    assert not list(federation.server.rglob(PERSONAL))
+    weights = [(folder / export.WEIGHTS).read_bytes() for folder in kept.values()]
+    assert weights[0] != weights[1]
+    model = AutoModelForCausalLM.from_pretrained(federation.root.parent.parent / "model")
+    PeftModel.from_pretrained(model, str(kept["birch"]))
 
 
 def test_why_a_site_does_not_count_is_explained(federation: Federation) -> None:

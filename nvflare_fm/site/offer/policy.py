@@ -86,21 +86,24 @@ BOUNDS = (
 )
 
 
-def decide(plan: TaskPlan, site: SiteConfig, who: Submitter, processes: int = 1, trains: bool = True) -> Decision:
+def decide(
+    plan: TaskPlan, site: SiteConfig, who: Submitter, processes: int = 1, trains: bool = True, sends: bool = True
+) -> Decision:
     """The site's whole word on a job.
 
     Args:
         processes: trainer processes that the job asks for here.
         trains: whether the task is to train; else it is to measure.
+        sends: whether anything that comes of it leaves; else the site trains for itself, by a plan `at_home`.
 
     Raises:
         ConfigError: the plan's PEFT settings say nothing.
     """
-    decision = fit(plan, site, processes, trains)
+    decision = fit(plan, site, processes, trains, sends)
     return Decision(decision.plan, decision.lowered, (*_unwelcome(plan, site.welcome, who), *decision.refused))
 
 
-def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = True) -> Decision:
+def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = True, sends: bool = True) -> Decision:
     """The plan within the site's limits, whoever asks. What fits already stays as it is.
 
     Raises:
@@ -119,7 +122,7 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
             *_not_offered(plan, site),
             *_too_few_rows(plan, site.privacy, processes, trains),
             *_not_told(plan, site.privacy),
-            *_unprotected(plan, site.privacy, trains),
+            *(_unprotected(plan, site.privacy, trains) if sends else _not_for_itself(plan, site.limits)),
         ),
     )
 
@@ -305,6 +308,19 @@ def _unprotected(plan: TaskPlan, privacy: Privacy, trains: bool) -> list[PolicyE
         said = "this site has a privacy floor and tells no metrics; leave it out of measurements"
         return [PolicyError(said, code="metrics_withheld")]
     return unprotected(plan, floor, read(plan.uplink, "uplink").encrypts)
+
+
+def _not_for_itself(plan: TaskPlan, limits: Limits) -> list[PolicyError]:
+    """Why the site does not train an adapter for itself."""
+    if not limits.personalize:
+        said = (
+            "this site makes no adapter of its own (limits.personalize); leave personalize out, or this site as it is"
+        )
+        return [PolicyError(said, code="personalize_off")]
+    if not plan.personalize.steps:
+        said = "the rounds are over, and the plan asks for no adapter of the site's own; set personalize.steps"
+        return [PolicyError(said, code="nothing_to_personalize")]
+    return []
 
 
 def _unwelcome(plan: TaskPlan, welcome: Welcome, who: Submitter) -> list[PolicyError]:

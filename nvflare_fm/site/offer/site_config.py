@@ -154,6 +154,10 @@ class Limits(Settings):
     max_weight: float = Field(
         1.0, gt=0, le=1, description="Largest share of the global adapter that this site wants to have, up to 1."
     )
+    personalize: bool = Field(
+        True,
+        description="false: where a job asks for it, no adapter of the site's own is trained after the last round.",
+    )
     pinned_only: bool = Field(False, description="true: a model without a fingerprint in this file is not used.")
     train_embeddings: bool = Field(
         False,
