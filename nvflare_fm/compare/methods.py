@@ -118,7 +118,7 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
 }
 METHODS = {
     OURS: Method(), "ours, head alone": HEAD_ALONE,
-    **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=0.5),
+    **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=1.0),
     **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
 }  # fmt: skip
 BASELINES = {
