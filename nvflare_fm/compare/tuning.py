@@ -1,8 +1,8 @@
 """Each method's learning rate, and where it is asked for that of its head, found by one rule on held-out training rows.
 
-All of a few rates first, with the head's factor at 1. Then, setting by setting, half or double the best value while it
-is at an end of those tried beside it: the head's factor at the best rate, then the rate at the best factor, until the
-best lies inside for both.
+All of a few rates first, with the head's factor at 1. Then half and double the best, where nothing so near was tried:
+first of the head's factor at the best rate, then of the rate at the best factor, until the best has neighbours on both
+sides in both.
 """
 
 import math
@@ -73,7 +73,7 @@ def tuned(study: Study, methods: Collection[str]) -> dict[str, Setting]:
 
 
 def beyond(scores: Mapping[Setting, float], study: Study, tunes_head: bool) -> list[Setting]:
-    """Half or double the best value of the first setting for which it is at an end of what was tried beside it.
+    """Half and double the best value of the first setting for which nothing so near was tried beside it.
 
     A score that cannot be bettered (an accuracy of 1) is at no end.
     """
@@ -89,7 +89,10 @@ def beyond(scores: Mapping[Setting, float], study: Study, tunes_head: bool) -> l
 
 
 def _outside(value: float, values: Collection[float]) -> list[float]:
-    return [value / 2] * (value == min(values)) + [value * 2] * (value == max(values))
+    """Half and double a value, unless something was tried in between."""
+    below = any(value / 2 <= other < value for other in values)
+    above = any(value < other <= value * 2 for other in values)
+    return [value / 2] * (not below) + [value * 2] * (not above)
 
 
 def next_settings(scores: Mapping[Setting, float], study: Study, tunes_head: bool = False) -> list[Setting]:
