@@ -64,7 +64,7 @@ def empty_study(folder: Path, **changed: Any) -> Study:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_every_method_and_baseline_runs_on_ones_own_folders(own: Study) -> None:
     own.plan["training"]["local_steps"] = 1
     for method in [*METHODS, *BASELINES]:
@@ -287,7 +287,7 @@ def test_a_setting_is_searched_for_until_the_best_is_at_no_end(
     assert {*beside} <= {*scores}
     assert all((score(best) <= score(at)) if lower else (score(best) >= score(at)) for at in beside)
     assert tunes_head or {at for _, at in scores} == {1.0}
-    assert not tuning.beyond(scores, study, tunes_head)
+    assert not any(tuning.beyond(scores, study, tunes_head))
 
 
 def test_a_search_ends_at_wide_bounds_and_where_nothing_is_better(own: Study) -> None:
@@ -296,7 +296,7 @@ def test_a_search_ends_at_wide_bounds_and_where_nothing_is_better(own: Study) ->
         scores |= {(rate, head): rate / 2 for rate, head in settings}
     rate, _ = tuning.best(scores, lower_is_better=False)
     assert tuning.RATE_BOUNDS[1] / 2 < rate <= tuning.RATE_BOUNDS[1]
-    assert tuning.beyond(scores, study, tunes_head=False)  # and the tables say so
+    assert any(tuning.beyond(scores, study, tunes_head=False))  # and the tables say so
     all_right = {(5e-3, 1.0): 1.0, (1e-2, 1.0): 0.9, (2e-2, 1.0): 0.8}
     assert tuning.next_settings(all_right, study, tunes_head=True) == []
     coarse = {(1e-3, 1.0): 0.1, (1e-2, 1.0): 0.3, (1e-1, 1.0): 0.2}
@@ -317,7 +317,7 @@ def test_a_method_chooses_of_its_own_trials_only(own: Study) -> None:
         "own, FlexLoRA at 0.005, seed 100",  # twice that has diverged
         "own, FlexLoRA at 0.01, head times 2, seed 100",
         "own, FlexLoRA at 0.01, head times 8, seed 100",
-    } - {"own, FlexLoRA at 0.01, head times 2, seed 100"}
+    }
     assert tuning.tried(replace(own, test_rows=3)) == {}
 
 

@@ -72,20 +72,18 @@ def tuned(study: Study, methods: Collection[str]) -> dict[str, Setting]:
     return {name: best(scores, study.lower_is_better) for name, scores in found.items() if scores}
 
 
-def beyond(scores: Mapping[Setting, float], study: Study, tunes_head: bool) -> list[Setting]:
-    """Half and double the best value of the first setting for which nothing so near was tried beside it.
+def beyond(scores: Mapping[Setting, float], study: Study, tunes_head: bool) -> list[list[Setting]]:
+    """Half and double the best value, where nothing so near was tried beside it: of the head's factor, then of the rate.
 
-    A score that cannot be bettered (an accuracy of 1) is at no end.
+    A score that cannot be bettered (an accuracy of 1) has nothing beyond.
     """
     found = best(scores, study.lower_is_better)
     if scores[found] == (0.0 if study.lower_is_better else 1.0):
         return []
     rate, head = found
-    if tunes_head:
-        heads = {other for at, other in scores if at == rate}
-        if missing := [(rate, value) for value in _outside(head, heads)]:
-            return missing
-    return [(value, head) for value in _outside(rate, {at for at, other in scores if other == head})]
+    heads = _outside(head, {other for at, other in scores if at == rate}) if tunes_head else []
+    rates = _outside(rate, {at for at, other in scores if other == head})
+    return [[(rate, value) for value in heads], [(value, head) for value in rates]]
 
 
 def _outside(value: float, values: Collection[float]) -> list[float]:
@@ -99,7 +97,8 @@ def next_settings(scores: Mapping[Setting, float], study: Study, tunes_head: boo
     """What a method is still to try: all of the first rates, then what lies beyond the best, within wide bounds."""
     if missing := [(rate, 1.0) for rate in study.rates if (rate, 1.0) not in scores]:
         return missing
-    return [setting for setting in beyond(scores, study, tunes_head) if _within(setting)]
+    left = ([setting for setting in side if _within(setting)] for side in beyond(scores, study, tunes_head))
+    return next(filter(None, left), [])
 
 
 def _within(setting: Setting) -> bool:
@@ -110,7 +109,9 @@ def at_end(study: Study, methods: Collection[str]) -> set[str]:
     """The methods whose best setting is at an end of what was tried, because it is at the bounds."""
     trials = tried(study)
     found = {name: of_method(name, trials) for name in methods}
-    return {name for name, scores in found.items() if scores and beyond(scores, study, _described(name).tunes_head)}
+    return {
+        name for name, scores in found.items() if scores and any(beyond(scores, study, _described(name).tunes_head))
+    }
 
 
 def tune_all(study: Study, methods: Sequence[str], cores: int) -> None:
