@@ -275,7 +275,7 @@ def test_a_setting_is_searched_for_until_the_best_is_at_no_end(
 
     def score(at: tuple[float, float]) -> float:
         x, y = math.log2(at[0] / rate), math.log2(at[1] / head)
-        return (1 if lower else -1) * (x * x + x * y / 2 + y * y)
+        return (1 if lower else -1) * (1 + x * x + x * y / 2 + y * y)
 
     scores = dict[tuple[float, float], float]()
     while settings := tuning.next_settings(scores, study, tunes_head):

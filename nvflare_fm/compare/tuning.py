@@ -73,7 +73,7 @@ def tuned(study: Study, methods: Collection[str]) -> dict[str, Setting]:
 
 
 def beyond(scores: Mapping[Setting, float], study: Study, tunes_head: bool) -> list[list[Setting]]:
-    """Half and double the best value, where nothing so near was tried beside it: of the head's factor, then of the rate.
+    """Half and double the best value, where nothing so near was tried: of the head's factor, then of the rate.
 
     A score that cannot be bettered (an accuracy of 1) has nothing beyond.
     """
