@@ -46,11 +46,11 @@ class SelfPruningWorker(Worker):
     rank is a whole one: it is rounded, and the next γ is of the number.
     """
 
-    exact_rank = 0.0  # before it is rounded; 0: not pruned yet
-
     def _job(self, task: RoundTask, trains: bool) -> Job:
         job = super()._job(task, trains)
         return replace(job, attachment=Penalised(job.attachment.method))
+
+    exact_rank = 0.0  # before it is rounded; 0: not pruned yet
 
     def train(self, task: RoundTask) -> AdapterUpdate:
         update, rank = super().train(task), self.overrides.rank or task.plan.rank
