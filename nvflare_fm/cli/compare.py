@@ -23,7 +23,8 @@ Rounds = Annotated[int, typer.Option(min=0, max=1000, help="rounds of every fede
 TestRows = Annotated[int, typer.Option(min=0, help="test rows scored at each site; 0: all (labels) or 50 (text)")]
 Rates = Annotated[str, typer.Option(help="learning rates that every method tries first, separated by commas")]
 Methods = Annotated[str, typer.Option(help="methods, separated by semicolons; unset: all that the docs compare")]
-Seeds = Annotated[int, typer.Option(min=1, max=1000, help="number of runs of each method, each with its own seed")]
+Seeds = Annotated[int, typer.Option(min=1, max=1000, help="number of runs of each method, each with its own seed "
+                                    "and, of public data split by chance, its own split")]  # fmt: skip
 Cores = Annotated[int, typer.Option(min=1, max=1024, help="number of runs at a time, one core each")]
 HERE = Path("runs/compare")
 
@@ -39,40 +40,42 @@ def run(
     test_rows: TestRows = 0,
     rates: Rates = "",
     methods: Methods = "",
-    seeds: Seeds = 3,
+    seeds: Seeds = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="the first seed; the others follow it")] = 0,
     cores: Cores = 2,
     output: Output = HERE,
 ) -> None:
     """Compare methods on one data set.
 
-    The command finds a learning rate for each method, runs the method from each seed, and prints the tables. If you
-    stop it, the next call continues.
+    The command says how long it takes, finds a learning rate for each method, runs the method from each seed, and
+    prints the tables. If you stop it, the next call continues.
 
     Public data sets: medquad-types, medquad-lm, and banking77-A, banking77lm-A, mts-A, mtslm-A, where A is the
     parameter of the Dirichlet distribution of labels over sites (0: sites are alike). Add `@random` to a name to use a
     base model with random weights, `@full` for all six layers of MiniLM.
     """
-    from ..compare.grid import runs
-    from ..compare.methods import COMPARED, methods_named
-    from ..compare.run import carry_out_all
+    from ..compare.grid import runs, work
+    from ..compare.methods import compared, methods_named
+    from ..compare.run import carry_out_all, duration
     from ..compare.study import Workspace
-    from ..compare.tuning import MOST_RATES, tune_all, tuned_on
+    from ..compare.tuning import tune_all, tuned_on
 
     workspace = Workspace.at(output)
-    asked = methods_named([part.strip() for part in methods.split(";") if part.strip()] or COMPARED)
     options = (folder, model, task, max_length, rounds, test_rows, rates)
+    named = methods_named(_listed(methods))
     data = _study(name, workspace, *options)
+    asked = named or compared(data.plan["task"])
     tuning_of = name if folder else tuned_on(name)
     tuned_with = data if tuning_of == name else _study(tuning_of, workspace, *options)
-    once = data.rounds * len(data.names)
+    numbers = range(first_seed, first_seed + seeds)
+    typer.echo(f"{name}: {len(data.names)} sites, {len(asked)} methods, {seeds} seeds. Timing a round of one site ...")
+    trials, left, seconds = work(tuned_with, {name: data}, {name: asked}, numbers)
     typer.echo(
-        f"{name}: {len(data.names)} sites, {len(asked)} methods. To tune: {len(data.rates)} to {MOST_RATES} rates "
-        f"each; then {seeds} seeds: {once * len(asked) * (len(data.rates) + seeds)} rounds of a site or more. "
-        "The bar tells how long they take."
+        f"About {trials} trials to tune and {left} runs: {duration(seconds / cores)} on {cores} cores, "
+        "longer where a search goes on."
     )
-    tune_all(tuned_with, tuning_of, asked, cores)
-    carry_out_all(runs(data, tuning_of, asked, range(first_seed, first_seed + seeds)), cores)
+    tune_all(tuned_with, asked, cores)
+    carry_out_all(runs(data, tuned_with, asked, numbers), cores)
     _show(data)
 
 
@@ -155,7 +158,7 @@ def report(
 
 
 @compare.command()
-def grid(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
+def grid(seeds: Seeds = 5, cores: Cores = 2, output: Output = HERE) -> None:
     """Run the documentation's comparison: hours.
 
     The most skewed data come first.
@@ -167,7 +170,7 @@ def grid(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
 
 
 @compare.command()
-def parts(seeds: Seeds = 3, cores: Cores = 2, output: Output = HERE) -> None:
+def parts(seeds: Seeds = 5, cores: Cores = 2, output: Output = HERE) -> None:
     """Run variants of our default, and slow sites.
 
     The variants change one part of the default, or train another method as the default does.

@@ -166,11 +166,16 @@ def request(row: RawRow) -> RawRow:
     }
 
 
-def split_by_label(name: str) -> Iterator[tuple[str, str, RawRow]]:
+def is_drawn(name: str) -> bool:
+    """Whether a data set's split over sites is drawn by chance."""
+    return bool(_SPLIT_BY_LABEL.fullmatch(name)) and float(name.split("-")[1]) > 0
+
+
+def split_by_label(name: str, seed: int = 0) -> Iterator[tuple[str, str, RawRow]]:
     """Spread banking77 or MTS-Dialog over sites by label: (site, split, row)."""
     kind, alpha = name.split("-")
     rows = banking77() if kind.startswith("banking77") else mts_dialog()
-    for site, split, row in dirichlet(rows, float(alpha)):
+    for site, split, row in dirichlet(rows, float(alpha), seed=seed):
         yield site, split, request(row) if kind.endswith("lm") else {"text": row["text"], "label": row["label"]}
 
 
@@ -180,9 +185,12 @@ def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, RawR
         yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)
 
 
-def write(name: str, out: Path, test_share: float = 0.2) -> Path:
+def write(name: str, out: Path, test_share: float = 0.2, seed: int = 0) -> Path:
     """Write the named data set to `out`, once. Rows keep their order in the source.
 
+    Args:
+        test_share: of the diseases of MedQuAD.
+        seed: of the split over sites, where that is drawn.
     Returns:
         `out`.
     Raises:
@@ -199,7 +207,7 @@ def write(name: str, out: Path, test_share: float = 0.2) -> Path:
         return out
     files: dict[Path, list[str]] = {}
     labels = set()
-    rows = split_medquad(name, test_share) if name in SETS else split_by_label(name)
+    rows = split_medquad(name, test_share) if name in SETS else split_by_label(name, seed)
     for site, split, record in rows:
         labels.add(record.get("label"))
         files.setdefault(out / site / f"{split}.jsonl", []).append(json.dumps(record))

@@ -37,6 +37,10 @@ class Method:
         personal: steps that each site trains on for itself after the last round, in multiples of those of all rounds.
         slow: rounds that every third site takes for one.
         waits: whether rounds wait for the slow sites, so that fewer fit into the same time.
+        codec: transforms of what travels, both ways.
+        at_our_bytes: whether all sites train at the one rank at which as many bytes travel as in ours.
+        tunes_head: whether the head's learning rate is sought too.
+        head_factor: times the head's learning rate.
     """
 
     aggregation: Aggregation = field(default_factory=Aggregation)
@@ -52,6 +56,10 @@ class Method:
     personal: float = 0.0
     slow: int = 1
     waits: bool = False
+    codec: tuple[str, ...] = ()
+    at_our_bytes: bool = False
+    tunes_head: bool = False
+    head_factor: float = 1.0
 
 
 PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
@@ -77,6 +85,29 @@ PEERS = {
 OWN_RATE = {  # a part of ours, and a peer whose sites train as ours do, each at a rate of its own
     "ours, the rule alone": Method(Aggregation(weigh=("examples",), step="plain"), training=PLAIN),
     "FedIT, rank 4, trained as ours": Method(Aggregation(merge="factor_mean"), rank=4),
+}
+OUR_HEAD, HEAD_RATE = "our head", "own head rate"
+
+
+def with_our_head(method: Method) -> Method:
+    """A method whose sites train the head as ours do."""
+    return replace(method, training={k: v for k, v in method.training.items() if k != "head_lr_ratio"})
+
+
+WITH_OUR_HEAD = {f"{name}, {OUR_HEAD}": with_our_head(method) for name, method in PEERS.items()}
+WITH_HEAD_RATE = {
+    f"{name}, {HEAD_RATE}": replace(method, tunes_head=True)
+    for name, method in {OURS: Method(), **PEERS}.items()
+}  # fmt: skip
+AT_BYTES_OF_OURS = {  # FedIT at more bytes than it has as published
+    "FedIT, bytes of ours": peer("factor_mean", at_our_bytes=True),
+    f"FedIT, bytes of ours, {OUR_HEAD}": with_our_head(peer("factor_mean", at_our_bytes=True)),
+    "FedIT, bytes of ours, trained as ours": Method(Aggregation(merge="factor_mean"), at_our_bytes=True),
+}
+FEWER_BYTES = {  # ours at those of FedIT and below; at the rates of ours
+    "ours, int8": Method(codec=("int8",)),
+    "ours, rank 4": Method(rank=4),
+    "ours, rank 4, int8": Method(rank=4, codec=("int8",)),
 }
 PARTS = {
     "ours, by examples": Method(Aggregation(weigh=("examples",))),
@@ -120,9 +151,11 @@ METHODS = {
     OURS: Method(), "ours, head alone": HEAD_ALONE,
     **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=1.0),
     **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    **WITH_OUR_HEAD, **WITH_HEAD_RATE, **AT_BYTES_OF_OURS, **FEWER_BYTES,
 }  # fmt: skip
 BASELINES = {
     "pooled": Method(training=PLAIN),
+    f"pooled, {HEAD_RATE}": Method(training=PLAIN, tunes_head=True),
     "alone": Method(),
     TOGETHER: Method(),
     "alone, head alone": HEAD_ALONE,
@@ -130,7 +163,21 @@ BASELINES = {
     **{f"alone, head alone, ε = {epsilon:g}": private(epsilon, HEAD_ALONE) for epsilon in EPSILONS},
 }
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
-AS_OURS = [AT_HOME, ITS_OWN, *PARTS, *PRECISIONS, *SLOW]  # at the rate of ours
+AS_OURS = [AT_HOME, ITS_OWN, *PARTS, *PRECISIONS, *SLOW, *FEWER_BYTES]  # at the rate of ours
+FAIR = {  # what each task is compared with besides, so that neither the head nor the bytes decide
+    "sequence_classification": [*WITH_OUR_HEAD, *WITH_HEAD_RATE, f"pooled, {HEAD_RATE}", *AT_BYTES_OF_OURS],
+    "causal_lm": [name for name in AT_BYTES_OF_OURS if OUR_HEAD not in name],
+}
+
+
+def compared(task: str) -> list[str]:
+    """The methods that the docs compare on a task."""
+    return [*COMPARED, "FedIT, rank 4, trained as ours", *FAIR[task], *FEWER_BYTES]
+
+
+def tuned_as(method: str) -> str:
+    """The method that a method's trials are trials of: one with a rate of its own for the head is no other method."""
+    return OURS if method in AS_OURS else method.removesuffix(f", {HEAD_RATE}")
 
 
 def is_lone(method: str) -> bool:

@@ -42,17 +42,21 @@ class ScaleBlindWorker(Worker):
 
 class SelfPruningWorker(Worker):
     """HetLoRA's rank self-pruning (arXiv:2401.06432, section 4): the last directions of a site, those from γ·r on, are
-    pulled to zero, and a site whose training made them smaller gives them up.
+    pulled to zero, and a site whose training made them smaller goes on at rank γ·r. That is a number like 1.98, and a
+    rank is a whole one: it is rounded, and the next γ is of the number.
     """
 
     def _job(self, task: RoundTask, trains: bool, sends: bool = True) -> Job:
         job = super()._job(task, trains, sends)
         return replace(job, attachment=Penalised(job.attachment.method))
 
+    exact_rank = 0.0  # before it is rounded; 0: not pruned yet
+
     def train(self, task: RoundTask) -> AdapterUpdate:
         update, rank = super().train(task), self.overrides.rank or task.plan.rank
         if task.adapter and _last(update.adapter.lora, rank) < _last(task.adapter.lora, rank):
-            self.overrides = self.overrides.model_copy(update={"rank": max(1, int(GAMMA * rank))})
+            self.exact_rank = GAMMA * (self.exact_rank or rank)
+            self.overrides = self.overrides.model_copy(update={"rank": max(1, round(self.exact_rank))})
         return update
 
 

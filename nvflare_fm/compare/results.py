@@ -10,7 +10,18 @@ from typing import Any
 from rich.table import Table
 
 from .bench import overall
-from .methods import ALONE, AT_HOME, METHODS, OURS, PEERS, is_lone
+from .methods import (
+    ALONE,
+    AT_BYTES_OF_OURS,
+    AT_HOME,
+    FEWER_BYTES,
+    METHODS,
+    OURS,
+    PEERS,
+    WITH_HEAD_RATE,
+    WITH_OUR_HEAD,
+    is_lone,
+)
 from .run import read_lines
 from .study import RANKS, Study
 
@@ -32,7 +43,22 @@ class Results:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return read_lines(self.study.results())
+        """The lines that can be compared with each other: of those that the last line was measured like."""
+        found = read_lines(self.study.results())
+        return [row for row in found if row.get("setup") == found[-1].get("setup")]
+
+    @cached_property
+    def sizes(self) -> dict[int, dict[str, dict[str, int]]]:
+        """seed → split → site → rows. Where the split is drawn, each seed has its own."""
+        seeds = {row["seed"]: self.study.at_seed(row["seed"]) for row in self.rows}
+        return {
+            seed: {split: {site: len(at.rows(site, split)) for site in at.names} for split in ("train", "test")}
+            for seed, at in seeds.items()
+        }
+
+    def scored(self, seed: int) -> dict[str, int]:
+        """site → test rows that its score is measured on."""
+        return {site: min(self.study.test_rows, rows) or rows for site, rows in self.sizes[seed]["test"].items()}
 
     @property
     def sign(self) -> int:
@@ -51,13 +77,12 @@ class Results:
                 lone.setdefault((row["method"], row["seed"]), {})[row["trained_at"]] = row
             else:
                 found.setdefault(row["method"], {})[row["seed"]] = row
-        rows = {site: self.study.scored_rows(self.study.folder / site / "test.jsonl") for site in self.study.names}
         for (method, seed), models in lone.items():
             at_home = {site: row["scores"][site] for site, row in models.items()}
             measured = next(iter(models.values()))["scores"]
             everywhere = {site: statistics.mean(row["scores"][site] for row in models.values()) for site in measured}
             for where, scores in (("at home", at_home), ("everywhere", everywhere)):
-                line = next(iter(models.values())) | {"scores": scores, "score": overall(scores, rows)}
+                line = next(iter(models.values())) | {"scores": scores, "score": overall(scores, self.scored(seed))}
                 found.setdefault(f"{method}, {where}", {})[seed] = line
         return dict(sorted(found.items(), key=lambda item: -self.sign * self._mean(item[1])))
 
@@ -70,9 +95,7 @@ class Results:
 
     def by_rows(self, method: str) -> list[float]:
         """The score where a site counts by all its test rows, not by those that were looked at."""
-        sizes = {site: len(self.study.rows(site, "test")) for site in self.study.names}
-        last = self.final[method].values()
-        return [sum(sizes[s] * row["scores"][s] for s in sizes) / sum(sizes.values()) for row in last]
+        return [overall(row["scores"], self.sizes[seed]["test"]) for seed, row in self.final[method].items()]
 
     def to_target(self, method: str) -> list[tuple[int, int]]:
         """(round, bytes) at which each seed first reaches the target, of the seeds that do."""
@@ -104,11 +127,15 @@ def verdict(differences: list[float]) -> str:
 
 
 def overview(studies: list[Study]) -> Table:
-    """A method a row, a study a column: its score, and whether it is told apart from ours."""
+    """A method a row, a study a column: its score, and whether it is told apart from ours. Every method that has been
+    measured in one of the studies.
+    """
     marks = {"tie": " (tie)", "better": " (better)", "worse": "", "?": ""}
     table = Table("method", *(f"{study.name}, {study.metric}" for study in studies))
     found = [Results(study) for study in studies]
-    for method in (OURS, *PEERS, ALONE, "pooled"):
+    asked = (*WITH_OUR_HEAD, *WITH_HEAD_RATE, *AT_BYTES_OF_OURS, *FEWER_BYTES)
+    besides = [method for method in asked if any(method in results.final for results in found)]
+    for method in (OURS, *PEERS, ALONE, "pooled", *besides):
         cells = []
         for results in found:
             scores = [row["score"] for row in results.final.get(method, {}).values()]
@@ -121,15 +148,16 @@ def overview(studies: list[Study]) -> Table:
 def compared(results: Results, against: str = OURS) -> Table:
     """Make the table of a study's methods, each compared with `against`."""
     table = Table(
-        *("method", "rate", "seeds", results.study.metric, "worst site", "by rows", "to target: rounds", "MB"),
-        *(f"better than {against} by", ""),
+        *("method", "rate", "rank sum", "MB up", "MB down", "seeds", results.study.metric, "worst site", "by rows"),
+        *("to target: rounds", "MB", f"better than {against} by", ""),
         title=results.study.name,
     )
     for method, by_seed in results.final.items():
         reached, paired = results.to_target(method), results.paired(method, against)
         table.add_row(
             method,
-            f"{next(iter(by_seed.values()))['rate']:g}",
+            setting(next(iter(by_seed.values()))),
+            *budget([*by_seed.values()]),
             str(len(by_seed)),
             spread([row["score"] for row in by_seed.values()]),
             spread(results.worst(method)),
@@ -141,19 +169,43 @@ def compared(results: Results, against: str = OURS) -> Table:
     return table
 
 
+def setting(line: dict[str, Any]) -> str:
+    """Write what a method was tuned to."""
+    head = f", head × {line['head']:g}" if line.get("head", 1) != 1 else ""
+    return f"{line['rate']:g}{head}" + (" (at the bounds)" if line.get("at_end") else "")
+
+
+def budget(lines: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """Write the sum of the sites' ranks, and the MB that all of them send and receive in a run; – where nothing is sent
+    in rounds.
+    """
+    ways = [[line[way] / 1e6 for line in lines if way in line] for way in ("bytes_up", "bytes_down")]
+    up, down = (f"{statistics.mean(way):.1f}" if way else "–" for way in ways)
+    return str(lines[0].get("rank_sum") or "–"), up, down
+
+
 def homes(results: Results) -> Table:
-    """Each site alone against the federation, at home and on all sites' rows, the smallest site first."""
-    everywhere = [row for row in results.rows if row["method"] == "alone"]
-    homes = [list(results.final.get(method, {}).values()) for method in (ALONE, OURS, AT_HOME)]
-    sizes = {site: len(results.study.rows(site, "train")) for site in results.study.names}
+    """Each site alone against the federation, at home and on all sites' rows, the smallest site first. Where each seed
+    has its own split, sites are known by their place in that order, and their rows are a mean.
+    """
+    order = {
+        seed: sorted(sizes["train"], key=lambda site: sizes["train"][site]) for seed, sizes in results.sizes.items()
+    }
+    alone = {(row["seed"], row["trained_at"]): row["score"] for row in results.rows if row["method"] == "alone"}
     heads = (ALONE, f"{OURS}, at home", AT_HOME, "alone, everywhere")
     table = Table("site", "training rows", *heads, title=results.study.name)
-    for site in sorted(sizes, key=lambda s: sizes[s]):
+    for place in range(max(map(len, order.values()), default=0)):
+        sites = {seed: names[place] for seed, names in order.items() if place < len(names)}
+        rows = statistics.mean(results.sizes[seed]["train"][site] for seed, site in sites.items())
+        scores = [
+            [row["scores"][sites[seed]] for seed, row in results.final.get(method, {}).items() if seed in sites]
+            for method in (ALONE, OURS, AT_HOME)
+        ]
         table.add_row(
-            site,
-            str(sizes[site]),
-            *(spread([row["scores"][site] for row in rows]) for rows in homes),
-            spread([row["score"] for row in everywhere if row["trained_at"] == site]),
+            *({*sites.values()} if len({*sites.values()}) == 1 else [f"smallest {place + 1}"]),
+            f"{rows:.0f}",
+            *map(spread, scores),
+            spread([alone[at] for at in sites.items() if at in alone]),
         )
     return table
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from queue import Empty
@@ -16,12 +16,16 @@ from typing import Any, Protocol
 import torch
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..adapter import RoundTask
 from ..cli.terminal import console
+from ..errors import FmError
 from .bench import POINTS, Bench, baseline, federated, overall, silent
-from .methods import BASELINES, METHODS
+from .methods import BASELINES, METHODS, Method
 from .study import Study, json_lines
 
 Line = dict[str, Any]
+Setting = tuple[float, float]  # a learning rate, and the factor of the head's
+DIVERGED = ("diverged", "not_finite")  # codes of errors
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Run:
 
     Args:
         tuning_of: name of the study for which a learning rate is sought, on held-out training rows; empty: none.
+        head: factor of the head's learning rate.
+        at_end: whether that setting is at an end of those tried, so that a better one may lie beyond.
     """
 
     study: Study
@@ -37,6 +43,12 @@ class Run:
     rate: float
     seed: int
     tuning_of: str = ""
+    head: float = 1.0
+    at_end: bool = False
+
+    @property
+    def asked(self) -> Method:
+        return replace((METHODS | BASELINES)[self.method], head_factor=self.head)
 
     @property
     def file(self) -> Path:
@@ -51,22 +63,21 @@ class Run:
     def digest(self) -> str:
         """Of the configuration that its lines depend on: plan, method, rows."""
         bench = Bench(self.study, self.rate, bool(self.tuning_of))
-        return bench.digest((METHODS | BASELINES)[self.method], self.seed)
+        return bench.digest(self.asked, self.seed)
 
     @property
     def title(self) -> str:
         """What it is, in a log."""
-        return f"{self.study.name}, {self.method} at {self.rate:g}, seed {self.seed}"
+        head = f", head times {self.head:g}" if self.head != 1 else ""
+        return f"{self.study.name}, {self.method} at {self.rate:g}{head}, seed {self.seed}"
 
     def carry_out(self, tick: Any = silent) -> tuple[list[Line], float]:
         """See `carry_out`."""
         return carry_out(self, tick)
 
     def done(self) -> bool:
-        """Whether the results have it. A line without a digest is one of an earlier version, and stands."""
-        mine = (self.method, self.seed, self.rate)
-        found = [row for row in read_lines(self.file) if (row["method"], row["seed"], row["rate"]) == mine]
-        return any(row.get("digest", self.digest) == self.digest for row in found)
+        """Whether the results have it."""
+        return any(row["method"] == self.method and row.get("digest") == self.digest for row in read_lines(self.file))
 
 
 def read_lines(file: Path) -> list[Line]:
@@ -84,11 +95,17 @@ def carry_out(run: Run, tick: Any = silent) -> tuple[list[Line], float]:
     """
     torch.set_num_threads(1)
     began, bench = time.monotonic(), Bench(run.study, run.rate, bool(run.tuning_of), tick)
-    if run.method in BASELINES:
-        found = list(baseline(bench, run.method, run.seed))
-    else:
-        found = list(federated(bench, METHODS[run.method], run.seed, 1 if run.tuning_of else POINTS))
-    who = {"method": run.method, "seed": run.seed, "rate": run.rate, "digest": run.digest}
+    who = {"method": run.method, "seed": run.seed, "rate": run.rate, "head": run.head, "digest": run.digest}
+    who |= {"setup": run.study.setup} | ({"at_end": True} if run.at_end else {})
+    try:
+        if run.method in BASELINES:
+            found = list(baseline(bench, run.method, run.asked, run.seed))
+        else:
+            found = list(federated(bench, run.asked, run.seed, 1 if run.tuning_of else POINTS))
+    except FmError as error:
+        if not run.tuning_of or error.code not in DIVERGED:
+            raise
+        return [{**who, "score": None, "stopped": error.code}], time.monotonic() - began  # a rate that is too high
     told = [rounded({**who, "score": overall(row["scores"], bench.rows), **row}) for row in found]
     return told, time.monotonic() - began
 
@@ -99,6 +116,33 @@ def rounded(row: Line) -> Line:
         "score": round(row["score"], 5),
         "scores": {site: round(score, 5) for site, score in row["scores"].items()},
     }
+
+
+def seconds_per_round(study: Study) -> float:
+    """Measure how long a site's round takes, its share of the scoring included: one site trains twice, and the first
+    time, which loads the base model and reads the rows, is not counted.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bench, method = Bench(study, study.rates[0]), Method()
+        worker = bench.workers(method)[study.names[len(study.names) // 2]]
+        task = RoundTask(bench.settled(method))
+        update = worker.train(task)
+        began = time.monotonic()
+        worker.train(task)
+        trained = time.monotonic()
+        worker.validate(RoundTask(task.plan, update.adapter, update.manifest))
+        return trained - began + (time.monotonic() - trained) * min(1.0, POINTS / study.rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def duration(seconds: float) -> str:
+    """A length of time, as one says it."""
+    if seconds < 90 * 60:
+        return f"{max(1, round(seconds / 60))} minutes" if seconds > 90 else "a minute or two"
+    return f"{seconds / 3600:.1f} hours"
 
 
 class Doable(Protocol):
@@ -144,7 +188,7 @@ def carry_out_all(runs: Sequence[Doable], cores: int) -> None:
             for future in as_completed(running):
                 run, (rows, seconds) = running[future], future.result()
                 write(run, rows)
-                scores = " ".join(f"{row['score']:.4f}" for row in rows)
+                scores = " ".join("diverged" if row["score"] is None else f"{row['score']:.4f}" for row in rows)
                 progress.console.log(f"{run.title}: {scores} in {seconds:.0f} s")
         except BaseException:
             pool.shutdown(cancel_futures=True)

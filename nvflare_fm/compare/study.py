@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class Study:
         rounds: of every federation.
         test_rows: of each site, drawn once and for all, that a score is measured on; 0: all.
         rates: learning rates that every method tries first.
+        source: the public data set that the rows are of; empty: one's own rows.
     """
 
     name: str
@@ -85,6 +86,24 @@ class Study:
     test_rows: int
     rates: tuple[float, ...] = RATES
     lower_is_better: bool = False
+    source: str = ""
+
+    def at_seed(self, seed: int) -> "Study":
+        """The study as runs from `seed` see it. A split over sites that is drawn by chance is drawn anew for each seed,
+        so that scores spread as much as they do over splits.
+        """
+        if not data_sets.is_drawn(self.source):
+            return self
+        folder = self.workspace.root / "data" / f"{self.source}-seed-{seed}"
+        return replace(self, folder=data_sets.write(self.source, folder, seed=seed))
+
+    @cached_property
+    def setup(self) -> str:
+        """Which lines of results can be compared with each other: a digest of all that is the same for all methods and
+        seeds, in hexadecimal.
+        """
+        parts = [self.plan, self.rounds, self.test_rows, self.model.name, self.source or self.digest]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def names(self) -> list[str]:
@@ -174,6 +193,7 @@ def study(
         test_rows or usual.test_rows,
         tuple(rates) or RATES,
         usual.lower_is_better,
+        "" if folder else source,
     )
 
 

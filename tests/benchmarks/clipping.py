@@ -18,8 +18,9 @@ from nvflare_fm.adapter import Adapter
 from nvflare_fm.aggregation.cohort import Cohort
 from nvflare_fm.compare.bench import Bench
 from nvflare_fm.compare.methods import METHODS, OURS
+from nvflare_fm.compare.run import read_lines
 from nvflare_fm.compare.study import Workspace, study
-from nvflare_fm.compare.tuning import tuned, tuned_on
+from nvflare_fm.compare.tuning import best, tuned_on
 
 
 def main(
@@ -28,7 +29,9 @@ def main(
     torch.set_num_threads(1)
     for name in names:
         data = study(name, Workspace(Path("runs/compare"), Path(__file__).parent / "results"))
-        bench = Bench(data, tuned(data, tuned_on(name))[method] * rate_times)
+        tried = [line for line in read_lines(data.results(tuned_on(name))) if line["method"] == method]
+        rate, _ = best({(line["rate"], 1.0): line["score"] for line in tried}, data.lower_is_better)
+        bench = Bench(data, rate * rate_times)
         if epochs:
             training = bench.plan.training.model_copy(update={"local_steps": 0, "local_epochs": epochs})
             bench.plan = bench.plan.model_copy(update={"training": training})

@@ -24,8 +24,8 @@ BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def study(name: str) -> Study:
-    """With the test rows on which the lines in `results` were measured."""
-    found = prepared(name, WORKSPACE)
+    """With the test rows, and the one split for all seeds, on which the lines in `results` were measured."""
+    found = replace(prepared(name, WORKSPACE), source="")
     return found if found.test_rows else replace(found, test_rows=100)
 
 
@@ -45,10 +45,18 @@ def parts(name: str) -> Table:
     return _only(compared(results), {OURS} | others)
 
 
+UNKNOWN = (
+    "rank sum",
+    "MB up",
+    "MB down",
+)  # of the lines in `results`: they charge some peers for what they need not send
+
+
 def _only(table: Table, methods: Collection[str]) -> Table:
-    """The rows of `methods`."""
-    found = Table(*(column.header for column in table.columns))
-    for row in zip(*(column.cells for column in table.columns), strict=True):
+    """The rows of `methods`, without the columns that are not known."""
+    columns = [column for column in table.columns if column.header not in UNKNOWN]
+    found = Table(*(column.header for column in columns))
+    for row in zip(*(column.cells for column in columns), strict=True):
         if row[0] in methods:
             found.add_row(*row)
     return found
