@@ -319,6 +319,20 @@ def test_a_setting_is_searched_for_until_the_best_is_at_no_end(
     assert not any(tuning.beyond(scores, study, tunes_head))
 
 
+def test_a_single_rate_is_taken_as_it_is(own: Study) -> None:
+    alone = replace(own, rates=(3e-3,))
+    assert tuning.next_settings({}, alone) == []
+    assert tuning.tuned(alone, ["ours", "FedIT, rank 4"]) == {"ours": (3e-3, 1.0), "FedIT, rank 4": (3e-3, 1.0)}
+
+
+def test_private_methods_are_for_text_too(own: Study) -> None:
+    writing = replace(own, plan={"task": "causal_lm", "training": {"local_steps": 1}})
+    for name in ("ours, ε = 8", "alone, ε = 1", "FFA-LoRA, rank 4, ε = 3"):
+        plan = Bench(writing, 1e-3).settled((METHODS | BASELINES)[name])
+        assert plan.privacy.asked
+        assert not plan.training.head_lr_ratio
+
+
 def test_a_search_ends_at_wide_bounds_and_where_nothing_is_better(own: Study) -> None:
     study, scores = replace(own, rates=FIRST), dict[tuple[float, float], float]()
     while settings := tuning.next_settings(scores, study):
@@ -342,7 +356,7 @@ def test_a_method_chooses_of_its_own_trials_only(own: Study) -> None:
     write(trial, [{"method": "FlexLoRA", "rate": 4e-2, "score": 0.9, **more} for more in ({}, {"digest": "other"})])
     both = ["FlexLoRA", "FlexLoRA, own head rate", "FedIT, rank 4"]
     assert tuning.tuned(own, both) == {"FlexLoRA": (1e-2, 1.0), "FlexLoRA, own head rate": (1e-2, 4.0)}
-    assert {run.title for run in tuning.trials_left(replace(own, rates=(1e-2,)), both[:2])} == {
+    assert {run.title for run in tuning.trials_left(replace(own, rates=(1e-2, 2e-2)), both[:2])} == {
         "own, FlexLoRA at 0.005, seed 100",  # twice that has diverged
         "own, FlexLoRA at 0.01, head times 2, seed 100",
         "own, FlexLoRA at 0.01, head times 8, seed 100",

@@ -21,7 +21,8 @@ TaskName = Annotated[str, typer.Option("--task", help="needed if rows have both 
 MaxLength = Annotated[int, typer.Option(min=0, help="tokens at which a text is cut; 0: 64 (labels) or 128 (text)")]
 Rounds = Annotated[int, typer.Option(min=0, max=1000, help="rounds of every federation; 0: 20 (labels) or 10 (text)")]
 TestRows = Annotated[int, typer.Option(min=0, help="test rows scored at each site; 0: all (labels) or 50 (text)")]
-Rates = Annotated[str, typer.Option(help="learning rates that every method tries first, separated by commas")]
+Rates = Annotated[str, typer.Option(help="learning rates that every method tries first, separated by commas; one alone "
+                                         "is taken as it is")]  # fmt: skip
 Methods = Annotated[str, typer.Option(help="methods, separated by semicolons; unset: all that the docs compare")]
 Seeds = Annotated[int, typer.Option(min=1, max=1000, help="number of runs of each method, each with its own seed "
                                     "and, of public data split by chance, its own split")]  # fmt: skip

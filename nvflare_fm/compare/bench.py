@@ -18,6 +18,7 @@ from ..aggregation.combine import combine
 from ..algebra.lora import svd
 from ..config import PrivacySettings, RoundPlan, Rule, SiteOverrides, TaskPlan
 from ..job.settle import SettledPlan, settle
+from ..job.tasks import promises
 from ..simulate import SimulatedRound, federate, train_alone
 from ..site.data.loading import SiteData
 from ..site.model import base_model
@@ -130,7 +131,9 @@ class Bench:
         rank = max(self.ranks(method))
         alpha = method.alpha(rank) if method.alpha else ALPHA
         peft = method.peft or {"method": "lora", "rank": rank, "use_rslora": not method.alpha, "lora_alpha": alpha}
-        training = self.plan.training.model_copy(update=method.training)
+        # who writes text has no new head
+        none = {"head_lr_ratio": None} if promises(self.plan.task).learns_text else {}
+        training = self.plan.training.model_copy(update={**method.training, **none})
         privacy = PrivacySettings.read(method.privacy, "method")
         asked = self.plan.model_copy(
             update={

@@ -1,8 +1,8 @@
 """Each method's learning rate, and where it is asked for that of its head, found by one rule on held-out training rows.
 
-All of a few rates first, with the head's factor at 1. Then half and double the best, where nothing so near was tried:
-first of the head's factor at the best rate, then of the rate at the best factor, until the best has neighbours on both
-sides in both.
+A single rate is taken as it is. Otherwise all of a few rates first, with the head's factor at 1. Then half and double
+the best, where nothing so near was tried: first of the head's factor at the best rate, then of the rate at the best
+factor, until the best has neighbours on both sides in both.
 """
 
 import math
@@ -67,6 +67,8 @@ def _described(name: str) -> Method:
 
 def tuned(study: Study, methods: Collection[str]) -> dict[str, Setting]:
     """The best setting of each of `methods` that has been tried; those that train as ours does take its rate."""
+    if len(study.rates) == 1:
+        return dict.fromkeys(methods, (study.rates[0], 1.0))
     trials = tried(study)
     found = {name: of_method(name, trials) for name in methods}
     return {name: best(scores, study.lower_is_better) for name, scores in found.items() if scores}
@@ -95,6 +97,8 @@ def _outside(value: float, values: Collection[float]) -> list[float]:
 
 def next_settings(scores: Mapping[Setting, float], study: Study, tunes_head: bool = False) -> list[Setting]:
     """What a method is still to try: all of the first rates, then what lies beyond the best, within wide bounds."""
+    if len(study.rates) == 1:
+        return []
     if missing := [(rate, 1.0) for rate in study.rates if (rate, 1.0) not in scores]:
         return missing
     left = ([setting for setting in side if _within(setting)] for side in beyond(scores, study, tunes_head))
