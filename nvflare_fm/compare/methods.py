@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import Aggregation, Quantization
 from ..errors import ConfigError
+from ..job.tasks import promises
 from ..registry import nearest
 from ..site.worker import Worker
 from . import peers
@@ -164,15 +165,15 @@ BASELINES = {
 }
 COMPARED = [OURS, *PEERS, "pooled", "alone"]
 AS_OURS = [AT_HOME, ITS_OWN, *PARTS, *PRECISIONS, *SLOW, *FEWER_BYTES]  # at the rate of ours
-FAIR = {  # what each task is compared with besides, so that neither the head nor the bytes decide
-    "sequence_classification": [*WITH_OUR_HEAD, *WITH_HEAD_RATE, f"pooled, {HEAD_RATE}", *AT_BYTES_OF_OURS],
-    "causal_lm": [name for name in AT_BYTES_OF_OURS if OUR_HEAD not in name],
+FAIR = {  # whether text is written → what is compared besides, so that neither the head nor the bytes decide
+    False: [*WITH_OUR_HEAD, *WITH_HEAD_RATE, f"pooled, {HEAD_RATE}", *AT_BYTES_OF_OURS],
+    True: [name for name in AT_BYTES_OF_OURS if OUR_HEAD not in name],
 }
 
 
 def compared(task: str) -> list[str]:
     """The methods that the docs compare on a task."""
-    return [*COMPARED, "FedIT, rank 4, trained as ours", *FAIR[task], *FEWER_BYTES]
+    return [*COMPARED, "FedIT, rank 4, trained as ours", *FAIR[promises(task).learns_text], *FEWER_BYTES]
 
 
 def tuned_as(method: str) -> str:

@@ -305,7 +305,11 @@ def write_nothing() -> FLModel:
 
 def says_nothing(model: FLModel) -> bool:
     """Whether a message is one of `write_nothing`."""
-    return not (model.params or model.metrics) and set(_content(model.meta, "the site's trainer")) == {"version"}
+    try:
+        content = _content(model.meta, "the site's trainer")
+    except WireError:  # whose words are the sender's
+        return False
+    return not (model.params or model.metrics) and set(content) == {"version"}
 
 
 def read_metrics(model: FLModel, site: str) -> dict[str, float]:

@@ -159,7 +159,7 @@ def test_every_task_has_canaries_that_are_trained_on_as_their_coins_say(
     count = len(before.different[0])
     assert list(after.different[0])[:count] == list(before.different[0])
     assert len(after.different[0]) == count + included
-    assert after.contents[1] == before.contents[1]
+    assert sorted(after.contents[1]) == sorted(before.contents[1])
     assert after.bad_rows == 0
     if len(before.different[1]) >= 10:
         found = audit(with_canaries, untrained(plain, plan, tmp_path / "adapter"))
