@@ -466,8 +466,9 @@ class Aggregation(Settings):
     max_weight: float = Field(1.0, gt=0, le=1, description="Largest share that one site may have, up to 1.")
     guard: Rules | None = Field(
         None,
-        description="Guards that limit changes far from those of the other sites; []: none; unset: by rule. Unset is "
-        "clip_norm, and none where the server may not look: encrypted uplinks and client_privacy.",
+        description="Guards that limit changes far from those of the other sites; []: none; unset: by job. Unset is "
+        "clip_norm, and with it geometric_median (mix = nnm, near = 1.5) where the rule adds up what all sites changed "
+        "in as many steps. It is none where the server may not look: encrypted uplinks and client_privacy.",
         examples=[["clip_norm"]],
     )
     normalize_steps: bool = Field(

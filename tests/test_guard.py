@@ -14,8 +14,9 @@ from nvflare_fm.aggregation.combine import Combined, combine
 from nvflare_fm.aggregation.guard import Verdict, judge, registry
 from nvflare_fm.aggregation.late import rebased
 from nvflare_fm.algebra.lora import head, stack
-from nvflare_fm.config import Aggregation
+from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import ConfigError, WireError
+from nvflare_fm.job.settle import settle
 from nvflare_fm.record.reason import Reason
 from tests.codes import refused
 from tests.strategies import MANIFEST, SINGLE, close, identical, make_pair, update
@@ -206,3 +207,39 @@ def test_an_unknown_guard_and_a_setting_out_of_range_are_refused_by_name():
         judge(["clip_norms"], Cohort([]))
     with refused("wrong_setting", ConfigError, "clip_norm", "most"):
         judge([{"rule": "clip_norm", "most": 0.5}], Cohort([]))
+
+
+LENGTHS, PLACES = ["clip_norm"], ["clip_norm", {"rule": "geometric_median", "mix": "nnm", "near": 1.5}]
+
+
+@pytest.mark.parametrize(
+    ("plan", "how", "usual"),
+    [
+        ({}, {}, PLACES),
+        ({"peft": {"method": "ia3"}}, {}, PLACES),
+        ({}, {"merge": "freeze_a"}, PLACES),
+        ({}, {"merge": "factor_mean"}, LENGTHS),
+        ({}, {"merge": "share_a"}, LENGTHS),
+        ({"training": {"local_steps": 0}}, {}, LENGTHS),
+        ({"negotiable": ["local_steps"]}, {}, LENGTHS),
+        ({}, {"normalize_steps": True}, LENGTHS),
+        ({}, {"max_staleness": 1}, LENGTHS),
+        ({"privacy": {"epsilon": 8, "delta": 1e-5}}, {}, LENGTHS),
+        ({"uplink": ["ckks"], "downlink": []}, {"merge": "freeze_a"}, []),
+    ],
+)
+def test_the_guard_a_job_leaves_open_compares_places_where_honest_sites_do_the_same_work(plan, how, usual):
+    asked = RoundPlan.read(plan, "plan"), Aggregation.read(how, "aggregation")
+    assert list(settle(*asked).aggregation.guard) == usual
+    assert settle(asked[0], asked[1].model_copy(update={"guard": ()})).aggregation.guard == ()
+    own = settle(*asked, {"north": SiteOverrides(local_steps=3)}).aggregation.guard
+    assert list(own) == (LENGTHS if usual else [])
+
+
+def test_by_default_one_of_five_that_sends_the_opposite_is_left_out_and_nobody_where_all_are_honest():
+    how = settle(RoundPlan(), Aggregation(step="plain")).aggregation
+    honest = [moved(f"s{place}", BEGAN, 1.0, 7, dense=1.0) for place in range(4)]
+    bad = moved("bad", BEGAN, -3.0, 7, dense=-3.0)
+    result = combine(BEGAN, MANIFEST, [*honest, bad], how, 3)
+    assert (list(result.refused), result.weights["s0"]) == (["bad"], pytest.approx(0.25))
+    assert not combine(BEGAN, MANIFEST, honest, how, 3).guarded

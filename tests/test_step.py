@@ -144,8 +144,8 @@ def test_an_unknown_setting_of_a_step_is_refused_with_the_nearest():
 )
 def test_the_step_a_job_leaves_open_follows_from_its_task_and_rule(task, merge, usual):
     labels = () if task == "causal_lm" else ("a", "b")
-    how = settle(RoundPlan(task=task, labels=labels), Aggregation(merge=merge)).aggregation
-    assert how == Aggregation(merge=merge, step=usual, guard=("clip_norm",))
+    how = settle(RoundPlan(task=task, labels=labels), Aggregation(merge=merge, guard=())).aggregation
+    assert how == Aggregation(merge=merge, step=usual, guard=())
     assert (combine(Adapter(), None, sites(1, 2, 3), how, 3).step_size > 1) == (usual == "fedexp")
 
 

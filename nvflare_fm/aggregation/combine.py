@@ -81,7 +81,7 @@ def combine(
         raise nothing_left(refused)
     accepted, kept_down = held([rebased(update, state, rule.rest) for update in accepted], weighed_by(aggregation))
     asked = aggregation.step or "plain"  # a settled plan names one, and the guards
-    guards = guard.usual(unseen=False) if aggregation.guard is None else aggregation.guard
+    guards = guard.usual(unseen=False, alike=False) if aggregation.guard is None else aggregation.guard
     aggregation = aggregation.model_copy(update={"guard": guards})
     everyone = Cohort(accepted, state, rule.rest, (needed(aggregation) | step.registry.needs([asked])).reads)
     verdicts = guard.judge(guards, everyone)

@@ -68,7 +68,8 @@ PLAIN: dict[str, Any] = {"head_lr_ratio": 0.0}
 
 def peer(merge: str, *weigh: str, **more: Any) -> Method:
     """Describe a method of others, whose sites train as usual."""
-    return Method(Aggregation(merge=merge, weigh=weigh or ("examples",), step="plain"), training=PLAIN, **more)
+    aggregation = Aggregation(merge=merge, weigh=weigh or ("examples",), step="plain", guard=())
+    return Method(aggregation, training=PLAIN, **more)
 
 
 PEERS = {
@@ -145,7 +146,7 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
         OURS: Method(),
         "ours, head alone": HEAD_ALONE,
         "ours, A frozen, rank 4": Method(Aggregation(merge="freeze_a"), rank=4),
-        "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain"), training=PLAIN, rank=4),
+        "FFA-LoRA, rank 4": Method(Aggregation(merge="freeze_a", step="plain", guard=()), training=PLAIN, rank=4),
     }.items()
 }
 METHODS = {

@@ -103,7 +103,8 @@ def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOv
     check_training(method, plan.training)
     encrypts = transforms.read(plan.uplink, "uplink").encrypts
     if aggregation.guard is None:
-        guards = guard.usual(unseen=encrypts or aggregation.client_privacy.asked)
+        unseen = encrypts or aggregation.client_privacy.asked
+        guards = guard.usual(unseen, _alike(plan, aggregation, rule, method, sites))
         aggregation = aggregation.model_copy(update={"guard": guards})
     needs = needed(aggregation)  # unknown names and settings are refused here, before a round is lost
     transforms.read(plan.downlink, "downlink")
@@ -138,6 +139,22 @@ def _check_one_rank(rank: int, sites: Mapping[str, SiteOverrides], needing: str)
                 + ("leave use_dora out" if needing == "DoRA" else "use exact"),
                 code="one_rank",
             )
+
+
+def _alike(
+    plan: RoundPlan,
+    aggregation: Aggregation,
+    rule: MergeRule,
+    method: PeftMethod,
+    sites: Mapping[str, SiteOverrides],
+) -> bool:
+    """Whether honest sites' changes differ by their rows and ranks alone, and the rule adds them up. A site that takes
+    more steps than others, adds more noise, or started from an older adapter may lie far off and yet be honest.
+    """
+    sums = rule.sums or not method.factored
+    steps = plan.training.local_steps and not any(asked.local_steps for asked in sites.values())
+    vary = "local_steps" in plan.negotiable or aggregation.normalize_steps or aggregation.max_staleness
+    return bool(sums and steps and not vary and not plan.privacy.asked)
 
 
 def _step(plan: RoundPlan, aggregation: Aggregation, rule: MergeRule, method: PeftMethod) -> Rule:

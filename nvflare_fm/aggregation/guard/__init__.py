@@ -11,13 +11,20 @@ Guard = Callable[..., Mapping[str, Verdict]]
 registry: RuleRegistry[Guard] = RuleRegistry("guard", __name__)
 
 
-def usual(unseen: bool) -> tuple[Rule, ...]:
+NEAR = 1.5  # spares honest sites that differ: all of banking77's at α = 0.1, all but one of MedQuAD's institutes
+
+
+def usual(unseen: bool, alike: bool) -> tuple[Rule, ...]:
     """Choose the guards of a job that names none.
 
     Args:
         unseen: whether the server may not compare what sites send.
+        alike: whether the job asks the same work of all sites and adds up what they change, so that a change that lies
+            far from the others is not what was asked.
     """
-    return () if unseen else ("clip_norm",)
+    if unseen:
+        return ()
+    return ("clip_norm", {"rule": "geometric_median", "mix": "nnm", "near": NEAR}) if alike else ("clip_norm",)
 
 
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:
