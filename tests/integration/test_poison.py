@@ -17,14 +17,13 @@ from tests.site import tiny
 from .federation import PLAN, Federation, offers
 
 HONEST, ROUNDS = ["alder", "birch", "cedar", "drift"], 4
-GUARD = "multi_krum"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_who_sends_poison_is_named_and_the_result_is_as_good_as_without_it(tmp_path: Path) -> None:
     sites = offers(tmp_path, tiny.save(tmp_path / "model"), [*HONEST, "mallory"])
-    recipe = FedPEFTRecipe("poisoned", num_rounds=ROUNDS, min_sites=4, guard=[GUARD], **PLAN)
+    recipe = FedPEFTRecipe("poisoned", num_rounds=ROUNDS, min_sites=4, **PLAN)
     run, here = Federation(recipe, sites, tmp_path / "runs"), Path(__file__).parent
     with pytest.MonkeyPatch.context() as patch:
         given = os.environ.get("PYTHONPATH", "")
