@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nvflare_fm.demo import report
+from nvflare_fm.demo import notes, report
 from nvflare_fm.demo.generator import FOLDER, STYLES, findings, generate
-from nvflare_fm.demo.picture import _apart, draw
+from nvflare_fm.demo.picture import Panel, _apart, draw
 from nvflare_fm.demo.trial import Trial, read_sites
 from nvflare_fm.errors import DataError
 from nvflare_fm.record.round import Round
@@ -31,7 +31,7 @@ def folder(root: Path, sites: dict[str, list[object]]) -> Path:
 
 
 def trial(root: Path) -> Trial:
-    return Trial(read_sites(root), root, root)
+    return notes.prepare(root, root / ".out", rounds=1, steps=1, seed=0)
 
 
 def test_the_same_seed_makes_the_same_notes_and_another_seed_others(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_row_that_cannot_be_used_is_named_by_site_file_and_line(
     tmp_path: Path, lines: list[object], code: str
 ) -> None:
     with refused(code, DataError) as error:
-        _ = trial(folder(tmp_path, {"north": list(GOOD), "south": lines})).labels
+        trial(folder(tmp_path, {"north": list(GOOD), "south": lines}))
     where = ["'south'", "train.jsonl", *(["line 3"] if lines else [])]
     assert all(name in error.value.message for name in where), error.value.message
     assert error.value.message.count(f"[{code}]") == 1
@@ -99,7 +99,7 @@ def test_a_missing_file_says_what_a_site_needs(tmp_path: Path) -> None:
     sites = folder(tmp_path, {"north": list(GOOD), "south": list(GOOD)})
     (sites / "south" / "test.jsonl").unlink()
     with refused("no_data", DataError) as error:
-        _ = trial(sites).labels
+        trial(sites)
     assert "'south'" in error.value.message
 
 
@@ -126,7 +126,7 @@ def test_folders_that_cannot_be_a_federation_are_refused(tmp_path: Path, sites: 
 
 def test_one_label_is_nothing_to_learn(tmp_path: Path) -> None:
     with refused("one_label", DataError):
-        _ = trial(folder(tmp_path, {"north": [GOOD[0]], "south": [GOOD[0]]})).labels
+        trial(folder(tmp_path, {"north": [GOOD[0]], "south": [GOOD[0]]}))
 
 
 def test_the_sites_have_different_ranks(tmp_path: Path) -> None:
