@@ -79,7 +79,7 @@ def prepare(data: Path | None, model: Path, output: Path, rounds: int, steps: in
 def sites_table(trial: Trial) -> Table:
     """Make the table of the sites: rows, rank, and a question for each."""
     table = Table(title="The sites", title_justify="left", title_style="bold")
-    for column in ("site", "training answers", "rank", "such as to"):
+    for column in ("site", "training answers", "rank", "one of the questions"):
         table.add_column(column, justify="right" if column in ("training answers", "rank") else "left")
     for site in trial.sites:
         found = site.rows("train")

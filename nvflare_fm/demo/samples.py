@@ -42,6 +42,9 @@ def sample(model: Path, adapter: Path, rows: Sequence[tuple[str, Mapping[str, An
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ..site.worker import quiet
+
+    quiet()
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
