@@ -73,4 +73,4 @@ def _answer(model: Any, tokenizer: Any, prompt: Any) -> str:
     said = model.generate(**prompt, do_sample=False, max_new_tokens=TOKENS, pad_token_id=tokenizer.pad_token_id)[0]
     new = said[prompt["input_ids"].shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
-    return text if tokenizer.eos_token_id in new.tolist() else f"{text} …"
+    return f"{text} …" if len(new) == TOKENS else text
