@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvflare_fm.cli.terminal import console
 from nvflare_fm.compare import data_sets
-from nvflare_fm.demo import answers, medquad, notes, report, samples
+from nvflare_fm.demo import answers, federation, medquad, notes, report, samples
 from nvflare_fm.demo.report import MEAN, WORST, Results
 from nvflare_fm.demo.show import command
 from nvflare_fm.demo.trial import Trial
@@ -47,8 +47,13 @@ def both(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, Tri
     return {"min": lower, "max": notes.prepare(folder(root / "notes", sites), root / "out", rounds=1, steps=1, seed=0)}
 
 
-def test_each_demo_knows_which_end_of_its_metric_is_better(both: dict[str, Trial]) -> None:
-    assert {better: trial.better for better, trial in both.items()} == {"min": "min", "max": "max"}
+@pytest.mark.parametrize(("better", "metric"), [("min", "bits_per_byte"), ("max", "macro_f1")])
+def test_the_job_is_told_which_end_of_its_metric_is_better(both: dict[str, Trial], better: str, metric: str) -> None:
+    job = federation.simulation(both[better]).job
+    [file] = job.rglob("config_fed_server.json")
+    text = file.read_text(encoding="utf-8")
+    assert f'"key_metric": "{metric}"' in text
+    assert ('"key_metric_mode": "max"' in text) == (better == "max")  # min is the default, and not written
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 10), min_size=1))
