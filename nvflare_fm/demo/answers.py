@@ -90,7 +90,7 @@ def sites_table(trial: Trial) -> Table:
 def _introduce(trial: Trial) -> None:
     console.print(sites_table(trial))
     console.print(
-        f"Task: answer a patient's question. Every site holds the same frozen language model ({trial.model.name}, NF4) "
+        f"Task: answer questions. Every site holds the same frozen language model ({trial.model.name}, NF4) "
         "and trains a LoRA adapter. The answers stay where they are; NVFlare carries the adapters.\n"
     )
 

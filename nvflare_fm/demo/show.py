@@ -1,4 +1,4 @@
-"""Runs a trial before its user's eyes: the federation round by round, what it is compared with, table and picture."""
+"""Runs a trial and shows it: the federation round by round, what it is compared with, table and picture."""
 
 import json
 import multiprocessing
