@@ -260,6 +260,7 @@ def test_files_of_ones_own_are_left_where_they_are(llama: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_demo_runs_through_nvflare(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `make demo-answers` runs it, with a model of two layers and rows made up here."""
     data, out = folder(tmp_path / "data", SITES), tmp_path / "out"
