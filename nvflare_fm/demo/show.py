@@ -107,7 +107,8 @@ def _conclude(
 
 
 def _caption(trial: Trial) -> str:
+    lower = " Lower is better." if trial.better == "min" else ""
     return (
         f"One adapter for all sites, on each site's test {trial.subject.rows} ({trial.source}). Alone: the site's own "
-        "adapter; in the mean, the average of all."
+        f"adapter; in the mean, the average of all.{lower}"
     )
