@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 DATA ?=
+MODEL ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -9,10 +10,13 @@ export TOKENIZERS_PARALLELISM ?= false
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo models test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
+.PHONY: demo demo-answers models test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
+
+demo-answers: $(if $(MODEL),.venv/installed,models)  ## four NIH institutes teach a small language model to answer; MODEL=folder takes another model
+	$(BIN)/python -m nvflare_fm.demo.answers $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)")
 
 test: lint  ## all that must hold; minutes
 	$(PYTEST) $(AT_ONCE)

@@ -1428,6 +1428,24 @@ BUGS = [
     Bug(
         "site/audit/report.py", "escape(one_line(audit.adapter))", "one_line(audit.adapter)", "site/test_adapter_audit"
     ),
+    # the demos
+    Bug("demo/report.py", 'max if trial.better == "min" else min', "min", "test_demo_answers"),
+    Bug("demo/report.py", '{"base": results.federated[0], **trained}', '{"base": results.pooled}', "test_demo_answers"),
+    Bug(
+        "demo/report.py", '("federated", *_cells(trial, results.federated[-1]))', '("federated",)', "test_demo_answers"
+    ),
+    Bug("demo/federation.py", "key_metric_mode=trial.better", 'key_metric_mode="max"', "test_demo_answers"),
+    Bug("demo/samples.py", "with tuned.disable_adapter():", "with torch.inference_mode():", "test_demo_answers"),
+    Bug("demo/samples.py", "add_generation_prompt=True", "add_generation_prompt=False", "test_demo_answers"),
+    Bug(
+        "demo/samples.py",
+        "{name: row[name] for name in _COLUMNS if",
+        "{name: row[name] for name in _COLUMNS[1::2] if",
+        "test_demo_answers",
+    ),
+    Bug("demo/medquad.py", 'fraction(row["focus"].lower()) <', 'fraction(row["question"]) <', "test_demo_answers"),
+    Bug("demo/answers.py", '["federation"] if data else [', "[", "test_demo_answers"),
+    Bug("demo/picture.py", "+ gap * (high - low)", "+ gap", "test_demo"),
 ]
 
 

@@ -44,7 +44,8 @@ def shared() -> Path:
     folder = Path(os.environ.get("NVFLARE_FM_SHARED", beside))
     if not (folder / "data").is_dir():
         raise DataError(
-            "the public data sets are not here; set NVFLARE_FM_SHARED to their folder, or give --folder for your own",
+            "the public data sets are not here; set NVFLARE_FM_SHARED to their folder, or give your own with --folder "
+            "(--data in the demo)",
             str(folder),
             code="no_shared_folder",
         )

@@ -1,6 +1,6 @@
-"""What the federation is held against: each site alone, and all notes in one place. In processes of their own.
+"""What the federation is held against: each site alone, and all rows in one place. In processes of their own.
 
-All take as many steps as a site takes in the federation. Pooled training sees in each step as many notes as the
+All take as many steps as a site takes in the federation. Pooled training sees in each step as many rows as the
 sites see together.
 """
 
@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .trial import METRIC, Site, Trial
+from .trial import Site, Trial
 
-Scores = dict[str, float]  # whose test notes → macro-F1
+Scores = dict[str, float]  # whose test rows → the trial's metric
 POOLED = "pooled"
 
 
@@ -27,17 +27,17 @@ def courteous() -> None:
 
 
 def alone(trial: Trial, site: Site) -> Scores:
-    """One site's own notes, at its own rank."""
+    """One site's own rows, at its own rank."""
     return _train(trial, site.name, site.folder, site.rank, batch=1)
 
 
 def pooled(trial: Trial) -> Scores:
-    """All notes, at the largest rank. They are brought together in a folder that is gone afterwards."""
+    """All rows, at the largest rank. They are brought together in a folder that is gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         together = Path(folder) / "train.jsonl"
         rows = (row for site in trial.sites for row in site.rows("train"))
         together.write_text("".join(json.dumps(dict(row), default=str) + "\n" for row in rows), encoding="utf-8")
-        return _train(trial, POOLED, Path(folder), trial.max_rank, batch=len(trial.sites))
+        return _train(trial, POOLED, Path(folder), trial.plan.rank, batch=len(trial.sites))
 
 
 def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scores:
@@ -47,7 +47,7 @@ def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scor
     from ..simulate import train_alone
     from ..site.worker import Worker
 
-    plan = settle(trial.plan(), Aggregation()).plan
+    plan = settle(trial.plan, Aggregation()).plan
     plan = plan.model_copy(update={"evaluation": plan.evaluation.model_copy(update={"before": False})})
     overrides = SiteOverrides(rank=rank, batch_size=batch * plan.training.batch_size)
     first = trial.sites[0].folder
@@ -55,4 +55,5 @@ def _train(trial: Trial, name: str, folder: Path, rank: int, batch: int) -> Scor
         Worker(name, trial.offer(folder, tested_on=first), overrides), plan, trial.rounds
     )
     task = RoundTask(plan, adapter, manifest)
-    return {site.name: Worker(site.name, trial.offer(site.folder)).validate(task)[METRIC] for site in trial.sites}
+    metric = trial.subject.metric
+    return {site.name: Worker(site.name, trial.offer(site.folder)).validate(task)[metric] for site in trial.sites}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import FmError
 from ..record.round import Round
-from .trial import JOB, METRIC, Trial
+from .trial import JOB, Trial
 
 if TYPE_CHECKING:
     from ..flare.simulation import Simulation
@@ -23,9 +23,9 @@ def simulation(trial: Trial) -> "Simulation":
         num_rounds=trial.rounds,
         min_sites=len(trial.sites),
         sites={site.name: {"rank": site.rank} for site in trial.sites},
-        key_metric=METRIC,
-        key_metric_mode="max",
-        **trial.plan().model_dump(exclude_defaults=True),
+        key_metric=trial.subject.metric,
+        key_metric_mode=trial.better,
+        **trial.plan.model_dump(exclude_defaults=True),
     )
     folder = trial.output / "federation"
     recipe.export(str(folder / "job"))
@@ -35,7 +35,7 @@ def simulation(trial: Trial) -> "Simulation":
 
 
 def adapter_folder(run: "Simulation") -> Path:
-    """The adapter of the last round: choosing the best round by the test notes would flatter it."""
+    """The adapter of the last round: choosing the best round by the test rows would flatter it."""
     return run.results / "adapters" / "last"
 
 

@@ -1,39 +1,55 @@
-"""What the demo says: the sites, each round as it ends, and the table at the end."""
+"""What a demo says of its trial: each round as it ends, and the table and the curves at the end."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from rich.table import Table
 
 from ..cli.terminal import add_row
 from ..record.round import Round
 from .baselines import Scores
-from .trial import METRIC, Trial
+from .picture import Panel
+from .trial import Trial
 
 MEAN, WORST = "mean", "worst site"
 
 
-def with_summary(scores: Scores) -> Scores:
+@dataclass(frozen=True)
+class Results:
+    """The scores of a trial.
+
+    Args:
+        alone: site → its own adapter's.
+        federated: the shared adapter's before the first round and after each.
+        pooled: those of training on all rows in one place.
+    """
+
+    alone: Mapping[str, Scores]
+    federated: Sequence[Scores]
+    pooled: Scores
+
+    @property
+    def alone_on_average(self) -> float:
+        """The mean of the sites' own adapters over all test sets."""
+        return mean(mean(scores.values()) for scores in self.alone.values())
+
+
+def title(trial: Trial) -> str:
+    """Name the metric, and say which end of it is better where that is the lower one."""
+    return trial.subject.title + (" (lower is better)" if trial.better == "min" else "")
+
+
+def with_summary(trial: Trial, scores: Scores) -> Scores:
     """Add the mean over the sites and the worst site to their scores."""
-    return {**scores, MEAN: mean(scores.values()), WORST: min(scores.values())}
+    worst = max if trial.better == "min" else min
+    return {**scores, MEAN: mean(scores.values()), WORST: worst(scores.values())}
 
 
-def scores_of(line: Round) -> Scores:
-    """Each site's macro-F1 of the adapter it was sent, measured by the site on its own test notes."""
-    return {site: said.before[METRIC] for site, said in sorted(line.sites.items())}
-
-
-def sites_table(trial: Trial) -> Table:
-    """Make the table of the sites: rows, rank, and what their notes are about."""
-    table = Table(title="The sites", title_justify="left", title_style="bold")
-    for column in ("site", "training notes", "rank", "mostly about"):
-        table.add_column(column, justify="right" if column in ("training notes", "rank") else "left")
-    for site in trial.sites:
-        labels = [row["label"] for row in site.rows("train")]
-        often = sorted({*labels}, key=lambda label: (-labels.count(label), label))[:2]
-        about = ", ".join(f"{label} {labels.count(label) / len(labels):.0%}" for label in often)
-        add_row(table, (site.name, len(labels), site.rank, about))
-    return table
+def scores_of(trial: Trial, line: Round) -> Scores:
+    """Each site's score of the adapter it was sent, measured by the site on its own test rows."""
+    return {site: said.before[trial.subject.metric] for site, said in sorted(line.sites.items())}
 
 
 def header(trial: Trial) -> str:
@@ -42,30 +58,46 @@ def header(trial: Trial) -> str:
     return "  ".join(["round", *(f"{name:>5}" for name in names), "training loss"])
 
 
-def round_line(line: Round) -> str:
+def round_line(trial: Trial, line: Round) -> str:
     """The adapter after so many rounds, measured by each site, and the loss of the round that starts from it."""
-    cells = [f"{value:>{max(5, len(name))}.2f}" for name, value in with_summary(scores_of(line)).items()]
+    scores = with_summary(trial, scores_of(trial, line))
+    cells = [f"{value:>{max(5, len(name))}.{trial.subject.digits}f}" for name, value in scores.items()]
     return "  ".join([f"{line.round:>5}", *cells, "" if line.loss is None else f"{line.loss:>13.2f}"])
 
 
-def final_table(trial: Trial, alone: Mapping[str, Scores], federated: Scores, pooled: Scores) -> Table:
+def by_origin(trial: Trial, results: Results) -> dict[str, Any]:
+    """Arrange the scores by what the adapter was trained on, as results.json has them."""
+    trained = {"alone": results.alone, "federated": results.federated[-1], "pooled": results.pooled}
+    return {"base": results.federated[0], **trained} if trial.works_untrained else trained
+
+
+def final_table(trial: Trial, results: Results) -> Table:
     """Make the table that compares each site alone, the federation and pooled training."""
-    kind = "SYNTHETIC notes" if trial.synthetic else "your files"
-    table = Table(title=f"Macro-F1 on each site's own test notes ({kind})", title_justify="left", title_style="bold")
+    said = f"{title(trial)} on each site's own test {trial.subject.rows} ({trial.source})"
+    table = Table(title=said, title_justify="left", title_style="bold")
     table.add_column("trained on")
-    columns = list(with_summary(federated))
-    for name in columns:
+    for name in with_summary(trial, results.federated[-1]):
         table.add_column(name, justify="right")
-    for site, scores in alone.items():
-        add_row(table, (f"{site} alone", *_cells(scores, columns)))
+    if trial.works_untrained:
+        add_row(table, ("nothing (base model)", *_cells(trial, results.federated[0])), style="dim")
+    for site, scores in results.alone.items():
+        add_row(table, (f"{site} alone", *_cells(trial, scores)))
     table.add_section()
-    add_row(table, ("federated", *_cells(federated, columns)), style="bold")
-    add_row(table, ("pooled", *_cells(pooled, columns)), style="dim")
+    add_row(table, ("federated", *_cells(trial, results.federated[-1])), style="bold")
+    add_row(table, ("pooled", *_cells(trial, results.pooled)), style="dim")
     return table
 
 
-def _cells(scores: Scores, columns: Sequence[str]) -> list[str]:
-    return [f"{with_summary(scores)[name]:.2f}" for name in columns]
+def _cells(trial: Trial, scores: Scores) -> list[str]:
+    return [f"{value:.{trial.subject.digits}f}" for value in with_summary(trial, dict(sorted(scores.items()))).values()]
+
+
+def panels(trial: Trial, results: Results) -> dict[str, Panel]:
+    """What the picture shows: the mean over all sites first, then each site."""
+    curves = [with_summary(trial, scores) for scores in results.federated]
+    pooled = with_summary(trial, results.pooled)
+    alone = {MEAN: results.alone_on_average, **{name: scores[name] for name, scores in results.alone.items()}}
+    return {name: Panel([curve[name] for curve in curves], alone[name], pooled[name]) for name in alone}
 
 
 def traffic(lines: Sequence[Round]) -> dict[str, int]:

@@ -1,28 +1,54 @@
-"""What the demo runs: its sites, the plan they carry out, and where everything is written."""
+"""What a demo runs: its sites, the plan they carry out, how it is scored, and where everything is written."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..config import EvaluationSettings, RoundPlan, TrainingSettings
+from ..config import RoundPlan
 from ..errors import DataError
+from ..job.tasks import Better, promises
 from ..site.offer.site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig
-from .generator import STYLES
 
-TASK, METRIC, JOB = "sequence_classification", "macro_f1", "demo"
-_RANKS = (16, 8, 4, 2)  # of the user's own sites, in turn
+JOB = "demo"
+SYNTHETIC, YOURS = "SYNTHETIC notes", "your files"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a demo is about: the rows that it reads, the metric that scores it, and what people call both.
+
+    Args:
+        rows: the rows' name.
+        columns: what each of them must have, as texts that are not empty.
+        metric: as the sites report it.
+        title: the metric's name.
+        digits: of the metric, behind the point.
+        span: ends of its axis in pictures; None: those of the values.
+    """
+
+    rows: str
+    columns: tuple[str, str]
+    metric: str
+    title: str
+    digits: int
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Site:
-    """One folder with files `train` and `test` of any format, such as train.csv; rows have a `text` and a `label`."""
+    """One folder with files `train` and `test` of any format, such as train.csv.
+
+    Args:
+        rank: of the adapter that the site trains.
+        columns: what each row must have.
+    """
 
     name: str
     folder: Path
     rank: int
+    columns: tuple[str, str]
 
     def rows(self, split: str) -> list[Mapping[str, str]]:
         """Every row, read as a site reads it in a job.
@@ -40,15 +66,15 @@ class Site:
             raise DataError(f"{where}: {error.text}", error.local, code=error.code) from None
         if not found:
             raise DataError(f"{where} is empty; add rows", str(file), code="no_rows")
-        return [_checked(row, f"{where}, line {line}") for line, row in found]
+        return [self._checked(row, f"{where}, line {line}") for line, row in found]
 
-
-def _checked(row: Mapping[str, Any] | Exception, where: str) -> Mapping[str, str]:
-    if isinstance(row, Exception):
-        raise DataError(f"{where}: {row}", code="bad_rows")
-    if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("text", "label")):
-        raise DataError(f"{where} must have a 'text' and a 'label', two texts that are not empty", code="bad_rows")
-    return row
+    def _checked(self, row: Mapping[str, Any] | Exception, where: str) -> Mapping[str, str]:
+        if isinstance(row, Exception):
+            raise DataError(f"{where}: {row}", code="bad_rows")
+        if not all(isinstance(row.get(name), str) and row[name].strip() for name in self.columns):
+            names = " and ".join(map(repr, self.columns))
+            raise DataError(f"{where} must have {names}, two texts that are not empty", code="bad_rows")
+        return row
 
 
 def file_of(folder: Path, split: str) -> Path:
@@ -68,8 +94,12 @@ def file_of(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def read_sites(folder: Path) -> tuple[Site, ...]:
+def read_sites(folder: Path, columns: tuple[str, str], ranks: Sequence[int]) -> tuple[Site, ...]:
     """Every sub-folder that does not start with a dot is a site.
+
+    Args:
+        columns: what each of their rows must have.
+        ranks: of the sites in the order of their names; if there are more sites, from the first rank again.
 
     Raises:
         DataError: there are fewer than two, or a name NVFlare cannot use.
@@ -87,58 +117,37 @@ def read_sites(folder: Path) -> tuple[Site, ...]:
         raise DataError(
             f"a federation needs at least two sites, {len(folders)} found", str(folder), code="too_few_sites"
         )
-    made_here = {f.name for f in folders} == set(STYLES)
-    ranks = [STYLES[f.name].rank if made_here else _RANKS[i % len(_RANKS)] for i, f in enumerate(folders)]
-    return tuple(Site(f.name, f.resolve(), rank) for f, rank in zip(folders, ranks, strict=True))
+    return tuple(Site(f.name, f.resolve(), ranks[i % len(ranks)], columns) for i, f in enumerate(folders))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A federation to run and to compare with: its sites, its base model, and how long it trains.
+    """A federation to run and to compare with.
 
     Args:
-        synthetic: the notes were made by `generator`.
-        rounds, steps: of the federation, and of each site in a round.
+        output: folder of all results.
         model: folder of the base model.
+        plan: what every site is asked to do in a round.
+        source: where the rows come from.
     """
 
+    subject: Subject
     sites: tuple[Site, ...]
     output: Path
     model: Path
-    synthetic: bool = True
-    rounds: int = 8
-    steps: int = 10
-    seed: int = 0
-
-    @cached_property
-    def labels(self) -> tuple[str, ...]:
-        """All labels of the sites' rows, sorted.
-
-        Raises:
-            DataError: a row cannot be used, or there is but one label.
-        """
-        found = {row["label"] for site in self.sites for split in ("train", "test") for row in site.rows(split)}
-        if len(found) < 2:
-            raise DataError(
-                f"all rows have the label {found.pop()!r}; a classifier needs at least two", code="one_label"
-            )
-        return tuple(sorted(found))
+    plan: RoundPlan
+    rounds: int
+    source: str
 
     @property
-    def max_rank(self) -> int:
-        return max(site.rank for site in self.sites)
+    def better(self) -> Better:
+        """Which end of the metric is better."""
+        return promises(self.plan.task).metrics[self.subject.metric]
 
-    def plan(self) -> RoundPlan:
-        return RoundPlan(
-            task=TASK,
-            labels=self.labels,
-            quantization="nf4",
-            max_length=64 if self.synthetic else 128,
-            peft={"method": "lora", "rank": self.max_rank, "lora_alpha": 2, "use_rslora": True},
-            training=TrainingSettings(local_steps=self.steps, batch_size=8, learning_rate=5e-3, warmup_ratio=0.1),
-            evaluation=EvaluationSettings(before=True, after=False, batch_size=32),
-            seed=self.seed,
-        )
+    @property
+    def works_untrained(self) -> bool:
+        """Whether the base model can do the task as it is, because it writes text; a new head cannot."""
+        return promises(self.plan.task).learns_text
 
     def offer(self, folder: Path, tested_on: Path | None = None) -> SiteConfig:
         """What a site with these files would write into its `fm_site.yaml`."""

@@ -17,8 +17,8 @@ import torch
 from nvflare_fm import transforms
 from nvflare_fm.adapter import RoundTask
 from nvflare_fm.config import Aggregation, EvaluationSettings, SiteOverrides
-from nvflare_fm.demo.__main__ import prepare
-from nvflare_fm.demo.trial import METRIC, Trial
+from nvflare_fm.demo.notes import prepare
+from nvflare_fm.demo.trial import Trial
 from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate
 from nvflare_fm.site.worker import Worker
@@ -27,10 +27,10 @@ from nvflare_fm.transforms.packed import pack
 
 def federation(trial: Trial, names: tuple[str, ...]) -> tuple[dict[str, float], int, int]:
     """The score at each site, and the bytes sent to and by all of them."""
-    plan = trial.plan().model_copy(
+    plan = trial.plan.model_copy(
         update={"uplink": names, "downlink": names, "evaluation": EvaluationSettings(before=False, after=False)}
     )
-    how = Aggregation(max_rank=trial.max_rank)
+    how = Aggregation(max_rank=trial.plan.rank)
     workers = {
         site.name: Worker(site.name, trial.offer(site.folder), SiteOverrides(rank=site.rank)) for site in trial.sites
     }
@@ -40,7 +40,7 @@ def federation(trial: Trial, names: tuple[str, ...]) -> tuple[dict[str, float], 
         down += last.parcel.bytes * len(workers)
         up += sum(update.adapter.bytes_sent() for update in done.updates)
     task = RoundTask(settle(plan, how).plan, last.adapter(), done.combined.manifest)
-    return {site: worker.validate(task)[METRIC] for site, worker in sorted(workers.items())}, down, up
+    return {site: worker.validate(task)[trial.subject.metric] for site, worker in sorted(workers.items())}, down, up
 
 
 def main() -> None:
