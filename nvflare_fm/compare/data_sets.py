@@ -2,10 +2,14 @@
 
 - `banking77-A`: utterance → one of 77 intents, over ten sites; A is the Dirichlet law's α, 0 for alike.
 - `banking77lm-A`: the same rows; the utterance is to be written from its label.
+- `banking77-two`: does the utterance report a problem? Sites hold the same two labels and differ in topic.
+- `banking77-disjoint`: ten sites of unequal size; no two of them share an intent.
 - `mts-A`, `mtslm-A`: MTS-Dialog; a note's section header from the dialogue, or the note from its header.
 - `medquad-types`, `medquad-lm`: MedQuAD by NIH institute; an answer's question type, or the answer from its question.
+  `medquad-two` has the answers on symptoms and treatment alone, `medquad-three` those that inform of a disease as well.
   It is split by disease, never by row: 612 diseases occur at more than one institute, and each is in the test set of
   all sites or of none.
+- `pubmedqa-years`: yes, no or maybe, from a question and the conclusion of its paper; each site has some years' papers.
 
 The sources are read from the folder named by the environment variable NVFLARE_FM_SHARED.
 """
@@ -17,7 +21,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +161,75 @@ def mts_dialog() -> dict[str, list[RawRow]]:
     return splits
 
 
-SETS: dict[str, Callable[[RawRow], RawRow]] = {"medquad-lm": question_and_answer, "medquad-types": answer_and_type}
+def question_and_conclusion(row: RawRow) -> RawRow:
+    """Make a row of PubMedQA one for classification by its answer."""
+    return {"text": f"{row['QUESTION']} {row['LONG_ANSWER']}"[:CUT], "label": row["final_decision"]}
+
+
+def by_institute(
+    change: Callable[[RawRow], RawRow], types: Sequence[str] = ()
+) -> Callable[[float], Iterator[tuple[str, str, RawRow]]]:
+    """Spread MedQuAD over its institutes, and split it by disease.
+
+    Args:
+        types: of questions; empty: all.
+    """
+
+    def rows(test_share: float) -> Iterator[tuple[str, str, RawRow]]:
+        for row in medquad():
+            if not types or row["qtype"] in types:
+                yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", change(row)
+
+    return rows
+
+
+def by_years(test_share: float) -> Iterator[tuple[str, str, RawRow]]:
+    """Spread PubMedQA over five sites by the years in which its papers appeared, and split it by question."""
+    found = json.loads((shared() / "data" / "pubmedqa" / "pqal_train500.json").read_text()).values()
+    for row in found:
+        if row["YEAR"]:
+            site = bisect(_YEARS, int(row["YEAR"]))
+            split = "test" if fraction(row["QUESTION"]) < test_share else "train"
+            yield f"site-{site:02d}", split, question_and_conclusion(row)
+
+
+def by_topic(test_share: float) -> Iterator[tuple[str, str, RawRow]]:
+    """Spread banking77 over sites by what an intent is about; the label is whether it is a problem."""
+    for split, rows in banking77().items():
+        for row in rows:
+            topic = next(name for name, words in _TOPICS.items() if re.search(words, row["label"], re.IGNORECASE))
+            label = "problem" if re.search(_PROBLEM, row["label"]) else "question"
+            yield topic, split, {"text": row["text"], "label": label}
+
+
+def by_intents(test_share: float) -> Iterator[tuple[str, str, RawRow]]:
+    """Spread banking77 over ten sites, of which the first has 3 intents and the last 12, and no two the same."""
+    intents = sorted({row["label"] for row in banking77()["train"]}, key=fraction)
+    drawn = {intent: place for place, intent in enumerate(intents)}
+    ends = [*accumulate(_INTENTS)]
+    for split, rows in banking77().items():
+        for row in rows:
+            yield f"site-{bisect(ends, drawn[row['label']]):02d}", split, {"text": row["text"], "label": row["label"]}
+
+
+_YEARS = 2004, 2008, 2011, 2014  # in which the second site begins, and so on
+_INTENTS = 3, 4, 5, 6, 7, 8, 9, 11, 12, 12  # of each site
+_TOPICS = {  # by what is in an intent's name; the first that fits
+    "top-up": "top_up|topping", "transfer": "transfer|receiving|beneficiary", "cash": "cash|atm",
+    "exchange": "exchange|currenc|country", "identity": "identity|verify|account|personal|age_limit|passcode|phone",
+    "payment": "payment|refund|statement|transaction|pay|visa", "card": "card|pin|contactless|direct",
+}  # fmt: skip
+_PROBLEM = "not_|declined|failed|wrong|reverted|blocked|swallowed|lost|compromised|forgotten|unable|twice|pending|extra"
+_FEW = "symptoms", "treatment"
+SETS: dict[str, Callable[[float], Iterator[tuple[str, str, RawRow]]]] = {
+    "medquad-lm": by_institute(question_and_answer),
+    "medquad-types": by_institute(answer_and_type),
+    "medquad-two": by_institute(answer_and_type, _FEW),
+    "medquad-three": by_institute(answer_and_type, (*_FEW, "information")),
+    "pubmedqa-years": by_years,
+    "banking77-two": by_topic,
+    "banking77-disjoint": by_intents,
+}
 _SPLIT_BY_LABEL = re.compile(r"(banking77|banking77lm|mts|mtslm)-\d+(\.\d+)?")
 
 
@@ -180,17 +254,11 @@ def split_by_label(name: str, seed: int = 0) -> Iterator[tuple[str, str, RawRow]
         yield site, split, request(row) if kind.endswith("lm") else {"text": row["text"], "label": row["label"]}
 
 
-def split_medquad(name: str, test_share: float) -> Iterator[tuple[str, str, RawRow]]:
-    """Spread MedQuAD over its institutes, and split it by disease: (site, split, row)."""
-    for row in medquad():
-        yield row["site"], "test" if fraction(row["focus"].lower()) < test_share else "train", SETS[name](row)
-
-
 def write(name: str, out: Path, test_share: float = 0.2, seed: int = 0) -> Path:
     """Write the named data set to `out`, once. Rows keep their order in the source.
 
     Args:
-        test_share: of the diseases of MedQuAD.
+        test_share: of the diseases of MedQuAD, and of the questions of PubMedQA.
         seed: of the split over sites, where that is drawn.
     Returns:
         `out`.
@@ -208,7 +276,7 @@ def write(name: str, out: Path, test_share: float = 0.2, seed: int = 0) -> Path:
         return out
     files: dict[Path, list[str]] = {}
     labels = set()
-    rows = split_medquad(name, test_share) if name in SETS else split_by_label(name, seed)
+    rows = SETS[name](test_share) if name in SETS else split_by_label(name, seed)
     for site, split, record in rows:
         labels.add(record.get("label"))
         files.setdefault(out / site / f"{split}.jsonl", []).append(json.dumps(record))

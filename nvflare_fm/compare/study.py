@@ -17,7 +17,12 @@ RANKS = (2, 2, 2, 4, 4, 8, 8, 16, 16, 32)  # of ten sites, in the order of their
 _PUBLIC_MAX_LENGTHS = {
     "banking77": 24,
     "banking77lm": 48,
+    "banking77-two": 24,
+    "banking77-disjoint": 24,
     "medquad-types": 24,
+    "medquad-two": 24,
+    "medquad-three": 24,
+    "pubmedqa-years": 64,
     "medquad-lm": 96,
     "mts": 48,
     "mtslm": 96,
