@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from nvflare_fm.adapter import Adapter
 from nvflare_fm.cli import app
-from nvflare_fm.compare import grid, peers, run, tuning
+from nvflare_fm.compare import data_sets, grid, peers, run, tuning
 from nvflare_fm.compare.bench import Bench, federated
 from nvflare_fm.compare.methods import ALONE, BASELINES, METHODS, OWN_RATE, PEERS, Method, compared, methods_named
 from nvflare_fm.compare.results import Results, overview, spread, verdict
@@ -464,6 +464,24 @@ def test_a_split_by_chance_is_drawn_anew_for_each_seed_and_keeps_all_rows(shared
     alike = replace(whole, source="banking77-0")
     assert alike.at_seed(1) is alike
     assert replace(whole, source="").at_seed(1).folder == whole.folder
+
+
+def test_sets_with_few_classes_share_them_and_differ_in_topic_and_disjoint_ones_share_none(shared: Path) -> None:
+    labels: dict[str, dict[str, set[str]]] = {}
+    for name in ("banking77-two", "medquad-two", "medquad-three", "pubmedqa-years", "banking77-disjoint"):
+        splits: dict[str, set[str]] = {"train": set(), "test": set()}
+        for site, split, row in data_sets.SETS[name](0.2):
+            labels.setdefault(name, {}).setdefault(site, set()).add(row["label"])
+            splits[split].add(row["text"])
+        assert splits["train"]
+        assert len(splits["test"] & splits["train"]) <= len(splits["test"]) / 20  # institutes repeat some sentences
+    assert set.union(*labels["banking77-two"].values()) == {"problem", "question"}
+    assert all(len(found) == 2 for found in labels["banking77-two"].values())
+    assert set.union(*labels["medquad-three"].values()) == {"information", "symptoms", "treatment"}
+    assert all(found == {"yes", "no", "maybe"} for found in labels["pubmedqa-years"].values())
+    apart = labels["banking77-disjoint"].values()
+    assert sorted(map(len, apart)) == [3, 4, 5, 6, 7, 8, 9, 11, 12, 12]
+    assert len(set.union(*apart)) == sum(map(len, apart)) == 77
 
 
 def test_every_peer_is_measured_with_a_rate_for_its_head_and_with_ours() -> None:

@@ -52,8 +52,10 @@ def run(
     prints the tables. If you stop it, the next call continues.
 
     Public data sets: medquad-types, medquad-lm, and banking77-A, banking77lm-A, mts-A, mtslm-A, where A is the
-    parameter of the Dirichlet distribution of labels over sites (0: sites are alike). Add `@random` to a name to use a
-    base model with random weights, `@full` for all six layers of MiniLM.
+    parameter of the Dirichlet distribution of labels over sites (0: sites are alike). With two or three labels that all
+    sites share, and other topics, institutes or years at each: banking77-two, medquad-two, medquad-three and
+    pubmedqa-years. With labels that no two sites share: banking77-disjoint. Add `@random` to a name to use a base model
+    with random weights, `@full` for all six layers of MiniLM.
     """
     from ..compare.grid import runs, work
     from ..compare.methods import compared, methods_named
