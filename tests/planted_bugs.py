@@ -451,14 +451,14 @@ BUGS = [
         "(lambda *_: None)(run_dir / SPECTRA, Spectra(",
         "test_result",
     ),
-    Bug("flare/controller.py", "Reason.of(kind, message)", "Reason(kind, message)", "flare/test_admission"),
+    Bug("flare/rounds.py", "Reason.of(kind, message)", "Reason(kind, message)", "flare/test_admission"),
     Bug(
         "aggregation/combine.py",
         'refused |= {site: Reason("guard", verdict.reason)',
         'refused |= {site: Reason("rejected", verdict.reason)',
         "test_guard",
     ),
-    Bug("flare/controller.py", "type(code) is str and code ==", "code ==", "flare/test_admission"),
+    Bug("flare/rounds.py", "type(code) is str and code ==", "code ==", "flare/test_admission"),
     # the Gram matrix of a round
     Bug("aggregation/cohort.py", "return self.products + self.dense", "return self.products", "test_cohort"),
     Bug("aggregation/cohort.py", "found[sites][:, sites] if", "found[sites] if", "test_cohort"),
