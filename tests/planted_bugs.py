@@ -1092,7 +1092,7 @@ BUGS = [
         "_write(model, LAST, fl_ctx)",
         "flare/test_persistor",
     ),
-    Bug("flare/controller.py", "self.panic(reason.message)", "self.panic(str(reason))", "flare/test_admission"),
+    Bug("flare/rounds.py", "self.panic(reason.message)", "self.panic(str(reason))", "flare/test_admission"),
     Bug("flare/controller.py", "if step == self.settled.aggregation.step:", "if True:", "flare/test_persistor"),
     Bug("site/data/rows/jsonl.py", "(ValueError, RecursionError)", "ValueError", "site/test_data"),
     Bug("site/data/rows/jsonl.py", "if len(text) > ROW_LIMIT:", "if False:", "site/test_rows"),

@@ -34,8 +34,7 @@ from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
 from .encryption import server_keys
 from .persistor import REMEMBERED
-from .rounds import Rounds, TooFewAnswers
-from .stats import let_be_seen
+from .rounds import Rounds
 
 
 class _Arguments(Arguments, RoundSettings):
@@ -105,20 +104,13 @@ class FedPEFT(Rounds):
 
     # --- one round after the other
 
-    def run(self) -> None:
+    def _work(self) -> None:
         offload = setup_tensor_disk_offload(self.engine, self.disk_offload, self.fl_ctx.get_job_id())
         try:
             self._run_rounds()
             if not self.abort_signal.triggered:
                 self._evaluate_last()
                 self._have_them_personalize()
-                let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
-        except TooFewAnswers as reason:
-            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
-            self.panic(str(reason))
-        except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
-            self.error(str(reason))
-            self.panic(reason.message)
         finally:
             cleanup_tensor_disk_offload(self.engine, offload)
 

@@ -60,10 +60,9 @@ class Egress:
     def process(self, result: Shareable, fl_ctx: FLContext) -> Shareable:
         """What leaves in the place of `result`. Whatever goes wrong costs this one message and nothing else."""
         try:
-            privacy = self.config().privacy
-            if privacy.floor is None:
-                return self._open(result, fl_ctx)
-            return self._closed(result, privacy.floor, fl_ctx)
+            privacy, asked = self.config().privacy, fl_ctx.get_prop(ASKED)
+            floor = privacy.floor_of(asked.plan) if asked else privacy.floor
+            return self._closed(result, floor, fl_ctx) if floor else self._open(result, fl_ctx)
         except FmError as error:
             _audit(f"kept here: {error}", fl_ctx)
             return _refusal(egress.public_reason(error.message))

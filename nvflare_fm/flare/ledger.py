@@ -81,6 +81,10 @@ class Ledger:
             "medians": medians(metrics, weights),
         }
 
+    def voted(self, updates: Mapping[str, AdapterUpdate], chosen: int) -> None:
+        """Note what the sites' votes chose."""
+        self.result = {"sites": {site: _contribution(its) for site, its in sorted(updates.items())}, "chosen": chosen}
+
     @property
     def line(self) -> Round:
         """The round as it is written down."""
@@ -138,7 +142,7 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
     return {site: update.report.before for site, update in updates.items() if not update.staleness}
 
 
-def _contribution(update: AdapterUpdate, weight: float) -> Contribution:
+def _contribution(update: AdapterUpdate, weight: float | None = None) -> Contribution:
     return Contribution(
         **asdict(update.report), weight=weight, staleness=update.staleness, bytes_up=update.adapter.bytes_sent()
     )

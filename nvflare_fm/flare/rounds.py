@@ -30,7 +30,7 @@ from ..untrusted import printable
 from . import wire
 from .ledger import Ledger
 from .standing import SentTask, StandingTasks, call_offs
-from .stats import PROGRESS
+from .stats import PROGRESS, let_be_seen
 
 POLL_S = 0.2  # how often a round looks whether it is over
 
@@ -67,6 +67,26 @@ class Rounds(ModelController):
         self._open: RoundTask | None = None  # the round that is going on
         self.standing = StandingTasks(max_staleness, num_rounds)
         self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Does what the workflow is for.
+
+        Raises:
+            TooFewAnswers, FmError: it cannot go on, and the job fails.
+        """
+
+    def run(self) -> None:
+        try:
+            self._work()
+            if not self.abort_signal.triggered:
+                let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
+        except TooFewAnswers as reason:
+            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
+            self.panic(str(reason))
+        except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
+            self.error(str(reason))
+            self.panic(reason.message)
 
     @abstractmethod
     def _take(self, result: FLModel, trained_in: RoundTask | None = None) -> bool:

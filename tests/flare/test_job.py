@@ -198,9 +198,10 @@ def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[
 
 @pytest.mark.parametrize("name", ["notes", "${secret:HOME}", "$${secret:file:/etc/passwd}", "--help", "/srv/other"])
 def test_the_command_is_fixed_whatever_the_job_says(name: str) -> None:
-    argv = PeftExecutor(settings={"rank": 4, "data": name})._argv("/site/local/fm_site.yaml", "/site/job")
+    argv = PeftExecutor(settings={"rank": 4, "data": name})._argv("/site/local/fm_site.yaml", "/site/job", "/site/app")
     assert argv[1:] == [
         *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml", "--job-folder", "/site/job"),
+        *("--config-folder", "/site/app"),
     ]
 
 

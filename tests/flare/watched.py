@@ -139,11 +139,17 @@ def use(component: Any, workspace: Workspace) -> None:
         component.load_model(context)
         component.get_model_inventory(context)
     elif isinstance(component, PeftExecutor):
-        command = component._argv("/site/fm_site.yaml", "/site/job")
+        command = component._argv("/site/fm_site.yaml", "/site/job", "/site/app")
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={component.processes}"]
         fixed = [sys.executable, *several * (component.processes > 1), "-m", TRAINER, "--site-file"]
         assert command[: len(fixed)] == fixed, command
-        assert command[len(fixed) :] == ["/site/fm_site.yaml", "--job-folder", "/site/job"]
+        assert command[len(fixed) :] == [
+            "/site/fm_site.yaml",
+            "--job-folder",
+            "/site/job",
+            "--config-folder",
+            "/site/app",
+        ]
     elif isinstance(component, CrossSiteModelEval):
         component._engine = context.get_engine()
         component.start_controller(context)

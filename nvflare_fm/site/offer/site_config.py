@@ -254,9 +254,7 @@ class Synthetic(Settings):
         "noise, and is paid for from max_epsilon.",
     )
     accepts: bool = Field(False, description="true: jobs may train on synthetic rows beside the site's own.")
-    max_share: float = Field(
-        0.4, gt=0, le=0.9, description="Largest share of the training rows that may be synthetic."
-    )
+    max_share: float = Field(0.4, gt=0, le=0.9, description="Largest share of the training rows that may be synthetic.")
     max_rows: int = Field(10_000, ge=1, le=CANDIDATES, description="Most synthetic rows.")
 
 
