@@ -23,12 +23,11 @@ from ..config import RoundPlan, TaskPlan, VoteSettings
 from ..errors import WireError
 from ..files import write_text
 from ..job.synthetic import FILE, check_votes, read_brought, voting
-from ..privacy import gaussian
 from ..privacy.egress import VOTES
 from ..synthesis import candidates
 from ..synthesis.candidates import CandidateSet
 from ..synthesis.choose import choose, threshold
-from ..synthesis.tally import tally
+from ..synthesis.tally import noise, tally
 from . import wire
 from .arguments import Arguments, taking
 from .rounds import Rounds
@@ -66,7 +65,7 @@ class SyntheticVotes(Rounds):
         rows = read_brought(Path(workspace.get_app_config_dir(job)), self.asked.synthetic.digest)
         plan = voting(self.asked, rows)
         self.set_fl_context(FLModel(params={}, current_round=0, total_rounds=1))
-        self.task = RoundTask(plan, Adapter(dense={VOTES: torch.zeros(plan.votes)}))
+        self.task = RoundTask(plan)
         sites = sorted(self._free())
         self._ask(self.task, wire.write_task(self.task), AppConstants.TASK_TRAIN, sites, partial(self._came, self.task))
         if self.abort_signal.triggered:
@@ -93,7 +92,7 @@ def read_vote(result: FLModel, site: str, task: RoundTask) -> AdapterUpdate:
     """
     update = wire.read_update(result, site, task.plan.labels, {VOTES})
     terms = Terms(task.plan.task, str(task.plan.peft["method"]), task.plan.fingerprint, pairs=False)
-    check_terms(update, terms, task.adapter, None)
+    check_terms(update, terms, Adapter(dense={VOTES: torch.zeros(task.plan.votes)}), None)
     check_values(update)
     if update.report.epsilon is None:
         raise WireError(f"{site} states no noise on its votes; update nvflare_fm there", code="votes_unprotected")
@@ -106,10 +105,8 @@ def chosen_of(
 ) -> CandidateSet:
     """Choose the candidates with the most votes, and note what they cost and where they come from."""
     total = tally({site: update.adapter.dense[VOTES] for site, update in votes.items()})
-    privacy = plan.privacy
-    sigma = privacy.noise_multiplier or gaussian.noise_multiplier(privacy.epsilon or math.inf, 1, privacy.delta)
-    least = threshold(sigma * math.sqrt(len(votes)), settings.chance)
+    least = threshold(noise(plan.privacy) * math.sqrt(len(votes)), settings.chance)
     places = choose(total, rows.labels, settings.per_label, least)
-    epsilon = privacy.epsilon or max(update.report.epsilon or 0.0 for update in votes.values())
+    epsilon = plan.privacy.epsilon or max(update.report.epsilon or 0.0 for update in votes.values())
     counted = [rows.rows[place].model_copy(update={"votes": min(float(total[place]), 1e12)}) for place in places]
     return CandidateSet(tuple(counted), rows.provenance.model_copy(update={"parent": rows.digest, "epsilon": epsilon}))

@@ -34,6 +34,8 @@ def read_brought(folder: Path, digest: str) -> CandidateSet:
     Raises:
         ConfigError: there are none, they cannot be read, or they are others.
     """
+    if not digest:
+        raise ConfigError("a vote needs candidates: add synthetic=FILE", code="no_candidates")
     found = read_rows(folder / FILE)
     if found.digest != digest:
         raise ConfigError(
@@ -97,11 +99,9 @@ def check_votes(plan: RoundPlan) -> None:
     """Refuse a plan by which no site would vote.
 
     Raises:
-        ConfigError: it names no candidates, asks for no noise, or asks for what goes with training alone.
+        ConfigError: it asks for no noise, or asks for what goes with training alone.
     """
     check_plan(plan)
-    if not plan.synthetic.asked:
-        raise ConfigError("a vote needs candidates: add synthetic=FILE", code="no_candidates")
     if not takes(plan.task):
         raise ConfigError(
             f"synthetic rows are for causal_lm and sequence_classification, the task is {plan.task}",

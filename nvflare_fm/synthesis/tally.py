@@ -9,7 +9,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..config import PrivacySettings
+from ..privacy import gaussian
+
 FACTOR = 4.0  # as the guard `clip_norm`
+
+
+def noise(privacy: PrivacySettings) -> float:
+    """Compute the noise σ on each number of a site's votes, from below: a site's accountant asks for a bit more."""
+    if privacy.noise_multiplier is not None:
+        return privacy.noise_multiplier
+    assert privacy.epsilon is not None
+    return gaussian.noise_multiplier(privacy.epsilon, 1, privacy.delta)
 
 
 def tally(votes: Mapping[str, Tensor]) -> Tensor:

@@ -96,7 +96,17 @@ _SERVER = """\
       path = "nvflare_fm.flare.stats.RoundStats"
       args {}
     }
-    <widgets>
+    {
+      id = "metrics_artifact_writer"
+      path = "nvflare.app_common.widgets.metrics_artifact_writer.MetricsArtifactWriter"
+      args {}
+    }
+    {
+      id = "json_generator"
+      path = "nvflare.app_common.widgets.validation_json_generator.ValidationJsonGenerator"
+      args {}
+    }
+    <trackers>
   ]
   task_data_filters = []
   task_result_filters = []
@@ -109,18 +119,6 @@ _PERSISTOR = """\
   args {
     <persistor>
   }
-}
-"""
-_WIDGETS = """\
-{
-  id = "metrics_artifact_writer"
-  path = "nvflare.app_common.widgets.metrics_artifact_writer.MetricsArtifactWriter"
-  args {}
-}
-{
-  id = "json_generator"
-  path = "nvflare.app_common.widgets.validation_json_generator.ValidationJsonGenerator"
-  args {}
 }
 """
 _ROUNDS = """\
@@ -256,7 +254,7 @@ def _rounds(
     return {
         "workflow": workflow.splitlines(),
         "persistor": _filled(_PERSISTOR, persistor=persistor).splitlines(),
-        "widgets": [*_WIDGETS.splitlines(), *_TRACKERS.splitlines()],
+        "trackers": _TRACKERS.splitlines(),
     }
 
 
@@ -270,7 +268,7 @@ def _voting(name: str, given: Mapping[str, Any], min_sites: int) -> dict[str, Se
         controller=_settings(VoteSettings, settings),
         plan=_settings(RoundPlan, {**plan, "template": name}, _OF_TRAINING),
     )
-    return {"workflow": workflow.splitlines(), "persistor": [], "widgets": []}
+    return {"workflow": workflow.splitlines(), "persistor": [], "trackers": []}
 
 
 def _measuring(name: str, measurement: Mapping[str, Any]) -> dict[str, Sequence[str]]:
@@ -285,7 +283,7 @@ def _measuring(name: str, measurement: Mapping[str, Any]) -> dict[str, Sequence[
     return {
         "workflow": _MEASURING.splitlines(),
         "persistor": [*_filled(_PERSISTOR, persistor=brought).splitlines(), *locator.splitlines()],
-        "widgets": _WIDGETS.splitlines(),
+        "trackers": [],
     }
 
 
