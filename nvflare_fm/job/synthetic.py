@@ -127,4 +127,5 @@ def voting(plan: RoundPlan, rows: CandidateSet) -> TaskPlan:
     """
     check_votes(plan)
     check_labels(plan, rows)
-    return TaskPlan.read({**dict(plan), "votes": len(rows.rows)}, "plan")
+    nothing_trained = {"method": "lora", "rank": 1}  # no site's limit on ranks is below
+    return TaskPlan.read({**dict(plan), "peft": nothing_trained, "votes": len(rows.rows)}, "plan")

@@ -7,6 +7,7 @@ there twice, or that has what looks like personal data is trained on. No job and
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import nextafter
 from typing import Any
 
 import torch
@@ -151,4 +152,4 @@ def _counts(found: SiteData, plan: RoundPlan, task: Task) -> dict[str, int]:
 
 def _share(plan: RoundPlan, examples: int, most: int) -> float:
     """The share that the plan allows, or the one at which `most` rows are added, if that is less."""
-    return min(plan.synthetic.share, most / (examples + most))
+    return min(plan.synthetic.share, nextafter(most / (examples + most), 1.0))  # rounded up, or one less is added
