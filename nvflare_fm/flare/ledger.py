@@ -66,6 +66,7 @@ class Ledger:
             "guarded": combined.guarded,
             "held": combined.held,
             "noised": combined.noised,
+            "chosen": None,
             "error": combined.failed,
             "step_size": combined.step_size,
             "energy_lost": combined.energy_lost,
