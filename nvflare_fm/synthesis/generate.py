@@ -8,52 +8,55 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from transformers import GenerationConfig
 
-from ..config import RoundPlan
+from ..config import LABELS, Labels, RoundPlan, Settings
+from ..config import Text as Label
 from ..errors import ConfigError
 from ..site.model import base_model
 from ..site.model.base_model import DTYPES, BaseModel, compute_dtype
 from ..site.model.fingerprint import read_config
 from ..site.offer.site_config import ModelSource
+from ..site.offer.site_yaml import read_yaml
 from ..site.tasks import registry as tasks
-from .candidates import LONGEST, MOST_ROWS, Candidate, CandidateSet, Provenance
+from .candidates import LONGEST, MOST_ROWS, Candidate, CandidateSet, Provenance, Text
 from .keep import duplicates, personal_data, words
 
 LEAST_WORDS = 3  # of a text that says anything
 Tick = Callable[[int], None]  # is told how many texts more are there
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(Settings):
     """A public text, written by hand or taken from a public source, and what it is an example of."""
 
-    label: str
-    text: str
+    label: Label
+    text: Text
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the model is told, all of it public.
+class Request(Settings):
+    """All that the model is told, and nothing of it private: a file of the scientist's.
 
     Args:
         about: what the texts are, such as "Messages of customers to the help desk of a bank".
+        labels: that texts are wanted for, as the training jobs have them.
         kind: what one text is called, such as "Message".
         by: what a label is called, such as "Topic".
         descriptions: label → what it means; of others their name says it.
-        examples: texts with their labels.
+        examples: texts with their labels, which may be others than `labels`.
     """
 
-    about: str
-    kind: str = "Text"
-    by: str = "Topic"
-    descriptions: Mapping[str, str] = field(default_factory=dict)
-    examples: tuple[Example, ...] = ()
+    about: Text
+    labels: Annotated[Labels, Field(min_length=1)]
+    kind: Label = "Text"
+    by: Label = "Topic"
+    descriptions: Annotated[Mapping[Label, Label], Field(max_length=LABELS)] = {}
+    examples: Annotated[tuple[Example, ...], Field(max_length=100)] = ()
 
     @property
     def ends_at(self) -> str:
@@ -63,8 +66,7 @@ class Request:
     @property
     def digest(self) -> str:
         """SHA-256 of all that the model is told, in hexadecimal."""
-        parts = [self.about, self.kind, self.by, dict(self.descriptions), [[e.label, e.text] for e in self.examples]]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
     def prompt(self, label: str, examples: Sequence[Example] = ()) -> str:
         """Word the prompt for a text of `label`; `examples` come last, after the request's own."""
@@ -98,6 +100,22 @@ class Sampling:
     rounds: int = 3
 
 
+def read_request(file: Path) -> Request:
+    """Read a request, in YAML or JSON.
+
+    Raises:
+        ConfigError: `no_such_file`; `wrong_setting`; what `read_yaml` raises.
+    """
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no file {file.name}; write one as docs/synthetic_data.md shows", code="no_such_file"
+        )
+    found = read_yaml(file, file.name)
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{file.name} holds no settings; it needs about and labels at least", code="wrong_setting")
+    return Request.read(found, file.name)
+
+
 def load(folder: Path) -> BaseModel:
     """Load a language model, in the type that this machine multiplies fastest.
 
@@ -115,7 +133,6 @@ def generate(
     generator: BaseModel,
     name: str,
     request: Request,
-    labels: Sequence[str],
     sampling: Sampling,
     tick: Tick = lambda _: None,
 ) -> CandidateSet:
@@ -131,19 +148,28 @@ def generate(
     Raises:
         ConfigError: `too_many_candidates`; `prompt_too_long`.
     """
-    if len(labels) * sampling.per_label > MOST_ROWS:
-        raise ConfigError(
-            f"{len(labels)} labels with {sampling.per_label} texts each are more than the {MOST_ROWS} candidates of a "
-            "set; ask for fewer of each label",
-            code="too_many_candidates",
-        )
+    check_size(request, sampling)
     rows = []
-    for label in labels:
+    for label in request.labels:
         given = [example.text for example in request.examples]
         for text in enough(generator, [request.prompt(label)], request, label, sampling, given):
             rows.append(Candidate(text=text, label=label))
             tick(1)
     return CandidateSet(tuple(rows), provenance(generator, name, request, sampling))
+
+
+def check_size(request: Request, sampling: Sampling) -> None:
+    """Refuse to write more texts than a set may have.
+
+    Raises:
+        ConfigError: `too_many_candidates`.
+    """
+    if len(request.labels) * sampling.per_label > MOST_ROWS:
+        raise ConfigError(
+            f"{len(request.labels)} labels of {sampling.per_label} texts are more than the {MOST_ROWS} candidates of a "
+            "set; ask for fewer of each label",
+            code="too_many_candidates",
+        )
 
 
 def provenance(generator: BaseModel, name: str, request: Request, sampling: Sampling, parent: str = "") -> Provenance:

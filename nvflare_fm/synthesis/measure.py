@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from .keep import nearest_distance, words
 
 
 def distinct_2(texts: Sequence[str]) -> float:
-    """The share of different pairs of neighbouring words among all of them (arXiv:1510.03055); 0 where there are none."""
-    pairs = [pair for text in texts for pair in zip(said := words(text), said[1:], strict=False)]
+    """The share of different pairs of neighbouring words among all pairs (arXiv:1510.03055); 0 where there are none."""
+    pairs = [pair for said in map(words, texts) for pair in pairwise(said)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
