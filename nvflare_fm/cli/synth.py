@@ -30,7 +30,7 @@ Tokens = Annotated[int, typer.Option(min=4, max=1000, help="most tokens of a tex
 Batch = Annotated[int, typer.Option(min=1, max=1024, help="texts written together")]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="the same seed draws the same texts on the same machine")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="file to write; must not exist yet")]
-NAMES = ("chosen.jsonl", "candidates.jsonl")  # of files in a result's folder
+NAMES = ("synthetic.jsonl", "candidates.jsonl")  # of a file in a folder, such as that of a job's result
 
 
 @synth.command()

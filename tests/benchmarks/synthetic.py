@@ -135,6 +135,10 @@ class Experiment:
     def points(self) -> Tensor:
         return embed(self.made.texts, self.encoder)
 
+    @cached_property
+    def held_out(self) -> Tensor:
+        return embed([row["text"] for site in self.split.test for row in self.split.test[site]], self.encoder)
+
     @cache  # noqa: B019  one experiment lives as long as the program
     def private_points(self, site: str) -> Tensor:
         return embed([row["text"] for row in self.split.train[site]], self.encoder)
@@ -246,7 +250,7 @@ def _measured(
     """Of the rows, not of what is trained on them."""
     encoder = experiment.encoder
     private = torch.cat([experiment.private_points(site) for site in experiment.split.train])
-    held_out = embed([row["text"] for row in everything["test"]], encoder)
+    held_out = experiment.held_out
     texts = [row["text"] for row in everything["own"]] + [row["text"] for row in added]
     more = {row["text"] for row in added}
     points = embed(sorted(more), encoder)
