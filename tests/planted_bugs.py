@@ -42,6 +42,33 @@ BUGS = [
     Bug("errors.py", "(self.text, self.local)", "(self.message, self.local)", "test_errors"),
     Bug("flare/wire.py", 'code="no_submission"', 'code="No submission"', "test_errors"),
     Bug("site/data/loading.py", "if not good and reason.tells_job:", "if not good and False:", "site/test_labels"),
+    # synthetic rows
+    Bug("synthesis/vote.py", "1 / rows_of.get(unit, 1)", "1.0", "synthesis/test_vote"),
+    Bug("synthesis/vote.py", "/ math.sqrt(count)", "/ 1", "synthesis/test_vote"),
+    Bug(
+        "synthesis/vote.py",
+        "counts.double() + sigma * draw",
+        "counts.double() + 0.5 * sigma * draw",
+        "synthesis/test_vote",
+    ),
+    Bug("synthesis/choose.py", "if threshold < count < math.inf", "if threshold < count", "synthesis/test_choose"),
+    Bug("synthesis/choose.py", "-sigma * NormalDist()", "-0.9 * sigma * NormalDist()", "synthesis/test_choose"),
+    Bug("synthesis/add.py", "/ (1 - part))", ")", "synthesis/test_add"),
+    Bug("synthesis/add.py", "own_label_counts.get(label, 0) if label is not None else 0", "0", "synthesis/test_add"),
+    Bug("synthesis/keep.py", "range(len(said) - run + 1)", "range(len(said) - run)", "synthesis/test_keep"),
+    Bug("synthesis/keep.py", "- ceil(alike * len(said)) + 1]", "- ceil(alike * len(said))]", "synthesis/test_keep"),
+    Bug("synthesis/candidates.py", "    if len(data) > LARGEST:", "    if False:", "synthesis/test_candidates"),
+    Bug("synthesis/candidates.py", "RecursionError, ", "", "synthesis/test_candidates"),
+    Bug("synthesis/embed.py", "(hidden * mask).sum(1)", "hidden.sum(1)", "synthesis/test_models"),
+    Bug("synthesis/generate.py", "with torch.random.fork_rng():", "if True:", "synthesis/test_models"),
+    Bug("synthesis/vary.py", 'update={"votes": None}', "update={}", "synthesis/test_models"),
+    Bug("synthesis/features.py", "SQUARES * squares])", "5 * squares])", "synthesis/test_features"),
+    Bug(
+        "synthesis/features.py",
+        ".norm(dim=1, keepdim=True).clamp(min=1)\n    rows_of",
+        ".norm(dim=1, keepdim=True).clamp(min=2)\n    rows_of",
+        "synthesis/test_features",
+    ),
     # differential privacy
     Bug("privacy/accountant.py", "or len(history) > _PRV_KINDS", "", "test_accountant"),
     Bug(

@@ -23,7 +23,9 @@ ENCRYPTION_KNOWS = {"numpy", "tenseal", "nvflare_fm"}  # no torch, so that a pro
 KNOWS = {"privacy": PRIVACY_KNOWS, "encryption": ENCRYPTION_KNOWS}
 BRIDGES = {"simulate"}  # files that bring the core and what a site does together
 COMMANDS = {"cli"}
-LOADS_MODELS = {f"synthesis/{name}.py" for name in ("embed", "generate", "vary")}  # beside functions of the core
+LOADS_MODELS = {
+    f"synthesis/{name}.py" for name in ("embed", "generate", "look", "vary")
+}  # beside functions of the core
 ROOMS_ABOVE = {
     "core": {"site", "flare", "demo", "compare", *COMMANDS, *BRIDGES},
     "site": {"flare", "demo", "compare", *COMMANDS, *BRIDGES},

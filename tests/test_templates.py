@@ -372,6 +372,8 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     if template == "lora_mixed_hardware":
         used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}
         assert used == {"alder": (2, "fp32"), "birch": (16, "nf4")}
+        added = (tmp_path / "runs" / "job.log").read_text().count("of 12 synthetic rows are added to")
+        assert added == 3  # at alder, and in both processes of birch
         assert rounds[0]["sites"]["birch"]["steps"] == 2  # its two processes take them together
 
 

@@ -27,6 +27,7 @@ from ..errors import ConfigError, FmError
 from ..export.folder import Saved
 from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
+from ..job.synthetic import check_labels
 from ..privacy import clients
 from ..transforms.packed import pack
 from . import wire
@@ -119,6 +120,8 @@ class FedPEFT(Rounds):
             startup = Path(self.engine.get_workspace().get_startup_kit_dir())
             self.aggregator.keys = server_keys(startup)
         check_fewest(len(self.engine.get_clients()), needed(self.settled.aggregation).fewest)
+        if self.settled.plan.synthetic.asked:  # before a round is lost: the sites have the same file
+            check_labels(self.settled.plan, self._brought(self.settled.plan.synthetic.digest))
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))

@@ -25,7 +25,9 @@ from nvflare.app_common.workflows.model_controller import ModelController
 
 from ..adapter import RoundTask
 from ..errors import FmError
+from ..job.synthetic import read_brought
 from ..record.reason import Kind, Reason, Verdict
+from ..synthesis.candidates import CandidateSet
 from ..untrusted import printable
 from . import wire
 from .ledger import Ledger
@@ -91,6 +93,15 @@ class Rounds(ModelController):
     @abstractmethod
     def _take(self, result: FLModel, trained_in: RoundTask | None = None) -> bool:
         """Takes an answer to this round, or to the earlier round `trained_in`."""
+
+    def _brought(self, digest: str) -> CandidateSet:
+        """The synthetic rows that the job brings.
+
+        Raises:
+            ConfigError: it brings none, or others.
+        """
+        workspace, job = self.engine.get_workspace(), self.fl_ctx.get_job_id()
+        return read_brought(Path(workspace.get_app_config_dir(job)), digest)
 
     def _free(self) -> set[str]:
         """The connected sites that are not at an earlier round."""

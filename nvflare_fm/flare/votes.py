@@ -22,7 +22,7 @@ from ..aggregation.admit import Terms, check_terms, check_values
 from ..config import RoundPlan, TaskPlan, VoteSettings
 from ..errors import WireError
 from ..files import write_text
-from ..job.synthetic import FILE, check_votes, read_brought, voting
+from ..job.synthetic import FILE, check_votes, voting
 from ..privacy.egress import VOTES
 from ..synthesis import candidates
 from ..synthesis.candidates import CandidateSet
@@ -61,8 +61,7 @@ class SyntheticVotes(Rounds):
 
     def _work(self) -> None:
         fobs.register(TensorDecomposer)
-        workspace, job = self.engine.get_workspace(), self.fl_ctx.get_job_id()
-        rows = read_brought(Path(workspace.get_app_config_dir(job)), self.asked.synthetic.digest)
+        rows = self._brought(self.asked.synthetic.digest)
         plan = voting(self.asked, rows)
         self.set_fl_context(FLModel(params={}, current_round=0, total_rounds=1))
         self.task = RoundTask(plan)

@@ -139,7 +139,9 @@ def added(
     chosen = add(_counts(found, plan, task), [rows.rows[p].label for p in places], _share(plan, examples, most))
     reasons = "; ".join(f"{times} × {reason}" for reason, times in Counter(left_out.values()).most_common())
     told = f"; left out: {reasons}" if reasons else ""
-    log.info("%d of %d synthetic rows are added to %d of the site's own%s", len(chosen), len(rows.rows), examples, told)
+    log.warning(
+        "%d of %d synthetic rows are added to %d of the site's own%s", len(chosen), len(rows.rows), examples, told
+    )
     return Dataset.from_list([usable[places[i]] for i in chosen], features=found.train.features)
 
 

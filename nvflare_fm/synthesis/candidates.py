@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from ..config import CANDIDATES as MOST_ROWS
-from ..config import Fingerprint, Name, Settings, Whole
+from ..config import CANDIDATES, Fingerprint, Name, Settings, Whole
 from ..config import Text as Label
 from ..errors import ConfigError
 from ..files import MIB
 
-LONGEST, LARGEST = 2000, 16 * MIB  # characters of a text, bytes of a file
+MOST_ROWS, LONGEST, LARGEST = CANDIDATES, 2000, 16 * MIB  # candidates of a set, characters of a text, bytes of a file
 
 
 def _plain(text: str) -> str:

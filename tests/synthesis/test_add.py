@@ -32,13 +32,16 @@ def test_a_class_gets_none_while_another_has_fewer_rows_and_a_candidate_left(own
             assert all(after[other] >= after[label] - 1 for other in waiting)
 
 
-@given(counts, labels, shares)
-def test_of_a_class_the_first_are_added(own, offered, share):
-    added = add(own, offered, share)
+@given(counts, labels, shares, st.integers(0, 99))
+def test_of_a_class_the_first_are_added_from_where_a_site_begins(own, offered, share, turn):
+    added = add(own, offered, share, turn)
+    assert len(added) == len(add(own, offered, share))
     for label in {*offered}:
         places = [place for place, other in enumerate(offered) if other == label]
+        start = turn % len(places)
+        places = places[start:] + places[:start]
         mine = [place for place in added if offered[place] == label]
-        assert mine == places[: len(mine)]
+        assert mine == sorted(places[: len(mine)])
 
 
 @given(counts, labels)
