@@ -64,7 +64,7 @@ BUGS = [
     Bug("privacy/egress.py", "if asked.plan.votes and {", "if False and {", "flare/test_votes"),
     Bug("privacy/egress.py", '(protection.mechanism == "votes") !=', "bool(asked.plan.votes) !=", "flare/test_votes"),
     Bug("synthesis/tally.py", ".clamp(max=1.0)", "", "synthesis/test_tally"),
-    Bug("flare/votes.py", "    check_terms(update, terms,", "    bool((update, terms,", "flare/test_votes"),
+    Bug("flare/votes.py", "    check_values(update)\n", "", "flare/test_votes"),
     Bug("flare/votes.py", "    if update.report.epsilon is None:", "    if False:", "flare/test_votes"),
     # synthetic rows
     Bug("synthesis/vote.py", "1 / rows_of.get(unit, 1)", "1.0", "synthesis/test_vote"),
@@ -123,7 +123,7 @@ BUGS = [
         "within(protection.events, protection.delta, most)",
         "site/test_dp",
     ),
-    Bug("site/worker.py", "        self.may_spend(job.private.protection)\n", "", "site/test_dp"),
+    Bug("site/worker.py", "        self.may_spend(protection)\n", "", "site/test_dp"),
     Bug("site/data/loading.py", "return str(value).strip()", "return str(value)", "site/test_dp"),
     # differential privacy: each site as a whole
     Bug("aggregation/noised.py", "total + spread * normal", "total + 0.5 * spread * normal", "test_noised"),
@@ -727,7 +727,7 @@ BUGS = [
     ),
     Bug(
         "site/worker.py",
-        "return len({found.contents[0][row] for row in chosen})",
+        "return len(training.different(chosen, found.contents[0]))",
         "return len(chosen)",
         "site/test_floors",
     ),
@@ -1373,7 +1373,12 @@ BUGS = [
         "- {*getattr(privacy, name)}",
         "site/test_policy",
     ),
-    Bug("flare/egress.py", "if privacy.floor is None:", "if True:", "flare/test_egress"),
+    Bug(
+        "flare/egress.py",
+        "if floor else self._open(result, fl_ctx)",
+        "if False else self._open(result, fl_ctx)",
+        "flare/test_egress",
+    ),
     Bug(
         "flare/egress.py",
         "except Exception as error:\n            logger",
@@ -1392,7 +1397,12 @@ BUGS = [
         "book = self.budget.verify()",
         "flare/test_egress",
     ),
-    Bug("flare/egress.py", "return _refusal(egress.public_reason(reason))", "return result", "flare/test_egress"),
+    Bug(
+        "flare/egress.py",
+        "return _refusal(egress.public_reason(reason) if self.config().privacy.floor else reason)",
+        "return result",
+        "flare/test_egress",
+    ),
     Bug(
         "flare/egress.py", "type(filters[-1]) is EgressFilter", "type(filters[0]) is EgressFilter", "flare/test_egress"
     ),

@@ -99,7 +99,13 @@ def test_synthetic_rows_are_read_at_one_place_and_no_other_lines_of_json_are_the
     check({CLIENT: "{}", job_files.SYNTHETIC: large})
     for data in (b"", b"{}", rows + b'{"text": 7}\n', b"\xff", b"[" * 10_000, rows + b"x" * candidates.LARGEST):
         assert code({CLIENT: "{}", job_files.SYNTHETIC: data}) == "candidates_unreadable"
-    for name in ("synthetic.jsonl", "config/other.jsonl", "config/a/synthetic.jsonl", "config/synthetic.JSONL"):
+    for name in (
+        "synthetic.jsonl",
+        "config/other.jsonl",
+        "config/a/synthetic.jsonl",
+        "a/config/synthetic.jsonl",
+        "config/synthetic.JSONL",
+    ):
         assert code({CLIENT: "{}", name: rows}) == "unexpected_file"
 
 

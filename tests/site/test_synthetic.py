@@ -213,6 +213,18 @@ def test_a_vote_that_the_budget_does_not_pay_for_is_not_counted(
         found.train(RoundTask(asked_to_vote()))
 
 
+def test_rows_vote_for_candidates_of_their_own_label_and_none_twice(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counts: list[Any] = []
+    monkeypatch.setattr(worker, "noised", lambda votes, sigma: counts.append(votes) or votes.float())
+    lines = tiny.rows(TASK, 24) + [row for row in tiny.rows(TASK, 24, shift=1) if row["label"] == "ill"]
+    site(tmp_path, bert, lines=lines).train(RoundTask(asked_to_vote()))
+    for label in tiny.LABELS:
+        its = [place for place, of in enumerate(ROWS.labels) if of == label]
+        assert float(counts[0][its].sum()) == len([row for row in lines if row["label"] == label])
+
+
 def test_a_patient_has_one_vote_however_many_rows(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     counted = Mock(wraps=synthetic.count)
     monkeypatch.setattr(worker.synthetic, "count", counted)
