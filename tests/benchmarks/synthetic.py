@@ -39,7 +39,7 @@ from nvflare_fm.privacy import gaussian
 from nvflare_fm.site.tasks import classification_metrics
 from nvflare_fm.site.training.fit import order
 from nvflare_fm.site.training.layerwise import LayerwiseStep
-from nvflare_fm.synthesis import candidates, keep, measure
+from nvflare_fm.synthesis import candidates, features, keep, measure
 from nvflare_fm.synthesis.add import add
 from nvflare_fm.synthesis.choose import choose, threshold
 from nvflare_fm.synthesis.embed import Encoder, embed, load
@@ -48,6 +48,7 @@ from nvflare_fm.synthesis.vote import noised, votes
 DELTA, TUNING_SEED = 1e-5, 100
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # of heads alone
 SCALE = 5.0  # of unit vectors, about the length of a mean over tokens
+FEATURES, WIDTH = "features-", 32  # arms whose heads start from feature synthesis, and its directions
 STEPS, BATCH = 5, 64  # of a round, of heads alone, as in `compare`'s "ours, head alone"
 Row = dict[str, str]
 ARMS = ("none", "head", "duplicates", "zero-shot", "1", "4", "inf", "public")  # a number is the ε of the votes
@@ -59,9 +60,10 @@ class Setup:
 
     Args:
         private: of a class, all sites together, or of a site where `by_site`.
-        alpha: of the split over sites.
+        source: of the rows, as `compare` splits them over sites.
         per_label: candidates that are chosen of each label.
         rate: learning rate, from the study's tuning.
+        words: of a text that are read, as few as the study's max_length leaves; 0: all.
     """
 
     source: str
@@ -69,12 +71,13 @@ class Setup:
     per_label: int
     rate: float
     by_site: bool = False
+    words: int = 0
 
 
 SETUPS = {
     "banking77": Setup("banking77-0.1", 20, 10, 0.01),
-    "mts": Setup("mts-0.1", 20, 10, 0.005),
-    "medquad": Setup("medquad-types", 60, 20, 0.005, by_site=True),
+    "mts": Setup("mts-0.1", 20, 10, 0.005, words=60),
+    "medquad": Setup("medquad-types", 60, 10, 0.005, by_site=True, words=40),
 }
 
 
@@ -99,7 +102,8 @@ def split(setup: Setup, seed: int) -> Split:
     public: list[Row] = []
     ordered = sorted(rows, key=lambda each: data_sets.fraction(f"{seed}/{each[2]['text']}"))
     taken: Counter[str] = Counter()
-    for site, part, row in ordered:
+    for site, part, whole in ordered:
+        row = whole | {"text": " ".join(whole["text"].split()[: setup.words])} if setup.words else whole
         group = site if setup.by_site else row["label"]
         if part == "test":
             test.setdefault(site, []).append(row)
@@ -141,6 +145,7 @@ class Experiment:
     nearest: int = 1
     turns: bool = True
     chance: float = 0.5
+    plain: bool = False  # no arm has the head treatment
 
     @cached_property
     def setup(self) -> Setup:
@@ -191,6 +196,8 @@ class Experiment:
 
     def offered(self, arm: str) -> list[Row]:
         """What an arm offers to every site, the best first."""
+        if arm in ("none", "head", "duplicates") or arm.startswith(FEATURES):
+            return []
         if arm == "public":
             wanted = dict.fromkeys((row["label"] for row in self.split.public), self.setup.per_label)
             return _first(self.split.public, wanted)
@@ -205,8 +212,6 @@ class Experiment:
         own = self.split.train[site]
         counts = Counter(row["label"] for row in own)
         turn = int(hashlib.sha256(site.encode()).hexdigest()[:8], 16) if self.turns else 0
-        if arm in ("none", "head"):
-            return []
         if arm == "duplicates":
             copies = own * 10
             return [copies[place] for place in add(counts, [row["label"] for row in copies], self.share, turn)]
@@ -228,7 +233,7 @@ def _first(rows: Sequence[Row], wanted: dict[Any, int]) -> list[Row]:
 def carried_out(experiment: Experiment, arm: str, rate: float, rounds: int, model: str, root: Path) -> dict[str, Any]:
     """Train a federation and measure it: a line of the results."""
     began, rows = time.monotonic(), experiment.split
-    offered = [] if arm in ("none", "head", "duplicates") else experiment.offered(arm)
+    offered = experiment.offered(arm)
     more = {site: experiment.added(arm, site, offered) for site in rows.train}
     everything = {
         "own": [row for site in rows.train for row in rows.train[site]],
@@ -242,7 +247,7 @@ def carried_out(experiment: Experiment, arm: str, rate: float, rounds: int, mode
     return {
         "set": experiment.name, "arm": arm, "seed": experiment.seed, "rate": rate, "rounds": rounds, "model": model,
         "share": experiment.share, "nearest": experiment.nearest, "turns": experiment.turns,
-        "chance": experiment.chance, "rows": len(everything["own"]), "added": len(added),
+        "chance": experiment.chance, "plain": experiment.plain, "rows": len(everything["own"]), "added": len(added),
         "different": len({row["text"] for row in added}), **{name: round(value, 4) for name, value in found.items()},
         **_measured(experiment, offered, added, everything), "seconds": round(time.monotonic() - began),
     }  # fmt: skip
@@ -260,12 +265,14 @@ def _heads(
         data[site] = experiment.points_of([row["text"] for row in rows]), labels
     width = next(iter(data.values()))[0].shape[1]
     state = [torch.zeros(len(classes), width), torch.zeros(len(classes))]
+    if arm.startswith(FEATURES):
+        state = _start(experiment, float(arm.removeprefix(FEATURES)))
     for number in range(rounds):
         sums = [torch.zeros_like(each) for each in state]
         for site, (points, labels) in data.items():
             parts = [each.clone().requires_grad_() for each in state]
             optimizer = torch.optim.AdamW(parts, lr=rate, weight_decay=0.0)
-            if arm != "none":
+            if arm != "none" and not experiment.plain:
                 optimizer.register_step_pre_hook(LayerwiseStep(parts, 8.0))
             count = STEPS * BATCH
             chosen = order(len(labels), number * count, count, f"{experiment.seed}/{site}")
@@ -280,6 +287,25 @@ def _heads(
             sums = [total + part.detach() / len(data) for total, part in zip(sums, parts, strict=True)]
         state = sums
     return state[0], state[1]
+
+
+def _start(experiment: Experiment, epsilon: float) -> list[Tensor]:
+    """A head from feature synthesis, in the directions in which the candidates, which are public, differ most."""
+    classes, train = experiment.classes, experiment.split.train
+    mean = experiment.points.mean(0)
+    basis = torch.linalg.svd(experiment.points - mean, full_matrices=False).Vh[:WIDTH]
+    sigma = 0.0 if math.isinf(epsilon) else gaussian.noise_multiplier(epsilon, 1, DELTA)
+    chance = torch.Generator().manual_seed(experiment.seed)
+    total = torch.zeros(len(classes) * (WIDTH + 1) + WIDTH, dtype=torch.float64)
+    for site, rows in train.items():
+        inside = (experiment.private_points(site) - mean) @ basis.T
+        sent = features.moments(inside, [classes.index(row["label"]) for row in rows], range(len(rows)), len(classes))
+        total += noised(sent, sigma, lambda count: torch.randn(count, generator=chance, dtype=torch.float64))
+    found = features.gaussians(total, len(classes), sigma * math.sqrt(len(train)))
+    points, labels = features.drawn(found, 20, chance)
+    weight, bias = features.head(SCALE * points, labels, len(classes), 1e-3)
+    lifted = weight @ basis
+    return [lifted, bias - SCALE * lifted @ mean]
 
 
 def _scores(weight: Tensor, bias: Tensor, experiment: Experiment, test: dict[str, list[Row]]) -> dict[str, float]:
@@ -316,9 +342,10 @@ def tuned(experiment: Experiment, arm: str, rounds: int, results: Path) -> float
     """The rate at which an arm's heads score best on public rows that no arm trains on, at the tuning seed."""
     asked = {"tuning": True, "set": experiment.name, "arm": arm, "rounds": rounds, "share": experiment.share}
     asked |= {"nearest": experiment.nearest, "turns": experiment.turns, "chance": experiment.chance}
+    asked |= {"plain": experiment.plain}
     lines = [line for line in read_lines(results) if asked.items() <= line.items()]
     if not lines:
-        offered = [] if arm in ("none", "head", "duplicates") else experiment.offered(arm)
+        offered = experiment.offered(arm)
         more = {site: experiment.added(arm, site, offered) for site in experiment.split.train}
         taken = {row["text"] for row in experiment.offered("public")}
         known = {*experiment.classes}
@@ -417,6 +444,7 @@ def main(
     nearest: Annotated[int, typer.Option(help="candidates that a row votes for")] = 1,
     turns: Annotated[bool, typer.Option(help="whether sites begin at different candidates")] = True,
     chance: Annotated[float, typer.Option(help="with which noise alone passes the threshold")] = 0.5,
+    plain: Annotated[bool, typer.Option("--plain", help="no arm has the head treatment; frozen alone")] = False,
     root: Path = Path("runs/synthetic"),
     results: Path = Path("tests/benchmarks/results/synthetic.jsonl"),
 ) -> None:
@@ -424,7 +452,7 @@ def main(
     points_of = Points(load(data_sets.minilm()))
 
     def at(seed: int) -> Experiment:
-        return Experiment(name, seed, share, root / f"{name}.jsonl", points_of, nearest, turns, chance)
+        return Experiment(name, seed, share, root / f"{name}.jsonl", points_of, nearest, turns, chance, plain)
 
     for seed in map(int, seeds.split(",")):
         experiment = at(seed)
@@ -433,7 +461,7 @@ def main(
                 tuned(at(TUNING_SEED), arm, rounds, results) if model == "frozen" else experiment.setup.rate
             )
             asked = {"set": name, "arm": arm, "seed": seed, "rate": chosen, "rounds": rounds, "model": model}
-            asked |= {"share": share, "nearest": nearest, "turns": turns, "chance": chance}
+            asked |= {"share": share, "nearest": nearest, "turns": turns, "chance": chance, "plain": plain}
             if not any(asked.items() <= line.items() for line in read_lines(results)):
                 line = carried_out(experiment, arm, chosen, rounds, model, root)
                 _append(results, line)
