@@ -3,9 +3,15 @@
     nvflare-fm synth generate LABELS … -o runs/synthetic/banking77.jsonl          (see docs/synthetic_data.md)
     python tests/benchmarks/synthetic.py banking77 --seeds 0 --arms none,head,duplicates,zero-shot,1,4,inf,public
 
+    python tests/benchmarks/synthetic.py banking77 --model frozen --seeds 0,1,2,3,4
+
 Sites are as in `nvflare-fm compare`; each adds rows up to `--share` of its training rows, by the product's own
-functions. One line of JSON a run is added to `--results`; what is there already is not run again. The rate is that of
-the study's tuning without synthetic rows, for all arms; `--tune` tries others on held-out public rows.
+functions. One line of JSON a run is added to `--results`; what is there already is not run again.
+
+`--model two` trains LoRA on the first two layers of MiniLM with the product's own workers, at the rate of the study's
+tuning, for all arms. `--model frozen` trains heads alone on the embeddings of all six layers, by the same rounds, steps
+and head treatment, in seconds a run. Each arm then takes the rate that is best at seed 100, on public rows that no arm
+trains on.
 """
 
 import hashlib
@@ -15,7 +21,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,13 +36,20 @@ from nvflare_fm.compare.methods import METHODS, OURS, Method
 from nvflare_fm.compare.run import read_lines
 from nvflare_fm.compare.study import Study, Workspace, study
 from nvflare_fm.privacy import gaussian
-from nvflare_fm.synthesis import candidates, keep, measure
+from nvflare_fm.site.tasks import classification_metrics
+from nvflare_fm.site.training.fit import order
+from nvflare_fm.site.training.layerwise import LayerwiseStep
+from nvflare_fm.synthesis import candidates, features, keep, measure
 from nvflare_fm.synthesis.add import add
 from nvflare_fm.synthesis.choose import choose, threshold
 from nvflare_fm.synthesis.embed import Encoder, embed, load
 from nvflare_fm.synthesis.vote import noised, votes
 
-DELTA = 1e-5
+DELTA, TUNING_SEED = 1e-5, 100
+RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # of heads alone
+SCALE = 5.0  # of unit vectors, about the length of a mean over tokens
+FEATURES, WIDTH = "features-", 32  # arms whose heads start from feature synthesis, and its directions
+STEPS, BATCH = 5, 64  # of a round, of heads alone, as in `compare`'s "ours, head alone"
 Row = dict[str, str]
 ARMS = ("none", "head", "duplicates", "zero-shot", "1", "4", "inf", "public")  # a number is the ε of the votes
 
@@ -47,9 +60,10 @@ class Setup:
 
     Args:
         private: of a class, all sites together, or of a site where `by_site`.
-        alpha: of the split over sites.
+        source: of the rows, as `compare` splits them over sites.
         per_label: candidates that are chosen of each label.
         rate: learning rate, from the study's tuning.
+        words: of a text that are read, as few as the study's max_length leaves; 0: all.
     """
 
     source: str
@@ -57,12 +71,13 @@ class Setup:
     per_label: int
     rate: float
     by_site: bool = False
+    words: int = 0
 
 
 SETUPS = {
     "banking77": Setup("banking77-0.1", 20, 10, 0.01),
-    "mts": Setup("mts-0.1", 20, 10, 0.005),
-    "medquad": Setup("medquad-types", 60, 20, 0.005, by_site=True),
+    "mts": Setup("mts-0.1", 20, 10, 0.005, words=60),
+    "medquad": Setup("medquad-types", 60, 10, 0.005, by_site=True, words=40),
 }
 
 
@@ -87,7 +102,8 @@ def split(setup: Setup, seed: int) -> Split:
     public: list[Row] = []
     ordered = sorted(rows, key=lambda each: data_sets.fraction(f"{seed}/{each[2]['text']}"))
     taken: Counter[str] = Counter()
-    for site, part, row in ordered:
+    for site, part, whole in ordered:
+        row = whole | {"text": " ".join(whole["text"].split()[: setup.words])} if setup.words else whole
         group = site if setup.by_site else row["label"]
         if part == "test":
             test.setdefault(site, []).append(row)
@@ -105,6 +121,18 @@ def split(setup: Setup, seed: int) -> Split:
     )
 
 
+class Points:
+    """Embeddings of texts, each made once."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.known = encoder, dict[str, Tensor]()
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        new = [*dict.fromkeys(text for text in texts if text not in self.known)]
+        self.known.update(zip(new, embed(new, self.encoder), strict=True))
+        return torch.stack([self.known[text] for text in texts])
+
+
 @dataclass(eq=False)
 class Experiment:
     """A data set at a seed."""
@@ -113,9 +141,11 @@ class Experiment:
     seed: int
     share: float
     candidates: Path
-    encoder: Encoder
+    points_of: "Points"
     nearest: int = 1
     turns: bool = True
+    chance: float = 0.5
+    plain: bool = False  # no arm has the head treatment
 
     @cached_property
     def setup(self) -> Setup:
@@ -126,22 +156,26 @@ class Experiment:
         return split(self.setup, self.seed)
 
     @cached_property
+    def classes(self) -> list[str]:
+        return sorted({row["label"] for rows in self.split.train.values() for row in rows})
+
+    @cached_property
     def made(self) -> candidates.CandidateSet:
         found = candidates.read(self.candidates.read_bytes(), self.candidates.name)
         out = {**keep.duplicates(found.texts), **keep.personal_data(found.texts)}
-        return replace(found, rows=found.select([place for place in range(len(found.rows)) if place not in out]))
+        kept = [place for place, label in enumerate(found.labels) if place not in out and label in self.classes]
+        return replace(found, rows=found.select(kept))
 
     @cached_property
     def points(self) -> Tensor:
-        return embed(self.made.texts, self.encoder)
+        return self.points_of(self.made.texts)
 
     @cached_property
     def held_out(self) -> Tensor:
-        return embed([row["text"] for site in self.split.test for row in self.split.test[site]], self.encoder)
+        return self.points_of([row["text"] for site in self.split.test for row in self.split.test[site]])
 
-    @cache  # noqa: B019  one experiment lives as long as the program
     def private_points(self, site: str) -> Tensor:
-        return embed([row["text"] for row in self.split.train[site]], self.encoder)
+        return self.points_of([row["text"] for row in self.split.train[site]])
 
     def votes(self, epsilon: float) -> tuple[Tensor, float]:
         """The votes of all sites, each with its own noise, and the noise's standard deviation over all."""
@@ -162,13 +196,15 @@ class Experiment:
 
     def offered(self, arm: str) -> list[Row]:
         """What an arm offers to every site, the best first."""
+        if arm in ("none", "head", "duplicates") or arm.startswith(FEATURES):
+            return []
         if arm == "public":
             wanted = dict.fromkeys((row["label"] for row in self.split.public), self.setup.per_label)
             return _first(self.split.public, wanted)
         if arm == "zero-shot":
             return _first([each.row for each in self.made.rows], dict.fromkeys(self.made.labels, self.setup.per_label))
         found, sigma = self.votes(float(arm))
-        chosen = choose(found, self.made.labels, self.setup.per_label, threshold(sigma, 0.5))
+        chosen = choose(found, self.made.labels, self.setup.per_label, threshold(sigma, self.chance))
         return [each.row for each in self.made.select(chosen)]
 
     def added(self, arm: str, site: str, offered: Sequence[Row]) -> list[Row]:
@@ -176,8 +212,6 @@ class Experiment:
         own = self.split.train[site]
         counts = Counter(row["label"] for row in own)
         turn = int(hashlib.sha256(site.encode()).hexdigest()[:8], 16) if self.turns else 0
-        if arm in ("none", "head"):
-            return []
         if arm == "duplicates":
             copies = own * 10
             return [copies[place] for place in add(counts, [row["label"] for row in copies], self.share, turn)]
@@ -199,32 +233,160 @@ def _first(rows: Sequence[Row], wanted: dict[Any, int]) -> list[Row]:
 def carried_out(experiment: Experiment, arm: str, rate: float, rounds: int, model: str, root: Path) -> dict[str, Any]:
     """Train a federation and measure it: a line of the results."""
     began, rows = time.monotonic(), experiment.split
-    offered = [] if arm in ("none", "head", "duplicates") else experiment.offered(arm)
-    folder, added = root / f"{experiment.name}-{experiment.seed}-{arm}", []
-    for site, own in rows.train.items():
-        more = experiment.added(arm, site, offered)
-        added += more
-        _write(folder / site / "train.jsonl", [*own, *more])
-        _write(folder / site / "test.jsonl", rows.test[site])
+    offered = experiment.offered(arm)
+    more = {site: experiment.added(arm, site, offered) for site in rows.train}
     everything = {
         "own": [row for site in rows.train for row in rows.train[site]],
         "test": [row for site in rows.test for row in rows.test[site]],
     }
-    for part, found in everything.items():
-        _write(root / folder.name / f"{part}.jsonl", found)
-    workspace = Workspace(root / "work", root / "work" / "results")
-    length = {"banking77": 24, "mts": 48, "medquad": 24}[experiment.name]
-    small = study(f"synthetic-{model}", workspace, folder, _model(model, workspace), "", length, rounds, 0, (rate,))
-    found = _trained(small, folder, arm, rate, experiment.seed)
+    if model == "frozen":
+        found = _scores(*_heads(experiment, arm, rate, rounds, more), experiment, rows.test)
+    else:
+        found = _workers(experiment, arm, rate, rounds, model, root, more, everything)
+    added = [row for site in more for row in more[site]]
     return {
         "set": experiment.name, "arm": arm, "seed": experiment.seed, "rate": rate, "rounds": rounds, "model": model,
         "share": experiment.share, "nearest": experiment.nearest, "turns": experiment.turns,
-        "rows": len(everything["own"]), "added": len(added), "different": len({row["text"] for row in added}),
-        **found, **_measured(experiment, arm, offered, added, everything), "seconds": round(time.monotonic() - began),
+        "chance": experiment.chance, "plain": experiment.plain, "rows": len(everything["own"]), "added": len(added),
+        "different": len({row["text"] for row in added}), **{name: round(value, 4) for name, value in found.items()},
+        **_measured(experiment, offered, added, everything), "seconds": round(time.monotonic() - began),
     }  # fmt: skip
 
 
-def _trained(small: Study, folder: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
+def _heads(
+    experiment: Experiment, arm: str, rate: float, rounds: int, more: dict[str, list[Row]]
+) -> tuple[Tensor, Tensor]:
+    """A federation that trains linear heads on embeddings, from zero: weight and bias."""
+    classes = experiment.classes
+    data = {}
+    for site, own in experiment.split.train.items():
+        rows = [*own, *more[site]]
+        labels = torch.tensor([classes.index(row["label"]) for row in rows])
+        data[site] = experiment.points_of([row["text"] for row in rows]), labels
+    width = next(iter(data.values()))[0].shape[1]
+    state = [torch.zeros(len(classes), width), torch.zeros(len(classes))]
+    if arm.startswith(FEATURES):
+        state = _start(experiment, float(arm.removeprefix(FEATURES)))
+    for number in range(rounds):
+        sums = [torch.zeros_like(each) for each in state]
+        for site, (points, labels) in data.items():
+            parts = [each.clone().requires_grad_() for each in state]
+            optimizer = torch.optim.AdamW(parts, lr=rate, weight_decay=0.0)
+            if arm != "none" and not experiment.plain:
+                optimizer.register_step_pre_hook(LayerwiseStep(parts, 8.0))
+            count = STEPS * BATCH
+            chosen = order(len(labels), number * count, count, f"{experiment.seed}/{site}")
+            for step in range(STEPS):
+                done = (number * STEPS + step) / (rounds * STEPS)
+                optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+                some = chosen[step * BATCH : (step + 1) * BATCH]
+                optimizer.zero_grad()
+                logits = SCALE * points[some] @ parts[0].T + parts[1]
+                torch.nn.functional.cross_entropy(logits, labels[some]).backward()
+                optimizer.step()
+            sums = [total + part.detach() / len(data) for total, part in zip(sums, parts, strict=True)]
+        state = sums
+    return state[0], state[1]
+
+
+def _start(experiment: Experiment, epsilon: float) -> list[Tensor]:
+    """A head from feature synthesis, in the directions in which the candidates, which are public, differ most."""
+    classes, train = experiment.classes, experiment.split.train
+    mean = experiment.points.mean(0)
+    basis = torch.linalg.svd(experiment.points - mean, full_matrices=False).Vh[:WIDTH]
+    sigma = 0.0 if math.isinf(epsilon) else gaussian.noise_multiplier(epsilon, 1, DELTA)
+    chance = torch.Generator().manual_seed(experiment.seed)
+    total = torch.zeros(len(classes) * (WIDTH + 1) + WIDTH, dtype=torch.float64)
+    for site, rows in train.items():
+        inside = (experiment.private_points(site) - mean) @ basis.T
+        sent = features.moments(inside, [classes.index(row["label"]) for row in rows], range(len(rows)), len(classes))
+        total += noised(sent, sigma, lambda count: torch.randn(count, generator=chance, dtype=torch.float64))
+    found = features.gaussians(total, len(classes), sigma * math.sqrt(len(train)))
+    points, labels = features.drawn(found, 20, chance)
+    weight, bias = features.head(SCALE * points, labels, len(classes), 1e-3)
+    lifted = weight @ basis
+    return [lifted, bias - SCALE * lifted @ mean]
+
+
+def _scores(weight: Tensor, bias: Tensor, experiment: Experiment, test: dict[str, list[Row]]) -> dict[str, float]:
+    """What a head scores on the test rows of each site, of all together, and on the sites' own rows to train on."""
+    classes = experiment.classes
+
+    def measured(rows: list[Row]) -> dict[str, float]:
+        truth = torch.tensor([classes.index(row["label"]) for row in rows])
+        logits = SCALE * experiment.points_of([row["text"] for row in rows]) @ weight.T + bias
+        nats = torch.nn.functional.cross_entropy(logits, truth, reduction="none")
+        columns = {"label": truth, "answer": logits.argmax(1), "nats": nats}
+        return classification_metrics(columns, range(len(classes)))
+
+    home = {site: measured(rows) for site, rows in test.items()}
+    return _summary(
+        home,
+        measured([row for site in experiment.split.train for row in experiment.split.train[site]]),
+        measured([row for site in test for row in test[site]]),
+    )
+
+
+def _summary(home: dict[str, dict[str, float]], own: dict[str, float], test: dict[str, float]) -> dict[str, float]:
+    return {
+        "macro_f1": test["macro_f1"],
+        "accuracy": test["accuracy"],
+        "worst_f1": min(found["macro_f1"] for found in home.values()),
+        "worst_accuracy": min(found["accuracy"] for found in home.values()),
+        "gap_f1": own["macro_f1"] - test["macro_f1"],
+        "gap_accuracy": own["accuracy"] - test["accuracy"],
+    }
+
+
+def tuned(experiment: Experiment, arm: str, rounds: int, results: Path) -> float:
+    """The rate at which an arm's heads score best on public rows that no arm trains on, at the tuning seed."""
+    asked = {"tuning": True, "set": experiment.name, "arm": arm, "rounds": rounds, "share": experiment.share}
+    asked |= {"nearest": experiment.nearest, "turns": experiment.turns, "chance": experiment.chance}
+    asked |= {"plain": experiment.plain}
+    lines = [line for line in read_lines(results) if asked.items() <= line.items()]
+    if not lines:
+        offered = experiment.offered(arm)
+        more = {site: experiment.added(arm, site, offered) for site in experiment.split.train}
+        taken = {row["text"] for row in experiment.offered("public")}
+        known = {*experiment.classes}
+        judge = [r for r in experiment.split.public if r["text"] not in taken and r["label"] in known][:2000]
+        found = {rate: _heads(experiment, arm, rate, rounds, more) for rate in RATES}
+        scores = {rate: _scores(*head, experiment, {"public": judge})["macro_f1"] for rate, head in found.items()}
+        lines = [{**asked, "rate": max(scores, key=lambda rate: scores[rate]), "scores": scores}]
+        _append(results, lines[0])
+    return float(lines[-1]["rate"])
+
+
+def _append(results: Path, line: dict[str, Any]) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def _workers(
+    experiment: Experiment,
+    arm: str,
+    rate: float,
+    rounds: int,
+    model: str,
+    root: Path,
+    more: dict[str, list[Row]],
+    everything: dict[str, list[Row]],
+) -> dict[str, float]:
+    """A federation of the product's workers."""
+    rows, folder = experiment.split, root / f"{experiment.name}-{experiment.seed}-{arm}"
+    for site, own in rows.train.items():
+        _write(folder / site / "train.jsonl", [*own, *more[site]])
+        _write(folder / site / "test.jsonl", rows.test[site])
+    for part, found in everything.items():
+        _write(folder / f"{part}.jsonl", found)
+    workspace = Workspace(root / "work", root / "work" / "results")
+    length = {"banking77": 24, "mts": 48, "medquad": 24}[experiment.name]
+    small = study(f"synthetic-{model}", workspace, folder, _model(model), "", length, rounds, 0, (rate,))
+    return _trained(small, folder, arm, rate, experiment.seed)
+
+
+def _trained(small: Study, folder: Path, arm: str, rate: float, seed: int) -> dict[str, float]:
     bench = Bench(small, rate)
     method = METHODS[OURS] if arm != "none" else Method(training={"head_lr_ratio": 0.0})
     workers = bench.workers(method)
@@ -235,32 +397,25 @@ def _trained(small: Study, folder: Path, arm: str, rate: float, seed: int) -> di
     for part in ("own", "test"):
         judge = bench._worker(f"judge-{part}", folder / "test.jsonl", folder / f"{part}.jsonl", 0, method)
         parts[part] = judge.validate(task)
-    gaps = {name: parts["own"][name] - parts["test"][name] for name in ("accuracy", "macro_f1")}
-    return {
-        "macro_f1": round(parts["test"]["macro_f1"], 4), "accuracy": round(parts["test"]["accuracy"], 4),
-        "worst_f1": round(min(found["macro_f1"] for found in home.values()), 4),
-        "worst_accuracy": round(min(found["accuracy"] for found in home.values()), 4),
-        "gap_f1": round(gaps["macro_f1"], 4), "gap_accuracy": round(gaps["accuracy"], 4),
-    }  # fmt: skip
+    return _summary(home, parts["own"], parts["test"])
 
 
 def _measured(
-    experiment: Experiment, arm: str, offered: list[Row], added: list[Row], everything: dict[str, list[Row]]
+    experiment: Experiment, offered: list[Row], added: list[Row], everything: dict[str, list[Row]]
 ) -> dict[str, Any]:
     """Of the rows, not of what is trained on them."""
-    encoder = experiment.encoder
     private = torch.cat([experiment.private_points(site) for site in experiment.split.train])
     held_out = experiment.held_out
     texts = [row["text"] for row in everything["own"]] + [row["text"] for row in added]
     more = {row["text"] for row in added}
-    points = embed(sorted(more), encoder)
+    points = experiment.points_of(sorted(more)) if more else torch.zeros(0, private.shape[1])
     found = {
         "distinct_2": round(measure.distinct_2(texts), 4),
         "coverage": round(measure.coverage(held_out, torch.cat([private, points])), 4),
     }
     if not offered:
         return found
-    whole = embed(sorted({row["text"] for row in offered}), encoder)
+    whole = experiment.points_of(sorted({row["text"] for row in offered}))
     near = measure.copying(whole, private, held_out)
     return found | {
         "coverage_added": round(measure.coverage(held_out, points), 4),
@@ -269,7 +424,7 @@ def _measured(
     }  # fmt: skip
 
 
-def _model(model: str, workspace: Workspace) -> Path | None:
+def _model(model: str) -> Path | None:
     return data_sets.minilm() if model == "full" else None
 
 
@@ -288,21 +443,28 @@ def main(
     model: Annotated[str, typer.Option(help="two: the first two layers of MiniLM; full: all six")] = "two",
     nearest: Annotated[int, typer.Option(help="candidates that a row votes for")] = 1,
     turns: Annotated[bool, typer.Option(help="whether sites begin at different candidates")] = True,
+    chance: Annotated[float, typer.Option(help="with which noise alone passes the threshold")] = 0.5,
+    plain: Annotated[bool, typer.Option("--plain", help="no arm has the head treatment; frozen alone")] = False,
     root: Path = Path("runs/synthetic"),
     results: Path = Path("tests/benchmarks/results/synthetic.jsonl"),
 ) -> None:
     torch.set_num_threads(1)
-    encoder = load(data_sets.minilm())
+    points_of = Points(load(data_sets.minilm()))
+
+    def at(seed: int) -> Experiment:
+        return Experiment(name, seed, share, root / f"{name}.jsonl", points_of, nearest, turns, chance, plain)
+
     for seed in map(int, seeds.split(",")):
-        experiment = Experiment(name, seed, share, root / f"{name}.jsonl", encoder, nearest, turns)
+        experiment = at(seed)
         for arm in arms.split(","):
-            asked = {"set": name, "arm": arm, "seed": seed, "rate": rate or experiment.setup.rate, "rounds": rounds}
-            asked |= {"model": model, "share": share, "nearest": nearest, "turns": turns}
+            chosen = rate or (
+                tuned(at(TUNING_SEED), arm, rounds, results) if model == "frozen" else experiment.setup.rate
+            )
+            asked = {"set": name, "arm": arm, "seed": seed, "rate": chosen, "rounds": rounds, "model": model}
+            asked |= {"share": share, "nearest": nearest, "turns": turns, "chance": chance, "plain": plain}
             if not any(asked.items() <= line.items() for line in read_lines(results)):
-                line = carried_out(experiment, arm, asked["rate"], rounds, model, root)
-                results.parent.mkdir(parents=True, exist_ok=True)
-                with results.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
+                line = carried_out(experiment, arm, chosen, rounds, model, root)
+                _append(results, line)
                 print(json.dumps(line), flush=True)
 
 
