@@ -44,12 +44,18 @@ BUGS = [
     Bug("site/data/loading.py", "if not good and reason.tells_job:", "if not good and False:", "site/test_labels"),
     # synthetic rows: a vote, and training with them
     Bug("site/synthetic.py", "**keep.near_copies(rows.texts, own), ", "", "site/test_synthetic"),
-    Bug("site/synthetic.py", "own = [plan.labels[place]", "own = [plan.labels[0 * place]", "site/test_synthetic"),
-    Bug("site/synthetic.py", "[unit_of[number] for number", "[number for number", "site/test_synthetic"),
+    Bug(
+        "site/synthetic.py", 'plan.labels[find(row["label"], plan.labels)[0]]', "plan.labels[0]", "site/test_synthetic"
+    ),
+    Bug(
+        "site/synthetic.py", "[number if (unit := unit_of(row, plan)) is None", "[number if True", "site/test_synthetic"
+    ),
     Bug(
         "site/worker.py", "                len(job.data.train),\n            )", "            )", "site/test_synthetic"
     ),
     Bug("site/worker.py", "        if self.events.read():\n", "        if False:\n", "site/test_synthetic"),
+    Bug("site/worker.py", "[*train, *held_out]", "train", "site/test_synthetic"),
+    Bug("record/result.py", " or line.chosen is not None", "", "flare/test_votes"),
     Bug("site/training/fit.py", " if row < len(contents)}", "}", "site/test_synthetic"),
     Bug("site/offer/policy.py", "    if not allowed.votes:\n", "    if False:\n", "site/test_synthetic"),
     Bug(

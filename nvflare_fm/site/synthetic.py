@@ -6,7 +6,7 @@ there twice, or that has what looks like personal data is trained on. No job and
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from math import nextafter
 from typing import Any
 
@@ -25,9 +25,10 @@ from ..synthesis.add import add
 from ..synthesis.candidates import CandidateSet
 from ..synthesis.embed import Encoder, embed
 from ..synthesis.vote import votes
-from .data.loading import SiteData
+from .data.loading import SiteData, Written, unit_of
 from .model.base_model import BaseModel
 from .tasks import BadRow, Task
+from .tasks.labels import find
 from .training.dp import noise_multiplier
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ _AT_ONCE = 1024  # texts that are embedded before the site looks whether it is t
 _LABELS, _BESIDE, _NOT_SAID = {"label", "labels"}, ("system", "input", "history"), {"role", "from", "type"}
 
 
-def said(row: Mapping[str, Any], task: Task) -> str:
+def said(row: Written, task: Task) -> str:
     """All texts of a row that its task reads, whatever the shape it keeps them in."""
     columns = dict.fromkeys(name for group in task.columns for name in group if name not in _LABELS)
     return "\n".join(_texts([row.get(name) for name in (*columns, *_BESIDE)]))
@@ -51,15 +52,20 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def protection(plan: TaskPlan, units: Sequence[int]) -> Protection:
+def units(own: Sequence[Written], plan: RoundPlan) -> list[Hashable]:
+    """Of each row, what tells which record it belongs to."""
+    return [number if (unit := unit_of(row, plan)) is None else unit for number, row in enumerate(own)]
+
+
+def protection(plan: TaskPlan, own: Sequence[Written]) -> Protection:
     """Settle how votes are protected: one release of a sum in which every record has one vote.
 
     Args:
-        units: for each example, the number of the record it belongs to.
+        own: the rows that vote.
     Raises:
         ConfigError: δ is too large for so few records, or no noise is enough.
     """
-    check_delta(plan, len({*units}))
+    check_delta(plan, len({*units(own, plan)}))
     settings = plan.privacy
     sigma = settings.noise_multiplier
     if sigma is None:
@@ -70,8 +76,7 @@ def protection(plan: TaskPlan, units: Sequence[int]) -> Protection:
 
 def count(
     rows: CandidateSet,
-    texts: Sequence[str],
-    found: SiteData,
+    own: Sequence[Written],
     base: BaseModel,
     plan: RoundPlan,
     should_stop: Callable[[], bool],
@@ -80,19 +85,15 @@ def count(
 
     Args:
         rows: the candidates.
-        texts: of the site's rows to train on, in the order of their numbers.
-        found: the same rows, tokenized.
+        own: the site's rows, as they are read.
     Raises:
         TrainingError: it was told to stop.
     """
-    encoder = Encoder(base.model, base.tokenizer)
-    unit_of = dict(zip(found.train_rows, found.train_units, strict=True))
-    with_label = base.task.promises.classes
-    own = [plan.labels[place] for place in found.train["labels"][:]] if with_label else [None] * len(texts)
+    encoder, with_label = Encoder(base.model, base.tokenizer), base.task.promises.classes
     return votes(
-        _points(texts, encoder, should_stop),
-        own,
-        [unit_of[number] for number in range(len(texts))],
+        _points([said(row, base.task) for row in own], encoder, should_stop),
+        [plan.labels[find(row["label"], plan.labels)[0]] if with_label else None for row in own],
+        units(own, plan),
         _points(rows.texts, encoder, should_stop),
         rows.labels if with_label else [None] * len(rows.rows),
     )

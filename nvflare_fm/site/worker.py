@@ -234,10 +234,10 @@ class Worker:
             )
         if self.events.read():
             raise PolicyError("this site's rows have voted in this job already; start another job", code="voted")
-        texts, _ = self._said(plan, base.task, base_model.locate(self.config.model(plan.model)))
-        protection = self._begun(plan, synthetic.protection(plan, job.data.train_units))
+        own = self._voters(plan, base.task)
+        protection = self._begun(plan, synthetic.protection(plan, own))
         with base.lent(), self._within_time() as stop:
-            counts = synthetic.count(rows, texts, job.data, base, plan, stop)
+            counts = synthetic.count(rows, own, base, plan, stop)
         noisy = noised(counts, protection.events[0].noise_multiplier)
         method = str(plan.peft["method"])
         return AdapterUpdate(
@@ -495,15 +495,21 @@ class Worker:
         """The synthetic rows that are trained on beside the site's own, chosen once for all rounds."""
         key = (plan.data, plan.task, plan.labels, plan.max_length, plan.model, plan.synthetic)
         if key not in self._added:
-            own = [text for texts in self._said(plan, kind, folder) for text in texts]
+            own = [synthetic.said(row, kind) for rows in self._written(plan, kind, folder) for row in rows]
             rows, most = self._synthetic(plan), self.config.synthetic.max_rows
             self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most)
         return self._added[key]
 
-    def _said(self, plan: RoundPlan, kind: Task, folder: Path) -> tuple[list[str], list[str]]:
-        """What the site's rows say: those to train on, in the order of their numbers, and those to measure on."""
-        train, validation = data.as_written(self.config.data_set(plan.data), plan, kind, *_reads(folder))
-        return [synthetic.said(row, kind) for row in train], [synthetic.said(row, kind) for row in validation]
+    def _voters(self, plan: RoundPlan, kind: Task) -> list[data.Written]:
+        """All rows of the file to train on. Which of them are held out follows from how many there are: if those did
+        not vote, one row more or less would change the votes of many others, and no noise covers that.
+        """
+        train, held_out = self._written(plan, kind, base_model.locate(self.config.model(plan.model)))
+        return train if self.config.data_set(plan.data).validation else [*train, *held_out]
+
+    def _written(self, plan: RoundPlan, kind: Task, folder: Path) -> tuple[list[data.Written], list[data.Written]]:
+        """The site's rows as they are read: those to train on, and those to measure on."""
+        return data.as_written(self.config.data_set(plan.data), plan, kind, *_reads(folder))
 
     def _chosen(
         self, task: RoundTask, found: SiteData, examples: int, world: int, protected: Private | None

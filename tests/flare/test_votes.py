@@ -20,6 +20,7 @@ from nvflare_fm.flare.votes import SyntheticVotes, chosen_of
 from nvflare_fm.job.synthetic import naming, voting
 from nvflare_fm.privacy.egress import VOTES
 from nvflare_fm.privacy.events import Event
+from nvflare_fm.record.result import explanation, read_result
 from nvflare_fm.record.round import in_words
 from nvflare_fm.synthesis.candidates import Candidate, CandidateSet, Provenance, read, write
 from tests.codes import refused
@@ -59,7 +60,7 @@ def take(server: SyntheticVotes, model: FLModel) -> bool:
     return server._came(server.task, model)
 
 
-def test_the_candidates_with_the_most_votes_are_chosen_with_what_they_cost(server: SyntheticVotes):
+def test_the_candidates_with_the_most_votes_are_chosen_with_what_they_cost(server: SyntheticVotes, tmp_path: Path):
     counts = torch.tensor([9.0, 0, 7, 0, 8, 5, -3, 0])
     assert all(take(server, vote(name, counts)) for name in ("alder", "birch", "cedar"))
     chosen = chosen_of(ROWS, server.votes, PLAN, server.settings)
@@ -69,6 +70,9 @@ def test_the_candidates_with_the_most_votes_are_chosen_with_what_they_cost(serve
     server.ledger.voted(server.votes, len(chosen.rows))
     assert in_words(server.ledger.line) == ["3 of 3 sites voted, 3 candidates are chosen"]
     assert server.ledger.line.sites["alder"].epsilon == 4.0
+    server.ledger.write(tmp_path)
+    told = [*explanation(read_result(tmp_path))]
+    assert told[1:3] == ["alder: counted in 1 of 1 rounds", "  ε of the job at this site: at most 4"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Synthetic rows at a site: its own guard stands before each, none is counted or measured on, and votes cost ε."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -211,6 +212,20 @@ def test_a_vote_that_the_budget_does_not_pay_for_is_not_counted(
     found.may_spend = Mock(side_effect=PolicyError("no", code="budget_spent"))
     with refused("budget_spent", PolicyError):
         found.train(RoundTask(asked_to_vote()))
+
+
+def test_one_row_more_moves_the_count_by_no_more_than_one_vote(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where no validation file is named, and which rows are held out follows from how many there are."""
+    counts: list[Any] = []
+    monkeypatch.setattr(worker, "noised", lambda votes, sigma: counts.append(votes) or votes.float())
+    for number in range(3):
+        file = str(tiny.jsonl(tmp_path / f"{number}.jsonl", tiny.rows(TASK, 30 + number)))
+        config = tiny.site(bert, Path(file), synthetic=OPEN)
+        Worker("site-1", config, brought=lambda digest: ROWS).train(RoundTask(asked_to_vote()))
+    assert [float(count.sum()) for count in counts] == [30, 31, 32]
+    assert [float((more - few).norm()) for few, more in pairwise(counts)] == [1, 1]
 
 
 def test_rows_vote_for_candidates_of_their_own_label_and_none_twice(
