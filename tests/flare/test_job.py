@@ -179,7 +179,7 @@ def test_a_template_takes_synthetic_rows_and_a_vote_needs_them(tmp_path: Path, r
     made = new_job.write_job(tmp_path / "mixed", mixed, {"synthetic": str(rows), "share": "0.2", **ranks})
     assert (made.plan.synthetic.digest, made.plan.synthetic.share) == (ROWS.digest, 0.2)
     assert new_job.write_job(tmp_path / "votes", votes, {"synthetic": str(rows), "labels": "a,b"}).plan.votes == 4
-    assert forecast(tmp_path / "votes", None, {}).notes[-1].startswith("4 candidates come with the job")
+    assert forecast(tmp_path / "votes", None, {}, False).notes[-1].startswith("4 candidates come with the job")
     for code, given in {
         "no_candidates": {"labels": "a,b"},
         "synthetic_labels": {"synthetic": str(rows)},

@@ -33,7 +33,7 @@ class Forecast:
 
     @property
     def title(self) -> str:
-        return f"{self.name}: " + (f"{self.rounds} rounds" if self.rounds else "evaluation only")
+        return f"{self.name}: " + (f"{self.rounds} rounds" if self.rounds else "nothing is trained")
 
     def plain(self) -> dict[str, Any]:
         sites = [{**asdict(each), "memory_bytes": each.memory_bytes} for each in self.costs]
