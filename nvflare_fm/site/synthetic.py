@@ -6,9 +6,9 @@ there twice, or that has what looks like personal data is trained on. No job and
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from math import nextafter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -32,6 +32,7 @@ from .tasks.labels import find
 from .training.dp import noise_multiplier
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _AT_ONCE = 1024  # texts that are embedded before the site looks whether it is to stop
 _LABELS, _BESIDE, _NOT_SAID = {"label", "labels"}, ("system", "input", "history"), {"role", "from", "type"}
 
@@ -101,11 +102,17 @@ def count(
 
 def _points(texts: Sequence[str], encoder: Encoder, should_stop: Callable[[], bool]) -> Tensor:
     parts = []
-    for start in range(0, len(texts), _AT_ONCE):
-        if should_stop():
-            raise TrainingError("stopped while voting, as told", code="stopped")
+    for start in _unless(should_stop, range(0, len(texts), _AT_ONCE)):
         parts.append(embed(texts[start : start + _AT_ONCE], encoder))
     return torch.cat(parts)
+
+
+def _unless(should_stop: Callable[[], bool], several: Iterable[T]) -> Iterator[T]:
+    """Each of several, as long as the site is not to stop."""
+    for each in several:
+        if should_stop():
+            raise TrainingError("stopped at synthetic rows, as told", code="stopped")
+        yield each
 
 
 def added(
@@ -117,6 +124,7 @@ def added(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int | None,
     most: int,
+    should_stop: Callable[[], bool],
 ) -> Dataset:
     """Choose the synthetic rows that are trained on beside the site's own, as the plan's share and `most` allow.
 
@@ -124,8 +132,14 @@ def added(
         own: texts of all the site's rows, those that it is measured on among them.
         found: the site's rows, tokenized.
         vocabulary: how many tokens the base model has rows for.
+    Raises:
+        TrainingError: it was told to stop.
     """
-    left_out = {**keep.near_copies(rows.texts, own), **keep.personal_data(rows.texts), **keep.duplicates(rows.texts)}
+    left_out = {
+        **keep.near_copies(rows.texts, _unless(should_stop, own)),
+        **keep.personal_data(rows.texts),
+        **keep.duplicates(rows.texts),
+    }
     usable: dict[int, dict[str, Any]] = {}
     for place, candidate in enumerate(rows.rows):
         if place not in left_out:

@@ -497,7 +497,8 @@ class Worker:
         if key not in self._added:
             own = [synthetic.said(row, kind) for rows in self._written(plan, kind, folder) for row in rows]
             rows, most = self._synthetic(plan), self.config.synthetic.max_rows
-            self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most)
+            with self._within_time() as stop:
+                self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most, stop)
         return self._added[key]
 
     def _voters(self, plan: RoundPlan, kind: Task) -> list[data.Written]:

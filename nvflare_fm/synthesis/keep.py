@@ -85,7 +85,8 @@ def near_copies(texts: Sequence[str], private: Iterable[str], run: int = RUN, al
             found.update(dict.fromkeys(runs.get(some, ()), f"it shares {run} words in a row with a private row"))
         own = set(theirs)
         for place in {place for word in _rarest(own, often, alike) for place in rarest.get(word, ())}:
-            if len(own & different[place]) >= alike * len(own | different[place]):
+            fewer, more = sorted((len(own), len(different[place])))
+            if fewer >= alike * more and len(own & different[place]) >= alike * len(own | different[place]):
                 found.setdefault(place, "it has nearly the words of a private row")
     return dict(sorted(found.items()))
 

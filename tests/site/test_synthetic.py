@@ -120,7 +120,7 @@ def test_no_copy_of_a_private_row_is_added_whatever_the_job_says(
     asked = planned(offered, synthetic={"share": share})
     source = found.config.model("base")
     reads = worker._reads(worker.base_model.locate(source))
-    added = synthetic.added(offered, own, data, asked, tasks[TASK], *reads, 1000)
+    added = synthetic.added(offered, own, data, asked, tasks[TASK], *reads, 1000, lambda: False)
     assert len(added) <= min(4, share / (1 - share) * 24)
     tokens = [reads[0](text)["input_ids"] for text in NEW[:4]]
     assert all(row["input_ids"] in tokens for row in added)
@@ -130,6 +130,12 @@ def test_no_copy_of_a_private_row_is_added_whatever_the_job_says(
 def shared(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Worker, Any]:
     found = site(tmp_path_factory.mktemp("site"), bert)
     return found, found.rows(planned())
+
+
+@pytest.mark.parametrize("asked", [planned(), asked_to_vote()], ids=["train", "vote"])
+def test_the_sites_time_is_a_limit_here_too(bert: Path, tmp_path: Path, asked: TaskPlan):
+    with refused("too_slow", PolicyError):
+        site(tmp_path, bert, limits={"max_seconds_per_round": 1e-9}).train(RoundTask(asked))
 
 
 def test_classes_that_a_site_lacks_come_first(bert: Path, tmp_path: Path):
