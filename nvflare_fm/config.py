@@ -28,6 +28,7 @@ LENGTH, LABELS, ROWS = 2**20, 10_000, 2**16  # no plan asks for more tokens in a
 WIDEST = 2**16  # no adapter has a larger rank or a longer prompt
 STEPS, MANY = 10**6, 10**9  # no round has more steps, no site more rows
 SITES = 100_000  # no federation has more
+CANDIDATES = 20_000  # no set of synthetic rows has more
 ROW = "row"  # the unit of privacy that is no column
 A_YEAR = 366 * 24 * 3600.0  # seconds
 
@@ -354,6 +355,31 @@ class ClientPrivacySettings(Settings):
         return self
 
 
+class SyntheticSettings(Settings):
+    """Rows that a model wrote, beside those of a site: the job brings them as `synthetic.jsonl`. Off unless `digest` is
+    set.
+    """
+
+    digest: Fingerprint = Field(
+        "", description="SHA-256 of the synthetic rows that the job brings; empty: none. `nvflare-fm new` fills it in."
+    )
+    share: float = Field(
+        0.4,
+        gt=0,
+        le=0.9,
+        description="Largest share of a site's training rows that may be synthetic. Classes of which a site has fewest "
+        "rows get them first. A site may allow less, or none.",
+    )
+    required: bool = Field(
+        False, description="true: a site that accepts no synthetic rows does not train; false: it trains without."
+    )
+
+    @property
+    def asked(self) -> bool:
+        """Whether the job brings synthetic rows."""
+        return bool(self.digest)
+
+
 class RoundPlan(Settings):
     """What a job asks of every site. `job.settle.settle` adds what follows from it and from how adapters are merged.
 
@@ -406,6 +432,9 @@ class RoundPlan(Settings):
         PersonalizeSettings(), description="An adapter of its own for each site, after the last round."
     )
     privacy: PrivacySettings = Field(PrivacySettings(), description="Differential privacy of what each site sends.")
+    synthetic: SyntheticSettings = Field(
+        SyntheticSettings(), description="Rows that a model wrote, beside those of a site."
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -452,6 +481,12 @@ class TaskPlan(RoundPlan):
         ge=0,
         le=WIDEST,
         description="Rank at which each site sends its pairs, at scale 1, so that they add up unread; 0: its own.",
+    )
+    votes: int = Field(
+        0,
+        ge=0,
+        le=CANDIDATES,
+        description="Number of the job's synthetic rows that a site's own rows vote on; 0: they train instead.",
     )
 
 
@@ -537,6 +572,28 @@ class RoundSettings(Settings):
     disk_offload: bool = Field(False, description="true: updates wait on the server's disk, not in its memory.")
     sites_per_round: int = Field(
         0, ge=0, le=SITES, description="Sites drawn for each round, by the plan's seed; 0: all that are connected."
+    )
+
+
+class VoteSettings(Settings):
+    """Which candidates a vote chooses, and how long it waits: the settings of the controller `SyntheticVotes`."""
+
+    per_label: int = Field(50, ge=1, le=CANDIDATES, description="Most candidates that are chosen of each label.")
+    chance: float = Field(
+        0.01,
+        gt=0,
+        lt=0.5,
+        description="Chance with which noise alone chooses a candidate for which no row voted, up to 0.5.",
+    )
+    min_responses: int = Field(1, ge=1, le=SITES, description="Sites that must vote; with fewer nothing is chosen.")
+    deadline_s: float = Field(
+        0.0, ge=0, le=A_YEAR, description="Seconds after which votes count without the rest; 0: wait for every site."
+    )
+    grace_s: float = Field(
+        0.0,
+        ge=0,
+        le=A_YEAR,
+        description="Seconds to wait for the rest once min_responses are in; 0: wait for every site.",
     )
 
 

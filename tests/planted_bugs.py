@@ -42,6 +42,69 @@ BUGS = [
     Bug("errors.py", "(self.text, self.local)", "(self.message, self.local)", "test_errors"),
     Bug("flare/wire.py", 'code="no_submission"', 'code="No submission"', "test_errors"),
     Bug("site/data/loading.py", "if not good and reason.tells_job:", "if not good and False:", "site/test_labels"),
+    # synthetic rows: a vote, and training with them
+    Bug(
+        "site/synthetic.py",
+        "        **keep.near_copies(rows.texts, _unless(should_stop, own)),\n",
+        "",
+        "site/test_synthetic",
+    ),
+    Bug("site/synthetic.py", "        if should_stop():\n", "        if False:\n", "site/test_synthetic"),
+    Bug(
+        "site/synthetic.py", 'plan.labels[find(row["label"], plan.labels)[0]]', "plan.labels[0]", "site/test_synthetic"
+    ),
+    Bug(
+        "site/synthetic.py", "[number if (unit := unit_of(row, plan)) is None", "[number if True", "site/test_synthetic"
+    ),
+    Bug(
+        "site/worker.py", "                len(job.data.train),\n            )", "            )", "site/test_synthetic"
+    ),
+    Bug("site/worker.py", "        if self.events.read():\n", "        if False:\n", "site/test_synthetic"),
+    Bug("site/worker.py", "[*train, *held_out]", "train", "site/test_synthetic"),
+    Bug("record/result.py", " or line.chosen is not None", "", "flare/test_votes"),
+    Bug("site/training/fit.py", " if row < len(contents)}", "}", "site/test_synthetic"),
+    Bug("site/offer/policy.py", "    if not allowed.votes:\n", "    if False:\n", "site/test_synthetic"),
+    Bug(
+        "site/offer/site_config.py",
+        "self.floor is None and plan.votes",
+        "False",
+        "site/test_synthetic flare/test_votes",
+    ),
+    Bug("job/at_home.py", '            "synthetic": SyntheticSettings(),\n', "", "site/test_synthetic"),
+    Bug("job/synthetic.py", "    if found.digest != digest:", "    if False:", "site/test_synthetic"),
+    Bug("job/job_files.py", "        if name == SYNTHETIC:", "        if name.endswith(SYNTHETIC):", "test_job_files"),
+    Bug("privacy/egress.py", "if asked.plan.votes and {", "if False and {", "flare/test_votes"),
+    Bug("privacy/egress.py", '(protection.mechanism == "votes") !=', "bool(asked.plan.votes) !=", "flare/test_votes"),
+    Bug("synthesis/tally.py", ".clamp(max=1.0)", "", "synthesis/test_tally"),
+    Bug("flare/votes.py", "    check_values(update)\n", "", "flare/test_votes"),
+    Bug("flare/votes.py", "    if update.report.epsilon is None:", "    if False:", "flare/test_votes"),
+    # synthetic rows
+    Bug("synthesis/vote.py", "1 / rows_of.get(unit, 1)", "1.0", "synthesis/test_vote"),
+    Bug("synthesis/vote.py", "/ math.sqrt(count)", "/ 1", "synthesis/test_vote"),
+    Bug(
+        "synthesis/vote.py",
+        "counts.double() + sigma * draw",
+        "counts.double() + 0.5 * sigma * draw",
+        "synthesis/test_vote",
+    ),
+    Bug("synthesis/choose.py", "if threshold < count < math.inf", "if threshold < count", "synthesis/test_choose"),
+    Bug("synthesis/choose.py", "-sigma * NormalDist()", "-0.9 * sigma * NormalDist()", "synthesis/test_choose"),
+    Bug("synthesis/add.py", "/ (1 - part))", ")", "synthesis/test_add"),
+    Bug("synthesis/add.py", "own_label_counts.get(label, 0) if label is not None else 0", "0", "synthesis/test_add"),
+    Bug("synthesis/keep.py", "range(len(said) - run + 1)", "range(len(said) - run)", "synthesis/test_keep"),
+    Bug("synthesis/keep.py", "- ceil(alike * len(said)) + 1]", "- ceil(alike * len(said))]", "synthesis/test_keep"),
+    Bug("synthesis/candidates.py", "    if len(data) > LARGEST:", "    if False:", "synthesis/test_candidates"),
+    Bug("synthesis/candidates.py", "RecursionError, ", "", "synthesis/test_candidates"),
+    Bug("synthesis/embed.py", "(hidden * mask).sum(1)", "hidden.sum(1)", "synthesis/test_models"),
+    Bug("synthesis/generate.py", "with torch.random.fork_rng():", "if True:", "synthesis/test_models"),
+    Bug("synthesis/vary.py", 'update={"votes": None}', "update={}", "synthesis/test_models"),
+    Bug("synthesis/features.py", "SQUARES * squares])", "5 * squares])", "synthesis/test_features"),
+    Bug(
+        "synthesis/features.py",
+        ".norm(dim=1, keepdim=True).clamp(min=1)\n    rows_of",
+        ".norm(dim=1, keepdim=True).clamp(min=2)\n    rows_of",
+        "synthesis/test_features",
+    ),
     # differential privacy
     Bug("privacy/accountant.py", "or len(history) > _PRV_KINDS", "", "test_accountant"),
     Bug(
@@ -72,7 +135,7 @@ BUGS = [
         "within(protection.events, protection.delta, most)",
         "site/test_dp",
     ),
-    Bug("site/worker.py", "        self.may_spend(job.private.protection)\n", "", "site/test_dp"),
+    Bug("site/worker.py", "        self.may_spend(protection)\n", "", "site/test_dp"),
     Bug("site/data/loading.py", "return str(value).strip()", "return str(value)", "site/test_dp"),
     # differential privacy: each site as a whole
     Bug("aggregation/noised.py", "total + spread * normal", "total + 0.5 * spread * normal", "test_noised"),
@@ -451,14 +514,14 @@ BUGS = [
         "(lambda *_: None)(run_dir / SPECTRA, Spectra(",
         "test_result",
     ),
-    Bug("flare/controller.py", "Reason.of(kind, message)", "Reason(kind, message)", "flare/test_admission"),
+    Bug("flare/rounds.py", "Reason.of(kind, message)", "Reason(kind, message)", "flare/test_admission"),
     Bug(
         "aggregation/combine.py",
         'refused |= {site: Reason("guard", verdict.reason)',
         'refused |= {site: Reason("rejected", verdict.reason)',
         "test_guard",
     ),
-    Bug("flare/controller.py", "type(code) is str and code ==", "code ==", "flare/test_admission"),
+    Bug("flare/rounds.py", "type(code) is str and code ==", "code ==", "flare/test_admission"),
     # the Gram matrix of a round
     Bug("aggregation/cohort.py", "return self.products + self.dense", "return self.products", "test_cohort"),
     Bug("aggregation/cohort.py", "found[sites][:, sites] if", "found[sites] if", "test_cohort"),
@@ -676,7 +739,7 @@ BUGS = [
     ),
     Bug(
         "site/worker.py",
-        "return len({found.contents[0][row] for row in chosen})",
+        "return len(training.different(chosen, found.contents[0]))",
         "return len(chosen)",
         "site/test_floors",
     ),
@@ -1092,7 +1155,7 @@ BUGS = [
         "_write(model, LAST, fl_ctx)",
         "flare/test_persistor",
     ),
-    Bug("flare/controller.py", "self.panic(reason.message)", "self.panic(str(reason))", "flare/test_admission"),
+    Bug("flare/rounds.py", "self.panic(reason.message)", "self.panic(str(reason))", "flare/test_admission"),
     Bug("flare/controller.py", "if step == self.settled.aggregation.step:", "if True:", "flare/test_persistor"),
     Bug("site/data/rows/jsonl.py", "(ValueError, RecursionError)", "ValueError", "site/test_data"),
     Bug("site/data/rows/jsonl.py", "if len(text) > ROW_LIMIT:", "if False:", "site/test_rows"),
@@ -1322,7 +1385,12 @@ BUGS = [
         "- {*getattr(privacy, name)}",
         "site/test_policy",
     ),
-    Bug("flare/egress.py", "if privacy.floor is None:", "if True:", "flare/test_egress"),
+    Bug(
+        "flare/egress.py",
+        "if floor else self._open(result, fl_ctx)",
+        "if False else self._open(result, fl_ctx)",
+        "flare/test_egress",
+    ),
     Bug(
         "flare/egress.py",
         "except Exception as error:\n            logger",
@@ -1341,7 +1409,12 @@ BUGS = [
         "book = self.budget.verify()",
         "flare/test_egress",
     ),
-    Bug("flare/egress.py", "return _refusal(egress.public_reason(reason))", "return result", "flare/test_egress"),
+    Bug(
+        "flare/egress.py",
+        "return _refusal(egress.public_reason(reason) if self.config().privacy.floor else reason)",
+        "return result",
+        "flare/test_egress",
+    ),
     Bug(
         "flare/egress.py", "type(filters[-1]) is EgressFilter", "type(filters[0]) is EgressFilter", "flare/test_egress"
     ),

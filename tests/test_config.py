@@ -22,6 +22,7 @@ from nvflare_fm.config import (
     Settings,
     SiteOverrides,
     TrainingSettings,
+    VoteSettings,
     summary,
 )
 from nvflare_fm.errors import ConfigError
@@ -37,7 +38,7 @@ from tests.codes import refused
 
 ALL = [TrainingSettings, EvaluationSettings, RoundPlan, RoundSettings, Aggregation, SiteOverrides, SiteConfig]
 GROUPS: dict[str, type[Settings]] = {
-    **{g.__name__: g for g in (RoundPlan, RoundSettings, Aggregation, SiteOverrides)},
+    **{g.__name__: g for g in (RoundPlan, RoundSettings, VoteSettings, Aggregation, SiteOverrides)},
     **{g.__name__: g for g in (SiteConfig, Measurement, ProvenanceFile)},
     **{name: peft_methods.registry[name] for name in peft_methods.registry},
     **{f"merge {name}": settings_of(merge.registry[name].merge) for name in merge.registry},
@@ -45,6 +46,7 @@ GROUPS: dict[str, type[Settings]] = {
     **{f"step {name}": settings_of(step.registry[name]) for name in step.registry},
     **{f"transform {name}": transforms.registry[name] for name in transforms.registry},
 }
+METHODS = tuple(peft_methods.registry)
 MARK = "x0hidden0x"
 
 
@@ -77,7 +79,7 @@ def test_every_setting_says_what_it_is_and_what_its_unit_is_in_a_line_of_a_templ
         if name != "ProvenanceFile":  # written by us, read by us
             assert field.description, setting
             assert " " in field.description, setting
-        if name in ("RoundPlan", "RoundSettings", "Aggregation", "SiteOverrides", *peft_methods.registry):
+        if name in ("RoundPlan", "RoundSettings", "VoteSettings", "Aggregation", "SiteOverrides", *METHODS):
             assert len(summary(field)) <= 100, setting
 
 
@@ -107,7 +109,8 @@ def test_no_group_of_settings_is_left_out_of_that_law():
         return {kind}.union(*map(within, parts))
 
     ours = {kind for kind in under(Settings) if kind.__module__.startswith("nvflare_fm.")}
-    elsewhere = "nvflare_fm.compare.", "nvflare_fm.site.audit."  # no job names a peer; the canaries' record is fuzzed
+    # no job names a peer; the canaries' record and files of candidates are fuzzed
+    elsewhere = "nvflare_fm.compare.", "nvflare_fm.site.audit.", "nvflare_fm.synthesis."
     ours = {kind for kind in ours if not kind.__module__.startswith(elsewhere)}
     held = set().union(*map(within, GROUPS.values()))
     of_rules = {kind for kind in ours if kind.__name__ == "settings"}  # made anew whenever a rule is asked for

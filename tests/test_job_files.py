@@ -14,6 +14,8 @@ from nvflare.fuel.utils.wfconf import resolve_var_refs
 
 from nvflare_fm.errors import ConfigError
 from nvflare_fm.job import job_files
+from nvflare_fm.synthesis import candidates
+from nvflare_fm.synthesis.candidates import Candidate, CandidateSet, Provenance, write
 from tests.texts import values
 
 SECRET = "hf_CANARY"
@@ -34,7 +36,7 @@ BRACES = (
 
 def check(files: Mapping[str, bytes | str], needs: str = "") -> None:
     data = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
-    job_files.check_app(list(data), lambda name: data[name][: job_files.MAX_BYTES + 1], needs)
+    job_files.check_app(list(data), lambda name: data[name][: job_files.most_bytes(name) + 1], needs)
 
 
 def code(files: Mapping[str, bytes | str], needs: str = "") -> str:
@@ -87,6 +89,24 @@ def test_a_job_of_ours_is_accepted() -> None:
     check({"config/": "", CLIENT: "{}", SERVER: "a = 1", adapter: "{", "config/initial_adapter/x.safetensors": b"\0"})
     check({CLIENT: "{}", ".__nvfl_sig.json": "{", "config/.__nvfl_sig.json": "{"}, job_files.CLIENT)
     check({CLIENT: "{}", "custom/net.yaml": "a: ${oc.env:HOME}"})  # code is a right of its own
+
+
+def test_synthetic_rows_are_read_at_one_place_and_no_other_lines_of_json_are_there() -> None:
+    rows = write(CandidateSet((Candidate(text="a text", label="a"),), Provenance()))
+    check({CLIENT: "{}", job_files.SYNTHETIC: rows, "custom/rows.jsonl": b"{"})
+    large = write(CandidateSet(tuple(Candidate(text=f"{i} {'x' * 1900}") for i in range(200)), Provenance()))
+    assert len(large) > job_files.MAX_BYTES
+    check({CLIENT: "{}", job_files.SYNTHETIC: large})
+    for data in (b"", b"{}", rows + b'{"text": 7}\n', b"\xff", b"[" * 10_000, rows + b"x" * candidates.LARGEST):
+        assert code({CLIENT: "{}", job_files.SYNTHETIC: data}) == "candidates_unreadable"
+    for name in (
+        "synthetic.jsonl",
+        "config/other.jsonl",
+        "config/a/synthetic.jsonl",
+        "a/config/synthetic.jsonl",
+        "config/synthetic.JSONL",
+    ):
+        assert code({CLIENT: "{}", name: rows}) == "unexpected_file"
 
 
 CONTENTS = {

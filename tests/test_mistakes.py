@@ -57,6 +57,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "file").write_text("text")
     (root / "notes.jsonl").write_text('{"text": "a", "label": "b"}\n')
     (root / "empty").mkdir()
+    (root / "request.yaml").write_text("about: notes\nlabels: [a]\n")
+    (root / "set.jsonl").write_text('{"candidates": 1, "provenance": {}}\n{"text": "so it goes", "label": "a"}\n')
     (root / "binary").write_bytes(bytes(range(256)))
     (root / "[/x]").mkdir(parents=True)
     (root / "[bold]x[red]").write_text("[/nothing]")
@@ -138,6 +140,13 @@ def good(place: Path, words: tuple[str, ...]) -> list[str]:
         ("models", "get"): ["smollm2", "--library", str(place / "models")],
         ("models", "add"): [str(place / "notes.jsonl"), "--library", str(place / "models")],
         ("models", "list"): ["--library", str(place / "models")],
+        ("synth", "generate"): [str(place / "request.yaml"), "--model", str(place / "models" / "empty")],
+        ("synth", "vary"): [
+            *(str(place / "set.jsonl"), "--request", str(place / "request.yaml")),
+            *("--model", str(place / "models" / "empty")),
+        ],
+        ("synth", "look"): [str(place / "set.jsonl"), "--data", "notes", "--kit", str(place / "kit")],
+        ("synth", "measure"): [str(place / "set.jsonl")],
         ("compare", "data"): ["medquad-lm", str(place / "sets")],
         ("site", "budget"): ["--kit", str(place / "kit")],
         ("site", "allow"): ["--kit", str(place / "kit")],

@@ -37,8 +37,10 @@ from nvflare_fm.flare.jobs import render_template
 from nvflare_fm.flare.jobs.simulate_job import prepare_simulation
 from nvflare_fm.flare.locator import AdapterLocator
 from nvflare_fm.flare.persistor import AdapterPersistor
-from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe
+from nvflare_fm.flare.recipe import EvaluateAdapterRecipe, FedPEFTRecipe, SyntheticVotesRecipe
 from nvflare_fm.job import templates
+from nvflare_fm.job.synthetic import read_rows
+from nvflare_fm.synthesis.candidates import Candidate, CandidateSet, Provenance, write
 from tests.codes import refused
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_job import Builder
@@ -47,7 +49,7 @@ from tests.site import tiny
 FOLDER = Path(__file__).parents[1] / "job_templates"
 SOURCES = render_template.sources()
 TEMPLATES = list(SOURCES)
-TRAINING = [name for name, source in SOURCES.items() if "measurement" not in source]
+TRAINING = [name for name, source in SOURCES.items() if not {"measurement", "votes"} & {*source}]
 FROM_ADAPTER = {name for name, source in SOURCES.items() if "measurement" in source or "initial_adapter" in source}
 NOT_SETTINGS = {"path", "id", "format_version", "tasks", "executors", "workflows", "components"}
 NOT_SETTINGS |= {"task_data_filters", "task_result_filters"}
@@ -80,7 +82,7 @@ def said(component: Any) -> str:
     names = [name for name in inspect.signature(type(component).__init__).parameters if name != "self"]
     ours = type(component).__module__.startswith("nvflare_fm.")
     held = {
-        "plan": "settled",
+        "plan": "settled" if hasattr(component, "settled") else "asked",
         "measurement": "asks",
         "settings": "aggregation" if hasattr(component, "aggregation") else "overrides",
     }
@@ -201,9 +203,12 @@ def given(source: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in source.items() if name not in own}
 
 
-def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecipe:
+def recipe(template: str, brought: Path) -> FedPEFTRecipe | EvaluateAdapterRecipe | SyntheticVotesRecipe:
     """The recipe that says in Python what the template's source says."""
     source = SOURCES[template]
+    if "votes" in source:
+        rows = candidates(brought.with_name("made.jsonl"), source["votes"]["labels"])
+        return SyntheticVotesRecipe(template, rows, min_sites=2, **source["votes"], template=template)
     if "measurement" in source:
         return EvaluateAdapterRecipe(template, brought, min_sites=2, **source["measurement"], template=template)
     sites = {name: {k: v for k, v in said.items() if k != "about"} for name, said in source.get("sites", {}).items()}
@@ -216,7 +221,8 @@ def test_a_template_is_the_job_that_the_recipe_exports(template: str, tmp_path: 
     brought = write_adapter(tmp_path / "adapter", Saved(adapter(1), MANIFEST))
     recipe(template, brought).export(str(tmp_path))
     ours, theirs = built(FOLDER / template), built(tmp_path / template)
-    assert sorted(map(said, ours)) == sorted(map(said, theirs))
+    named = "|".join(read_rows(file).digest for file in tmp_path.glob("made.jsonl")) or "-"
+    assert sorted(map(said, ours)) == sorted(re.sub(f"digest='{named}'", "digest=''", said(each)) for each in theirs)
     served = [tasks_of(folder) for folder in (FOLDER / template, tmp_path / template)]
     assert served[0] == served[1]
     carried = sorted(f.relative_to(tmp_path / template).parent.name for f in (tmp_path / template).rglob("adapter_*"))
@@ -288,6 +294,7 @@ CHANGED = {
     ],
     "lora_text_classification": ["labels=calm,ill,well"],
     "lora_token_classification": ["labels=[calm, ill, well]"],
+    "synthetic_votes": ["labels=calm,ill,well", "quantization=fp32", "chance=0.4", "privacy.delta=1e-3"],
     "private_text_classification": ["labels=calm,ill,well", "privacy.delta=1e-3"],
 }
 SIMULATED = "lora_mixed_hardware"  # in every run of the suite; the others by make test-all
@@ -305,12 +312,25 @@ def simulated(job: Path, output: Path, model: Path, task: str, sites: Sequence[s
     told = typed("simulate", job, "--model", model, "-o", output, *(f"--data={s}={f}" for s, f in files.items()))
     shown = told.splitlines()
     assert shown[0] == f"{job.name}: 2 sites (alder, birch); they start within a minute"
-    assert shown[1].startswith("after 0 of ")
-    assert re.match(r"after (\d) of \1 rounds: .*loss \d", shown[-6]), told
-    assert [line.split()[0] for line in shown[-5:]] == ["adapter", "adapter", "results", "log", "took"]
+    places = [line.split()[0] for line in shown[-5:]]
+    if "chosen" in places:
+        assert re.match(r"2 of 2 sites voted, \d+ candidates are chosen", shown[1]), told
+    else:
+        assert shown[1].startswith("after 0 of ")
+        assert re.match(r"after (\d) of \1 rounds: .*loss \d", shown[-6]), told
+        assert places == ["adapter", "adapter", "results", "log", "took"]
     assert "INFO" not in told
     assert "kernels" not in told + (output / f"{job.name}.log").read_text()  # bitsandbytes suggests to install them
     return output / job.name / "server" / "simulate_job"
+
+
+def candidates(file: Path, labels: Sequence[str], each: int = 4) -> Path:
+    """A file of candidates, for each label some."""
+    rows = [
+        Candidate(text=f"someone is {label}, for the {i}th time", label=label) for label in labels for i in range(each)
+    ]
+    file.write_bytes(write(CandidateSet(tuple(rows), Provenance(generator="made-up"))))
+    return file
 
 
 def earlier(folder: Path, model: Path) -> Path:
@@ -327,15 +347,21 @@ def earlier(folder: Path, model: Path) -> Path:
 )
 def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: Path) -> None:
     """Only what a user must change is changed: labels, sites, the adapter, and fewer and smaller steps."""
-    task = SOURCES[template].get("task", "causal_lm")
+    votes = "votes" in SOURCES[template]
+    task = (SOURCES[template]["votes"] if votes else SOURCES[template]).get("task", "causal_lm")
     model = tiny.save(tmp_path / "model", "llama" if task == "causal_lm" else "bert")
     brings = [f"adapter={earlier(tmp_path, model)}"] if template in FROM_ADAPTER else []
+    if votes or template == SIMULATED:
+        brings += [f"synthetic={candidates(tmp_path / 'made.jsonl', tiny.LABELS)}"]
     small = SMALL if template in TRAINING else []
     typed("new", template, "-o", tmp_path / "job", *small, *CHANGED.get(template, []), *brings)
     sites = ["alder", "birch", *(["oak"] if template == "evaluate_adapter" else [])]
     run = simulated(tmp_path / "job", tmp_path / "runs", model, task, sites)
     if template == "evaluate_adapter":
         assert_measured(run)
+        return
+    if votes:
+        assert_chosen(run)
         return
     saved = read_adapter(run / "adapters" / "last")
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
@@ -346,7 +372,19 @@ def test_a_template_runs_in_the_simulator_as_it_stands(template: str, tmp_path: 
     if template == "lora_mixed_hardware":
         used = {site: (said["rank"], said["quantization"]) for site, said in rounds[0]["sites"].items()}
         assert used == {"alder": (2, "fp32"), "birch": (16, "nf4")}
+        added = (tmp_path / "runs" / "job.log").read_text().count("of 12 synthetic rows are added to")
+        assert added == 3  # at alder, and in both processes of birch
         assert rounds[0]["sites"]["birch"]["steps"] == 2  # its two processes take them together
+
+
+def assert_chosen(run: Path) -> None:
+    """Some of the candidates, with their votes and where they come from."""
+    chosen, (line,) = read_rows(run / "synthetic.jsonl"), (run / "rounds.jsonl").read_text().splitlines()
+    assert 0 < len(chosen.rows) < 12
+    assert json.loads(line)["chosen"] == len(chosen.rows)
+    assert chosen.provenance.epsilon == 4.0
+    assert chosen.provenance.parent
+    assert all(row.votes is not None and row.votes > 0 for row in chosen.rows)
 
 
 def assert_measured(run: Path) -> None:

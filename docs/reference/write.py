@@ -31,7 +31,9 @@ from nvflare_fm.config import (
     RoundPlan,
     RoundSettings,
     SiteOverrides,
+    SyntheticSettings,
     TrainingSettings,
+    VoteSettings,
 )
 from nvflare_fm.flare import components
 from nvflare_fm.flare.locator import Measurement
@@ -50,9 +52,11 @@ def settings() -> str:
         ("`training`", TrainingSettings),
         ("`evaluation`", EvaluationSettings),
         ("The plan's `privacy`", PrivacySettings),
+        ("The plan's `synthetic`", SyntheticSettings),
         *methods,
         ("Aggregation: how many adapters become one", Aggregation),
         ("Rounds: arguments of `FedPEFT`", RoundSettings),
+        ("A vote: arguments of `SyntheticVotes`", VoteSettings),
         ("What a job may ask of one site differently", SiteOverrides),
         ("`measurement`: how an adapter is measured", Measurement),
         ("`fm_site.yaml`: what a site offers, and its limits", SiteConfig),
@@ -67,7 +71,7 @@ def _component(name: str) -> str:
     """The arguments of a component that no table above has."""
     kind, module = components.load(name), import_module(name.rpartition(".")[0])
     group = getattr(module, "_Arguments", None)
-    known = {*RoundSettings.model_fields}
+    known = {*RoundSettings.model_fields, *VoteSettings.model_fields}
     own = {key: field for key, field in group.model_fields.items() if key not in known} if group else {}
     if not own:
         return ""

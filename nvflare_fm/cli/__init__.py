@@ -19,6 +19,7 @@ from . import export as cli_export
 from . import job as cli_job
 from . import models as cli_models
 from . import simulate as cli_simulate
+from . import synth as cli_synth
 from .terminal import Commands
 
 if TYPE_CHECKING:  # torch takes a second to load, and most commands need none
@@ -39,6 +40,7 @@ site.command()(cli_budget.budget)
 app.add_typer(cli_data.data, name="data")
 app.add_typer(cli_compare.compare, name="compare")
 app.add_typer(cli_models.models, name="models")
+app.add_typer(cli_synth.synth, name="synth")
 app.command()(cli_job.templates)
 app.command(context_settings={"help_option_names": []})(cli_job.new)
 app.command()(cli_job.plan)

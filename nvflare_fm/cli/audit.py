@@ -46,7 +46,7 @@ def audit(
         raise ConfigError(f"{output} exists already and is not overwritten; choose another", code="output_exists")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"there is no folder for {output}; make it first", code="no_such_file")
-    found = measure(_site(kit), adapter, data, model, rows)
+    found = measure(site_of(kit), adapter, data, model, rows)
     known, today = versions(), datetime.now(UTC).date()
     screen = console()
     for part in report.parts(found, known, today):
@@ -90,7 +90,7 @@ def canaries(
 
     known = [label.strip() for label in labels.split(",") if label.strip()]
     asked = {"task": task, "labels": known, "model": model, "data": data, "max_length": max_length}
-    plan, site = RoundPlan.read(asked | {"privacy": {"unit": unit}}, "nvflare-fm site canaries"), _site(kit)
+    plan, site = RoundPlan.read(asked | {"privacy": {"unit": unit}}, "nvflare-fm site canaries"), site_of(kit)
     site.data_set(data)  # of a wrong alias no folder is made
     made = plant(site, plan, count, output or kit / "local" / FOLDER / data)
     folder = made.folder.absolute()
@@ -107,7 +107,12 @@ def canaries(
         screen.print(Text(printable(line, longest=5000)), soft_wrap=True)
 
 
-def _site(kit: Path) -> "SiteConfig":
+def site_of(kit: Path) -> "SiteConfig":
+    """The site file of a startup kit.
+
+    Raises:
+        ConfigError: `no_site_file`; it cannot be read.
+    """
     from ..site.offer.site_config import FILE_NAME, load_site
 
     file = kit / "local" / FILE_NAME

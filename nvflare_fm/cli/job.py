@@ -42,7 +42,8 @@ def new(
 
     Example: `nvflare-fm new lora_text_classification -o my_job labels=a,b`
 
-    Use the shortest unambiguous name of a setting as key. With adapter=FOLDER the job starts from that adapter.
+    Use the shortest unambiguous name of a setting as key. With adapter=FOLDER the job starts from that adapter, with
+    synthetic=FILE it brings synthetic rows.
     sites.NAME.KEY=value sets what one site does differently; the sites that you name are then the sites of the job.
     """
     if wants_help or not template:

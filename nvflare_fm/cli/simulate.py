@@ -30,6 +30,7 @@ def simulate(
     data, it gets the model and files named here. If the job names its sites, each needs a file.
     """
     from ..flare.jobs.simulate_job import prepare_simulation
+    from ..job.synthetic import FILE
     from ..record.result import measurements, read_result
     from ..record.round import in_words
 
@@ -43,7 +44,8 @@ def simulate(
     typer.echo("".join(f"{line}\n" for line in measurements(found)), nl=False)
     adapters = [("adapter", place) for place in found.adapters.values()]
     adapters += [("personal", place) for place in run.personal.values()]
-    for name, place in (*adapters, ("results", run.results), ("log", run.log)):
+    chosen = [("chosen", place) for place in [run.results / FILE] if place.exists()]
+    for name, place in (*adapters, *chosen, ("results", run.results), ("log", run.log)):
         typer.echo(one_line(f"{name:<8} {place}"))
     typer.echo(f"took     {time.monotonic() - started:.0f} s")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
+from ..config import SyntheticSettings
 from ..job.tasks import promises
 from ..record.round import Round
 from ..untrusted import one_line
@@ -115,6 +116,7 @@ def _table(card: Card) -> str:
         ("weights", json.dumps(aggregation["weigh"]) if aggregation.get("weigh") else None),
         ("quantization of the base model in training", plan.quantization if plan else None),
         ("texts in training were cut after (tokens)", plan.max_length if plan else None),
+        ("synthetic rows beside the sites' own", _synthetic(plan.synthetic) if plan else None),
         ("multiply each answer by", _numbers(plan.target_scale) if plan else None),
         ("then add", _numbers(plan.target_mean) if plan else None),
         ("ended", found.ended),
@@ -133,6 +135,11 @@ def _numbers(values: Sequence[float]) -> str:
 def _peft(settings: Mapping[str, Any]) -> str:
     shown = {name: settings[name] for name in ("rank", "lora_alpha", "use_rslora", "use_dora") if settings.get(name)}
     return "".join(f", {name} {value}" for name, value in shown.items())
+
+
+def _synthetic(asked: SyntheticSettings) -> str | None:
+    """How many there may have been, and which; what each site accepted stays there."""
+    return f"up to {asked.share:.0%} of a site's, of the set {asked.digest}" if asked.asked else None
 
 
 def _use(card: Card) -> str:

@@ -12,6 +12,7 @@ SERVER = (
     "nvflare_fm.flare.persistor.AdapterPersistor",
     "nvflare_fm.flare.locator.AdapterLocator",
     "nvflare_fm.flare.stats.RoundStats",
+    "nvflare_fm.flare.votes.SyntheticVotes",
 )
 SITE = ("nvflare_fm.flare.executor.PeftExecutor",)
 OURS = (*SERVER, *SITE)

@@ -1,34 +1,20 @@
-"""Rounds that do not need everyone: a minimum of answers, a grace time, a deadline, late answers.
+"""The workflow that trains: round after round the sites train, and their adapters are merged."""
 
-Built on NVFlare's ModelController. Its FedAvg stops at the first failed trainer, cannot resume, and tells every site
-the others' names and sample counts.
-"""
-
-import math
-import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvflare.apis.client import Client
-from nvflare.apis.controller_spec import Task
-from nvflare.apis.fl_constant import FLContextKey, ReturnCode
-from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import ModelLearnableKey, make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
-from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.utils.tensor_disk_offload_context import (
     cleanup_tensor_disk_offload,
     setup_tensor_disk_offload,
 )
-from nvflare.app_common.workflows.model_controller import ModelController
 from pydantic import Field
 
 from .. import transforms
@@ -41,24 +27,15 @@ from ..errors import ConfigError, FmError
 from ..export.folder import Saved
 from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
+from ..job.synthetic import check_labels
 from ..privacy import clients
-from ..record.reason import Kind, Reason, Verdict
 from ..transforms.packed import pack
-from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
 from .encryption import server_keys
-from .ledger import Ledger
 from .persistor import REMEMBERED
-from .standing import SentTask, StandingTasks, call_offs
-from .stats import PROGRESS, let_be_seen
-
-POLL_S = 0.2  # how often a round looks whether it is over
-
-
-class TooFewAnswers(Exception):
-    """A round ended with less than it needs."""
+from .rounds import Rounds
 
 
 class _Arguments(Arguments, RoundSettings):
@@ -72,7 +49,7 @@ class _Arguments(Arguments, RoundSettings):
     )
 
 
-class FedPEFT(ModelController):
+class FedPEFT(Rounds):
     """Runs the rounds: has sites train, has their adapters merged, keeps the last and the best.
 
     Args:
@@ -111,12 +88,7 @@ class FedPEFT(ModelController):
                 "max_staleness: a round that waits for every site has nobody late; set grace_s as well",
                 code="nobody_late",
             )
-        super().__init__(
-            persistor_id=persistor_id,
-            ignore_result_error=True,
-            allow_empty_global_weights=True,
-            task_check_period=POLL_S,
-        )
+        super().__init__(persistor_id, given.num_rounds, aggregator.aggregation.max_staleness)
         self.__dict__.update(rounds)  # by their names: NVFlare writes them into the job
         self.plan, self.persistor_id, self.aggregator = dict(plan or {}), persistor_id, aggregator
         self.sites = dict(sites or {})
@@ -129,31 +101,17 @@ class FedPEFT(ModelController):
                 'covers; set key_metric = ""',
                 code="client_best",
             )
-        self.ledger = Ledger(0, given.num_rounds, [], 0)
-        self.latest: Mapping[str, float] = {}  # the sites' median metrics known last
-        self.scaled: Mapping[str, Verdict] = {}  # what the guards said of the round that was merged last
         self.best: float | None = None
-        self._turn = threading.Lock()  # answers come in NVFlare's threads
-        self._open: RoundTask | None = None  # the round that is going on
-        self.standing = StandingTasks(aggregator.aggregation.max_staleness, given.num_rounds)
-        self._late: list[tuple[RoundTask, FLModel]] = []  # answers to earlier rounds, for the next one to count
 
     # --- one round after the other
 
-    def run(self) -> None:
+    def _work(self) -> None:
         offload = setup_tensor_disk_offload(self.engine, self.disk_offload, self.fl_ctx.get_job_id())
         try:
             self._run_rounds()
             if not self.abort_signal.triggered:
                 self._evaluate_last()
                 self._have_them_personalize()
-                let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered)
-        except TooFewAnswers as reason:
-            let_be_seen(self.fl_ctx, lambda: self.abort_signal.triggered, failed=True)
-            self.panic(str(reason))
-        except FmError as reason:  # a setting that does not fit, or a disk that is full: no traceback
-            self.error(str(reason))
-            self.panic(reason.message)
         finally:
             cleanup_tensor_disk_offload(self.engine, offload)
 
@@ -162,6 +120,8 @@ class FedPEFT(ModelController):
             startup = Path(self.engine.get_workspace().get_startup_kit_dir())
             self.aggregator.keys = server_keys(startup)
         check_fewest(len(self.engine.get_clients()), needed(self.settled.aggregation).fewest)
+        if self.settled.plan.synthetic.asked:  # before a round is lost: the sites have the same file
+            check_labels(self.settled.plan, self._brought(self.settled.plan.synthetic.digest))
         model = self.load_model()
         for number in range(self._first_round(model), self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
@@ -228,11 +188,6 @@ class FedPEFT(ModelController):
         """The sites of a round: of those that are free, all or as many as are drawn; in the order of their names."""
         return drawn(self._free(), self.sites_per_round, self.settled.plan.seed, number)
 
-    def _free(self) -> set[str]:
-        """The connected sites that are not at an earlier round."""
-        there = {client.name for client in self.engine.get_clients()}
-        return {site for site in there if not self.get_client_disconnect_time(site)} - self.standing.working()
-
     def _train(self, model: FLModel, number: int) -> None:
         """Has the sites train from `model`; returns when the round is over."""
         saved = wire.read_saved(model.params, model.meta, "the server")
@@ -250,118 +205,15 @@ class FedPEFT(ModelController):
         received = replace(task, adapter=packed.adapter()) if packed.chain else task
         return received, wire.write_task(task, packed)
 
-    def _ask(
-        self, task: RoundTask, message: FLModel, name: str, sites: list[str], callback: Callable[[FLModel], bool]
-    ) -> None:
-        """Sends a task to all sites at once, and returns when the round is over."""
-        self.ledger = Ledger(task.round, self.num_rounds, sites, task.adapter.bytes_sent())
-        self._show()
-        self._open = task
-        self.send_model(task_name=name, data=message, targets=sites, callback=callback)
-        self.standing.add(SentTask(task, self._last_prepared))
-        self._wait(self._last_prepared)
-        with self._turn:
-            self._open = None
-        for over in self.standing.end_round(task.round):
-            self._call_off(over)
-        late = Reason("late", "still training; counts when its answer comes")
-        self.ledger.out |= dict.fromkeys(self.standing.working(), late)
-        self.ledger.silent("no answer before the round ended")
-
-    def _prepare_task(self, *args: Any, **kwargs: Any) -> Task:
-        """NVFlare keeps the task that `send_model` makes to itself."""
-        self._last_prepared = super()._prepare_task(*args, **kwargs)
-        return self._last_prepared
-
-    def _wait(self, sent: Task) -> None:
-        """Until all have answered, or the grace time is over or the deadline has passed."""
-        started, enough_since = time.monotonic(), math.inf
-        while not self.abort_signal.triggered:
-            self._count_late()
-            now, enough = time.monotonic(), self.ledger.usable() >= self.min_responses
-            enough_since = min(enough_since, now) if enough else math.inf
-            if sent.completion_status and (enough or not self.standing.working()):
-                return
-            if 0 < self.grace_s <= now - enough_since or 0 < self.deadline_s <= now - started:
-                return
-            time.sleep(POLL_S)
-
-    def _call_off(self, task: Task) -> None:
-        messages = call_offs(task)
-        self.cancel_task(task, fl_ctx=self.fl_ctx)
-        if messages and not self.abort_signal.triggered:
-            self.engine.multicast_aux_requests(wire.ROUND_OVER, messages, 0.0, self.fl_ctx, optional=True)
-
-    # --- one answer after the other
-
-    def _came(self, task: RoundTask, result: FLModel) -> bool:
-        with self._turn:
-            if task is self._open:
-                return self._take(result)
-            self._late.append((task, result))
-            return True
-
-    def _count_late(self) -> None:
-        with self._turn:
-            for trained_in, result in self._late:
-                self._take(result, trained_in)
-            self._late.clear()
-
     def _take(self, result: FLModel, trained_in: RoundTask | None = None) -> bool:
-        """Takes an answer to this round, or to the earlier round `trained_in`."""
         site = result.meta["client_name"]
-        if reason := wire.refused(result):
-            return self._leave_out(site, "refused", reason)
-        if trained_in and not self.standing.counts(trained_in, self.ledger.round):
+        if trained_in and not (wire.refused(result) or self.standing.counts(trained_in, self.ledger.round)):
             return self._too_late(site)
-        if reason := self._unreadable(site, partial(self.aggregator.accept_model, result, trained_in)):
-            return self._leave_out(site, "rejected", reason)
-        self.ledger.answered.append(site)
+        if not self._counted(result, partial(self.aggregator.accept_model, result, trained_in)):
+            return False
         of = f" round {trained_in.round}" if trained_in else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
         self.info(f"round {self.ledger.round}: {site} answered{of}")
-        self._show()
         return True
-
-    def _unreadable(self, site: str, read: Callable[[], object]) -> str:
-        """Why what `site` sent cannot be read; empty where it can. Nothing that a site sends stops the federation."""
-        try:
-            read()
-        except FmError as error:
-            return error.message
-        except Exception as error:
-            where = "".join(traceback.format_tb(error.__traceback__))  # without its text, which may be the stranger's
-            self.error(f"what {site} sent cannot be read: {printable(repr(error))}\n{where}")
-            return f"malformed update ({type(error).__name__}) [malformed]"
-        return ""
-
-    def _accept_train_result(
-        self, client_name: str, result: Shareable, fl_ctx: FLContext, is_unknown_task: bool = False
-    ) -> bool:
-        """NVFlare's own logs what a site gives as its return code, and where it fails ends the round of all."""
-        code = result.get_return_code()
-        if not _is_ok(code):
-            why = f"its trainer ended or could not start ({printable(code, 80)})"
-            return self._leave_out(client_name, "stopped", why)
-        if why := self._unreadable(client_name, partial(FLModelUtils.from_shareable, result)):
-            return self._leave_out(client_name, "rejected", why)
-        return bool(super()._accept_train_result(client_name, result, fl_ctx, is_unknown_task))
-
-    def process_result_of_unknown_task(
-        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
-    ) -> None:
-        if _is_ok(result.get_return_code()):
-            self._too_late(client.name)
-
-    def _too_late(self, site: str) -> bool:
-        self.info(f"round {self.ledger.round}: {site} answered an earlier task too late for it to count")
-        self.ledger.late.append(site)
-        return False
-
-    def _leave_out(self, site: str, kind: Kind, message: str) -> bool:
-        reason = self.ledger.out[site] = Reason.of(kind, message)
-        self.warning(f"round {self.ledger.round}: {site} does not count: {reason}")
-        self._show()
-        return False
 
     # --- the end of a round
 
@@ -391,20 +243,6 @@ class FedPEFT(ModelController):
             },
         }
 
-    def _need(self, usable: int) -> None:
-        if usable < self.min_responses:
-            self._close()
-            raise TooFewAnswers(
-                f"round {self.ledger.round}: {usable} of {len(self.ledger.asked)} sites gave a usable update and "
-                f"min_responses is {self.min_responses}. {self.ledger.reasons()}"
-            )
-
-    def _close(self) -> None:
-        self.ledger.write(Path(self.get_run_dir()))
-        line = self.ledger.line
-        self.latest, self.scaled = line.medians or self.latest, line.scaled if line.trained else self.scaled
-        self._show()
-
     def _consider(self, metrics: Mapping[str, float]) -> None:
         """Keeps the adapter that the sites were sent if they measured it to be the best so far."""
         value = metrics.get(self.key_metric)
@@ -431,12 +269,7 @@ class FedPEFT(ModelController):
 
         def take(result: FLModel) -> bool:
             site = result.meta["client_name"]
-            if reason := wire.refused(result):
-                return self._leave_out(site, "refused", reason)
-            if reason := self._unreadable(site, lambda: measured.update({site: wire.read_metrics(result, site)})):
-                return self._leave_out(site, "rejected", reason)
-            self.ledger.answered.append(site)
-            return True
+            return self._counted(result, lambda: measured.update({site: wire.read_metrics(result, site)}))
 
         all_sites = saved.adapter.sealed or not self.sites_per_round
         sites = sorted(self._free() if all_sites else weights)
@@ -469,15 +302,7 @@ class FedPEFT(ModelController):
         if not (self.settled.plan.personalize.steps and sites and saved) or self.abort_signal.triggered:
             return
         task = RoundTask(self.settled.plan, saved.adapter, saved.manifest, self.num_rounds, self.num_rounds)
-
-        def take(result: FLModel) -> bool:
-            site = result.meta["client_name"]
-            if reason := wire.refused(result):
-                return self._leave_out(site, "refused", reason)
-            self.ledger.answered.append(site)
-            return True
-
-        self._ask(*self._encoded(task), AppConstants.TASK_TRAIN, sites, take)
+        self._ask(*self._encoded(task), AppConstants.TASK_TRAIN, sites, self._counted)
         done = len(self.ledger.answered)
         self.info(f"{done} of {len(sites)} sites trained on for themselves, as far as they could")
 
@@ -489,11 +314,3 @@ class FedPEFT(ModelController):
             self.fire_event_with_data(
                 AppEventType.AFTER_AGGREGATION, self.fl_ctx, AppConstants.AGGREGATION_RESULT, last
             )
-
-    def _show(self) -> None:
-        self.fl_ctx.set_prop(PROGRESS, self.ledger.progress(self.latest, self.scaled), private=True, sticky=True)
-
-
-def _is_ok(code: object) -> bool:
-    """What a site gives as its return code may be anything, also an array, whose comparison has no truth value."""
-    return type(code) is str and code == ReturnCode.OK

@@ -99,7 +99,7 @@ def _check_floor(local: Path, job_meta: Mapping[str, Any], data: bytes) -> None:
 
 def _head(archive: zipfile.ZipFile, name: str) -> bytes:
     with archive.open(name) as file:
-        return file.read(job_files.MAX_BYTES + 1)
+        return file.read(job_files.most_bytes(name) + 1)
 
 
 class ServerValidator(AppValidator):
@@ -136,7 +136,7 @@ def _listed(folder: Path) -> Any:
 
 
 def first_bytes(file: Path) -> bytes:
-    """The first bytes of a file of configuration, one more than it may have.
+    """The first bytes of a file of a job, one more than it may have.
 
     Raises:
         ConfigError: it cannot be read.
@@ -145,7 +145,7 @@ def first_bytes(file: Path) -> bytes:
         if not file.is_file():  # a FIFO would never end
             raise ConfigError(f"{file.name} is no regular file", str(file), code="no_regular_file")
         with file.open("rb") as opened:
-            return opened.read(job_files.MAX_BYTES + 1)
+            return opened.read(job_files.most_bytes(file.as_posix()) + 1)
     except OSError as error:
         raise ConfigError(f"{file.name} cannot be read", f"{file}: {error}", code="unreadable_file") from None
 

@@ -60,10 +60,9 @@ class Egress:
     def process(self, result: Shareable, fl_ctx: FLContext) -> Shareable:
         """What leaves in the place of `result`. Whatever goes wrong costs this one message and nothing else."""
         try:
-            privacy = self.config().privacy
-            if privacy.floor is None:
-                return self._open(result, fl_ctx)
-            return self._closed(result, privacy.floor, fl_ctx)
+            privacy, asked = self.config().privacy, fl_ctx.get_prop(ASKED)
+            floor = privacy.floor_of(asked.plan) if asked else privacy.floor
+            return self._closed(result, floor, fl_ctx) if floor else self._open(result, fl_ctx)
         except FmError as error:
             _audit(f"kept here: {error}", fl_ctx)
             return _refusal(egress.public_reason(error.message))
@@ -86,7 +85,7 @@ class Egress:
         return dxo.update_shareable(result)
 
     def _closed(self, result: Shareable, floor: Floor, fl_ctx: FLContext) -> Shareable:
-        """Under a floor: a message of its own is made of what may leave."""
+        """Under a floor, and of a vote: a message of its own is made of what may leave."""
         code = result.get_return_code()
         if type(code) is not str or code != ReturnCode.OK:
             return make_reply(code if type(code) is str and code in _CODES else ReturnCode.EXECUTION_EXCEPTION)
@@ -100,7 +99,7 @@ class Egress:
             _audit("kept here: no message of nvflare_fm", fl_ctx)
             return make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR)
         if (reason := wire.refused(model)) is not None:
-            return _refusal(egress.public_reason(reason))
+            return _refusal(egress.public_reason(reason) if self.config().privacy.floor else reason)
         if (update := wire.read_outgoing(model)) is None:
             if wire.says_nothing(model):
                 return FLModelUtils.to_shareable(wire.write_nothing())

@@ -70,7 +70,7 @@ class PeftExecutor(ClientAPIExecutor):
         self._at: tuple[str | None, Signal] = None, Signal()  # the task we work at, and what stops it
         super().__init__(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
-            command=self._argv("", ""),
+            command=self._argv("", "", ""),
             launch_timeout=launch_timeout_s,
             stop_grace_period=_STOPS_WITHIN_S,
             heartbeat_timeout=_HANGS_AFTER_S,
@@ -84,8 +84,8 @@ class PeftExecutor(ClientAPIExecutor):
             local = Path(fl_ctx.get_engine().get_workspace().get_site_config_dir())
             site_file = local / f"{fl_ctx.get_identity_name()}.{FILE_NAME}"  # simulated sites share one folder
             site_file = site_file if site_file.exists() else local / FILE_NAME
-            job_folder = fl_ctx.get_engine().get_workspace().get_run_dir(fl_ctx.get_job_id())
-            self._command = self._argv(str(site_file), job_folder)
+            workspace, job = fl_ctx.get_engine().get_workspace(), fl_ctx.get_job_id()
+            self._command = self._argv(str(site_file), workspace.get_run_dir(job), workspace.get_app_config_dir(job))
             self._gate = Gate(site_file, self.overrides, self.processes)
             self._egress = Egress(site_file, lambda: self._gate.config)
             _limit_threads(self._gate)
@@ -120,12 +120,12 @@ class PeftExecutor(ClientAPIExecutor):
             abort_signal.trigger("the round is over")
         return make_reply(ReturnCode.OK)
 
-    def _argv(self, site_file: str, job_folder: str) -> list[str]:
+    def _argv(self, site_file: str, job_folder: str, config_folder: str) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
         return [
             sys.executable,
             *(launcher if self.processes > 1 else []),
-            *("-m", TRAINER, "--site-file", site_file, "--job-folder", job_folder),
+            *("-m", TRAINER, "--site-file", site_file, "--job-folder", job_folder, "--config-folder", config_folder),
         ]
 
     def _create_external_process_backend(self) -> ExternalProcessBackend:

@@ -60,7 +60,8 @@ class Gate:
             plan, trains = self.overrides.applied(asked), task_name == AppConstants.TASK_TRAIN
             sends = not (trains and wire.rounds_over(model))
             plan = plan if sends else at_home(plan)
-            about = f"{plan.task} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
+            work = f"a vote on {plan.votes} candidates for {plan.task}" if plan.votes else plan.task
+            about = f"{work} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
             decision = accept(decide(plan, self.config, who, self.processes, trains, sends))
             _hand_over(decision, model, task)
             names = frozenset(name for name in model.params or {} if isinstance(name, str))

@@ -66,6 +66,7 @@ class Ledger:
             "guarded": combined.guarded,
             "held": combined.held,
             "noised": combined.noised,
+            "chosen": None,
             "error": combined.failed,
             "step_size": combined.step_size,
             "energy_lost": combined.energy_lost,
@@ -80,6 +81,10 @@ class Ledger:
             "metrics": mean(metrics, weights),
             "medians": medians(metrics, weights),
         }
+
+    def voted(self, updates: Mapping[str, AdapterUpdate], chosen: int) -> None:
+        """Note what the sites' votes chose."""
+        self.result = {"sites": {site: _contribution(its) for site, its in sorted(updates.items())}, "chosen": chosen}
 
     @property
     def line(self) -> Round:
@@ -138,7 +143,7 @@ def received(updates: Mapping[str, AdapterUpdate]) -> dict[str, Mapping[str, flo
     return {site: update.report.before for site, update in updates.items() if not update.staleness}
 
 
-def _contribution(update: AdapterUpdate, weight: float) -> Contribution:
+def _contribution(update: AdapterUpdate, weight: float | None = None) -> Contribution:
     return Contribution(
         **asdict(update.report), weight=weight, staleness=update.staleness, bytes_up=update.adapter.bytes_sent()
     )

@@ -3,18 +3,22 @@
 The exported folder holds configuration only, so no site needs to grant the right to bring code.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from nvflare.apis.job_def import ALL_SITES
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.workflows.cross_site_model_eval import CrossSiteModelEval
 from nvflare.app_common.workflows.global_model_eval import GlobalModelEval
 from nvflare.job_config.base_fed_job import BaseFedJob
 from nvflare.recipe.spec import Recipe
 
-from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides
+from ..config import Aggregation, RoundPlan, RoundSettings, SiteOverrides, VoteSettings
 from ..errors import ConfigError
+from ..job import synthetic
 from ..job.feasible import check_plan, check_sites
 from ..job.settle import CHECKED
 from ..registry import nearest
@@ -25,6 +29,7 @@ from .locator import AdapterLocator
 from .persistor import AdapterPersistor
 from .sealed import files_of, read_any
 from .stats import RoundStats
+from .votes import SyntheticVotes
 
 TASKS = [AppConstants.TASK_TRAIN, AppConstants.TASK_VALIDATION, AppConstants.TASK_SUBMIT_MODEL]
 INITIAL, LOCATOR = "initial_adapter", "locator"  # what the adapter's folder and its locator are called inside the job
@@ -42,6 +47,7 @@ class AdapterRecipe(Recipe):
         launch_timeout_s: see `FedPEFTRecipe`.
         persistor: see `AdapterPersistor`.
         brings: the folder of an adapter that travels inside the job; empty: none.
+        rows: the file of synthetic rows that travels inside the job; empty: none.
         components: of the server besides, in order, each with its id; a workflow has none.
     """
 
@@ -53,21 +59,28 @@ class AdapterRecipe(Recipe):
         sites: Mapping[str, Mapping[str, Any]],
         processes: int,
         launch_timeout_s: float,
-        persistor: AdapterPersistor,
+        persistor: AdapterPersistor | None,
         brings: str | Path,
+        rows: str | Path,
         components: Sequence[tuple[Any, str | None]],
     ) -> None:
         check_sites(sites, min_sites)
+        self._folder: TemporaryDirectory[str] | None = None
         self.tasks, self.sites = list(tasks), dict(sites)
         self.processes, self.launch_timeout_s = processes, launch_timeout_s
         job = BaseFedJob(name=name, min_clients=min_sites, key_metric="")  # FedPEFT selects the best itself
         job.set_app_packages(["nvflare_fm"])  # installed at every site: the job brings no code
-        job.to_server(persistor, id="persistor")
+        if persistor:
+            job.to_server(persistor, id="persistor")
         job.to_server(RoundStats(), id="round_stats")
         for component, identity in components:
             job.to_server(component, **({"id": identity} if identity else {}))
         if brings:
             _bring(job, Path(brings))
+        if rows:
+            self._folder = TemporaryDirectory()  # NVFlare copies a file under its own name when it writes the job
+            shutil.copyfile(rows, self._rows)
+            job.add_file_to_server(str(self._rows), app_folder_type="config")
         super().__init__(job)
 
     def _prepare_client_apps(self) -> None:
@@ -75,6 +88,12 @@ class AdapterRecipe(Recipe):
             self._job.to_clients(self._executor({}), tasks=self.tasks)
         for site, values in self.sites.items():
             self._job.to(self._executor(values), site, tasks=self.tasks)
+        for site in (self.sites or [ALL_SITES]) if self._folder else []:
+            self._job.add_file_to(str(self._rows), site, app_folder_type="config")
+
+    @property
+    def _rows(self) -> Path:
+        return Path(self._folder.name if self._folder else "") / synthetic.FILE
 
     def _executor(self, values: Mapping[str, Any]) -> PeftExecutor:
         return PeftExecutor(self.processes, self.launch_timeout_s, dict(values))
@@ -97,6 +116,7 @@ class FedPEFTRecipe(AdapterRecipe):
         initial_adapter: folder of an adapter that nvflare_fm has written; it is copied into the job.
         resume: continue the round count and the learning rate schedule after the initial adapter's round.
         cross_site_evaluation: at the end, measure the adapters of the sites and of the server at every site.
+        synthetic_rows: file of synthetic rows that sites may train on beside their own; it is copied into the job.
         settings: fields of `config.RoundPlan` (task, model, data, peft, training, …), `config.Aggregation` (merge,
             weigh, step, max_rank, …) and `config.RoundSettings` (num_rounds, deadline_s, grace_s, key_metric, …).
 
@@ -116,10 +136,12 @@ class FedPEFTRecipe(AdapterRecipe):
         initial_adapter: str | Path = "",
         resume: bool = False,
         cross_site_evaluation: bool = False,
+        synthetic_rows: str | Path = "",
         **settings: Any,
     ) -> None:
         overrides = {site: SiteOverrides.read(values, f"sites: {site}") for site, values in (sites or {}).items()}
         plan, aggregation, rounds = sorted_out(settings)
+        plan = synthetic.naming(plan, synthetic.read_rows(Path(synthetic_rows))) if synthetic_rows else plan
         asked = RoundPlan.read(plan, "plan")
         check_plan(asked, overrides)
         if cross_site_evaluation and aggregation.get("client_privacy"):
@@ -139,8 +161,9 @@ class FedPEFTRecipe(AdapterRecipe):
         if cross_site_evaluation:
             components += [(AdapterLocator(), LOCATOR), (CrossSiteModelEval(model_locator_id=LOCATOR), None)]
         persistor = AdapterPersistor(keep_rounds, INITIAL if initial_adapter else "", resume)
+        brought = initial_adapter, synthetic_rows
         super().__init__(
-            name, min_sites, TASKS, sites or {}, processes, launch_timeout_s, persistor, initial_adapter, components
+            name, min_sites, TASKS, sites or {}, processes, launch_timeout_s, persistor, *brought, components
         )
 
 
@@ -200,8 +223,49 @@ class EvaluateAdapterRecipe(AdapterRecipe):
         components = [(AdapterLocator(measurement=measurement), LOCATOR), (controller, None)]
         tasks, persistor = [AppConstants.TASK_VALIDATION], AdapterPersistor(initial_adapter=INITIAL)
         super().__init__(
-            name, min_sites, tasks, sites or {}, processes, launch_timeout_s, persistor, adapter, components
+            name, min_sites, tasks, sites or {}, processes, launch_timeout_s, persistor, adapter, "", components
         )
+
+
+class SyntheticVotesRecipe(AdapterRecipe):
+    """Describe a job in which the sites' rows vote on synthetic rows, and nothing is trained.
+
+    The chosen rows are the file `synthetic.jsonl` of the job's result.
+
+    Args:
+        name: of the job.
+        rows: the file of candidates, which is copied into the job.
+        min_sites: sites that the job needs to start, and that must vote.
+        sites: site → what it does differently, see `config.SiteOverrides`. If given, only these sites take part.
+        processes: trainer processes of each site.
+        launch_timeout_s: seconds that a site waits for its trainer to start.
+        settings: fields of `config.RoundPlan` (task, model, data, labels, privacy, …) and `config.VoteSettings`
+            (per_label, chance, …).
+
+    Raises:
+        ConfigError: an unknown setting, a value out of range, or candidates that the plan cannot use.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: str | Path,
+        *,
+        min_sites: int = 1,
+        sites: Mapping[str, Mapping[str, Any]] | None = None,
+        processes: int = 1,
+        launch_timeout_s: float = 600.0,
+        **settings: Any,
+    ) -> None:
+        for site, values in (sites or {}).items():
+            SiteOverrides.read(values, f"sites: {site}")
+        own = {k: settings.pop(k) for k in VoteSettings.model_fields if k in settings and k != "min_responses"}
+        found = synthetic.read_rows(Path(rows))
+        plan = synthetic.naming(settings, found)
+        synthetic.voting(RoundPlan.read(plan, "plan"), found)
+        components = [(SyntheticVotes(plan=plan, min_responses=min_sites, **own), None)]
+        tasks = [AppConstants.TASK_TRAIN]
+        super().__init__(name, min_sites, tasks, sites or {}, processes, launch_timeout_s, None, "", rows, components)
 
 
 def held_to(overrides: Mapping[str, SiteOverrides]) -> dict[str, dict[str, Any]]:

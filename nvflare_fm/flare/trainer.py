@@ -32,6 +32,7 @@ from ..adapter import RoundTask
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
 from ..job.at_home import PERSONAL
+from ..job.synthetic import read_brought
 from ..privacy.budget import Budget
 from ..privacy.egress import public_report
 from ..privacy.protection import Protection
@@ -53,6 +54,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--site-file", type=Path, required=True, help="the site's fm_site.yaml")
     options.add_argument("--job-folder", type=Path, required=True, help="where this site keeps what is its own")
+    options.add_argument("--config-folder", type=Path, required=True, help="of the job's app, with what it brought")
     given = options.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     logger.addHandler(logging.StreamHandler())  # what we say is in the site's log; of libraries, warnings
@@ -60,7 +62,7 @@ def main() -> None:
     logger.propagate = False
     flare.init()
     processes = SiteProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    handler = TaskHandler(given.site_file, given.job_folder)
+    handler = TaskHandler(given.site_file, given.job_folder, given.config_folder)
     while (task := _next_task(processes)) is not None:
         answer = handler.answer(*task)
         if speaks() and not should_stop():
@@ -103,8 +105,8 @@ def _report(name: str, value: float, step: int) -> None:
 class TaskHandler:
     """Carries out tasks, and answers each whatever happens."""
 
-    def __init__(self, site_file: Path, job_folder: Path) -> None:
-        self.site_file, self.job_folder = site_file, job_folder
+    def __init__(self, site_file: Path, job_folder: Path, config_folder: Path) -> None:
+        self.site_file, self.job_folder, self.config_folder = site_file, job_folder, config_folder
         self.failed = False  # failed in a way that other processes of the site need not have noticed
         self._worker: Worker | None = None
         self._requested: TaskPlan | None = None  # what the server asked of the adapter that we may be told to submit
@@ -140,7 +142,7 @@ class TaskHandler:
             self._personalize(worker, task)
             return wire.write_nothing()
         update = worker.train(task)
-        if worker.config.privacy.floor:
+        if worker.config.privacy.floor_of(task.plan):
             update = replace(update, report=public_report(update.report, task.plan))
         self._requested = wire.read_task(message).plan
         packed = worker.packed(update, task.plan)
@@ -182,9 +184,9 @@ class TaskHandler:
             startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
             keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
             personal, site = OwnAdapter(self.job_folder, PERSONAL), flare.get_site_name()
-            self._worker = Worker(
-                site, config, None, should_stop, _report, own, kept, state, events, may_spend, keys, whole, personal
-            )
+            mine = own, kept, state, events, may_spend, keys, whole, personal
+            brought = partial(read_brought, self.config_folder)
+            self._worker = Worker(site, config, None, should_stop, _report, *mine, brought)
         return self._worker
 
 

@@ -1,6 +1,6 @@
 """What a site does for itself once the rounds are over: the job's plan, without all that is there for others."""
 
-from ..config import PrivacySettings, TaskPlan
+from ..config import PrivacySettings, SyntheticSettings, TaskPlan
 
 PERSONAL = "personal_adapter"  # the folder of what a site has trained on for itself, in its folder of the job
 PARTS = 3  # of the steps; after each, the site measures what it has
@@ -30,6 +30,8 @@ def at_home(plan: TaskPlan) -> TaskPlan:
             "evaluation": plan.evaluation.model_copy(update={"before": False, "after": False}),
             "personalize": asked.model_copy(update={"rate": 1.0}),
             "privacy": PrivacySettings(),
+            "synthetic": SyntheticSettings(),
+            "votes": 0,
             "uplink": (),
             "negotiable": tuple(dict.fromkeys((*plan.negotiable, "local_steps"))),
             "rest": "tail",

@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ..errors import ConfigError
-from . import hocon
+from ..synthesis import candidates
+from . import hocon, synthetic
 
 MAX_BYTES = 256 * 1024  # of one file of configuration
 MAX_FILES = 1000  # of an app
@@ -22,6 +23,7 @@ FORMATS = (".json", ".conf")
 CLIENT, SERVER = "config_fed_client", "config_fed_server"
 _READ_AS_CONFIG = re.compile(r"\.(json|conf|yml|yaml)(\.default)?$", re.IGNORECASE)
 _BROUGHT = {"adapter_config.json", "provenance.json", "sealed.json"}  # of an adapter; see `export`
+SYNTHETIC = f"config/{synthetic.FILE}"  # the only lines of JSON that a job may bring
 _SIGNATURE = ".__nvfl_sig.json"  # NVFlare puts one into each folder
 _ODD = re.compile(r"[\x00-\x1f\x7f\\]")
 _PASSED_ON = "events_to_convert"  # an argument of NVFlare's ConvertToFedEvent, which a log line is an event for, too
@@ -33,7 +35,7 @@ def check_app(names: Iterable[str], read: Callable[[str], bytes], needs: str = "
 
     Args:
         names: of all files and folders, relative to the app, as an archive or a folder lists them; folders end in /.
-        read: gives a file's first `MAX_BYTES` + 1 bytes.
+        read: gives a file's first bytes, one more than `most_bytes`.
         needs: `CLIENT` or `SERVER`, where the app must have that configuration.
     Raises:
         ConfigError: a file that a job may not bring, or one that takes a value from elsewhere. Names the file.
@@ -50,6 +52,19 @@ def check_app(names: Iterable[str], read: Callable[[str], bytes], needs: str = "
         raise ConfigError(f"the app has no config/{needs}.json or .conf", code="missing_file")
     for name in configs:
         _check_values(name, parse_config(name, read(name)))
+    for name in listed:
+        if name == SYNTHETIC:
+            candidates.read(read(name), name)
+        elif name.lower().endswith(".jsonl") and name.split("/")[0] != "custom":
+            raise ConfigError(
+                f"{name[:80]!r} is no file that a job may bring; its synthetic rows are {SYNTHETIC}",
+                code="unexpected_file",
+            )
+
+
+def most_bytes(name: str) -> int:
+    """The largest size of a file that is read before a job is let in."""
+    return candidates.LARGEST if name.endswith(SYNTHETIC) else MAX_BYTES
 
 
 def _plain(names: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from ..config import Aggregation, TaskPlan, TrainingSettings
 from ..errors import ConfigError
 from . import private
 from .peft import PeftMethod
+from .synthetic import takes
 from .tasks import Promises, promises
 
 _MERGE = f"leave merge out, which is {named(Aggregation().merge)}"  # remedy: it promises all there is
@@ -208,6 +209,14 @@ CLASHES = (
         "a task other than `preference`",
         lambda job: job.plan.training.dpo_beta != TrainingSettings().dpo_beta and not job.task.paired,
         "it is about pairs of answers, and the task has none",
+        "leave it out",
+    ),
+    Clash(
+        "synthetic_task",
+        "`synthetic`",
+        "a task other than `causal_lm` and `sequence_classification`",
+        lambda job: job.plan.synthetic.asked and not takes(job.plan.task),
+        "a synthetic row is a text, or a text with one label",
         "leave it out",
     ),
     Clash(

@@ -64,6 +64,13 @@ UNFIT = (
         "the factor that stays at a site would hold rounds whose updates never left, and which nobody has paid for",
         "leave merge out",
     ),
+    Unfit(
+        "private_synthetic",
+        "`synthetic`",
+        lambda plan: plan.synthetic.asked,
+        "which synthetic rows a site adds follows from how many rows it has of each class, and no noise covers that",
+        "leave synthetic out",
+    ),
 )
 
 

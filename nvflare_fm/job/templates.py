@@ -29,7 +29,7 @@ _SILENT = {
 }  # blocks that no setting is named after
 _SITE_APP, _CLIENT = "app_", "config/config_fed_client.conf"  # where sites differ, app_<site> is the folder of each
 _NO_SETTINGS = {"config", "events_to_convert", "initial_adapter"}  # nor what ends in _id: they hold a job together
-SITES, ADAPTER = "sites", "adapter"  # the words of `nvflare-fm new` that are no setting's
+SITES, ADAPTER, ROWS = "sites", "adapter", "synthetic"  # the words of `nvflare-fm new` that are no setting's
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Template:
     @property
     def adapter_folder(self) -> str:
         """Where in the job the adapter lies that it starts from; empty: it starts afresh."""
-        line = next(line for line in self._lines() if line.path[-1] == "initial_adapter")
-        name = json.loads(line.value)
-        return f"{line.file.rpartition('/')[0]}/{name}" if name else ""
+        lines = (line for line in self._lines() if line.path[-1] == "initial_adapter")
+        name = json.loads(line.value) if (line := next(lines, None)) else ""
+        return f"{line.file.rpartition('/')[0]}/{name}" if line and name else ""
 
     def settings(self) -> list[TemplateSetting]:
         lines = [setting for setting in self._lines() if setting.meaning and setting.path[-1] not in _NO_SETTINGS]

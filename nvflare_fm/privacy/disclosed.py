@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import WireError
-from .protection import Protection
+from .protection import Mechanism, Protection
 
 Delta = Annotated[float, Field(strict=True, gt=0, lt=1, allow_inf_nan=False)]
 Unit = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
@@ -19,7 +19,7 @@ _STEPS = (1.0, 2.0, 5.0)
 class Disclosed:
     """The part of a `Protection` that leaves the site."""
 
-    mechanism: Literal["dp_sgd"]
+    mechanism: Mechanism
     unit: Unit
     delta: Delta
     epsilon: Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]  # at most; of the whole job

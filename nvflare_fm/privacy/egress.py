@@ -17,6 +17,7 @@ from .protection import Protection
 if TYPE_CHECKING:  # torch, which a site's parent process does without
     from ..adapter import Description
 
+VOTES = "votes"  # the only tensor of a vote
 NO_METRICS = "metrics to none: this site keeps them"
 _LOWERED = re.compile(r"(rank|batch_size|local_steps) to [0-9]{1,9}")
 _CODED = re.compile(r".* \[([a-z0-9_]{1,64})\]", re.DOTALL)
@@ -26,7 +27,7 @@ TOLD = frozenset(
     {
         *("above_limit", "not_an_alias", "not_offered", "not_pinned", "not_welcome", "kept_here", "embeddings"),
         *("not_trainable", "refused", "unprotected", "weak_unit", "weak_delta", "epsilon_above_budget", "no_egress"),
-        *("metrics_withheld", "submission_withheld", "unasked_message", "other_protection"),
+        *("metrics_withheld", "submission_withheld", "unasked_message", "other_protection", "votes_off"),
         *("budget_spent", "budget_busy", "budget_damaged", "budget_not_written", "other_base", "too_few_labels"),
         *("no_plan", "other_version", "wrong_setting", "not_the_pinned_weights", "egress_failed"),
         *("private_steps", "private_checkpointing", "private_max_grad_norm", "private_classes", "private_counts"),
@@ -140,7 +141,15 @@ def check_update(
             raise PolicyError(
                 "the trainer states the protection of another data set than the job's", code="other_protection"
             )
+        if (protection.mechanism == "votes") != bool(asked.plan.votes):
+            raise PolicyError("the trainer states the protection of another kind of answer", code="other_protection")
     unknown = tensors.keys() - asked.names if asked.names and not encrypts else ()  # ciphertexts came by other names
+    if asked.plan.votes and {name: its.shape for name, its in tensors.items()} != {VOTES: (asked.plan.votes,)}:
+        raise PolicyError(
+            "a vote is one number for each candidate; what the trainer sends is another message and does not leave "
+            "this site",
+            code="unasked_message",
+        )
     rank = asked.plan.padded_to or asked.plan.rank
     if unknown or (rank and {*ranks} - {rank}):
         raise PolicyError(

@@ -7,6 +7,7 @@ from pydantic import Field, TypeAdapter
 
 from .events import Event
 
+Mechanism = Literal["dp_sgd", "votes"]  # of training, and of one vote for each record
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 
 
@@ -17,7 +18,7 @@ class Protection:
     A record is protected as the accountant counts it: neighbouring data sets differ by one record, there or not.
     """
 
-    mechanism: Literal["dp_sgd"]
+    mechanism: Mechanism
     data: _Text  # alias of the data set whose records are protected
     unit: _Text  # what a record is: "row", or the column that says whose row it is
     delta: Annotated[float, Field(strict=True, gt=0, lt=1)]

@@ -94,7 +94,7 @@ def explanation(result: Result) -> Iterator[str]:
     """Say in lines for a person which sites counted in which rounds, and of the others why not."""
     for line in result.rounds:
         yield in_words(line)[0]
-    trained = [line for line in result.rounds if line.trained or line.out]
+    trained = [line for line in result.rounds if line.trained or line.out or line.chosen is not None]
     if noised := [line.noised for line in trained if line.noised]:
         yield f"ε of the job to each site as a whole: {noised[-1].epsilon:.3g} at δ = {noised[-1].delta:g}"
     for site in sorted({name for line in trained for name in (*line.asked, *line.sites, *line.out)}):

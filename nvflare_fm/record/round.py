@@ -52,6 +52,7 @@ class Round(_Line):
     guarded: Mapping[Name, Verdict] = {}  # sites of which a part counts, and why
     held: Mapping[Name, Words] = {}  # site → what it reported that counts as another number
     noised: Noised | None = None  # the noise on the mean change, where each site's whole part is protected
+    chosen: Count | None = None  # candidates that the sites' votes chose; None: nobody voted
     error: Words = ""  # why nothing was merged and the adapter stayed as it was
     step_size: Number | None = None  # η of the server step
     energy_lost: Values = {}  # layer → share of ‖ΔW‖² cut off by shortening
@@ -178,7 +179,9 @@ def in_words(line: Round) -> list[str]:
     """Describe a round in one line for a terminal, and in one more each site that does not count, or not in full."""
     measured = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.measured.items()))
     parts = [f"after {line.round} of {line.total_rounds} rounds: {measured or 'not measured'}"]
-    if not (line.trained or line.measured):
+    if line.chosen is not None:
+        parts = [f"{len(line.sites)} of {len(line.asked)} sites voted, {line.chosen} candidates are chosen"]
+    elif not (line.trained or line.measured):
         parts.append("no site gave a usable answer")
     if line.error:
         parts.append(f"nothing was merged: {line.error}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
@@ -22,9 +22,14 @@ from ..errors import ModelError, PolicyError, TrainingError, WireError
 from ..job import private
 from ..job.at_home import PERSONAL, at_home, parts
 from ..job.peft import check_training
+from ..job.synthetic import check_labels, nothing_brought
+from ..privacy.egress import VOTES
 from ..privacy.protection import Protection
+from ..synthesis.candidates import CandidateSet
+from ..synthesis.vote import noised
 from ..transforms import Chain
 from ..transforms.packed import Packed, pack
+from . import synthetic
 from .audit import gate
 from .audit.gate import Compared
 from .data import loading as data
@@ -64,6 +69,12 @@ class Job:
     measured: Dataset | None  # the rows to measure on; None: so few that no metric of them may leave
     lowered: tuple[str, ...]  # what the site gave less of than the plan asked
     compared: Compared | None = None  # the rows by which the update is held back, where the site asks for it
+    added: Dataset | None = None  # synthetic rows that are trained on beside the site's own
+
+    @property
+    def rows(self) -> Dataset:
+        """The rows to train on: the site's own, and behind them the synthetic ones."""
+        return concatenate_datasets([self.data.train, self.added]) if self.added else self.data.train
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Worker:
         keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
         global_adapter: keeps the global adapter where only the sites can read it.
         personal: keeps the adapter that the site has trained on for itself.
+        brought: reads the synthetic rows that the job brought, by the digest in its plan.
     """
 
     def __init__(
@@ -119,13 +131,16 @@ class Worker:
         keys: Callable[[], Keys | None] = lambda: None,
         global_adapter: OwnAdapter | None = None,
         personal: OwnAdapter | None = None,
+        brought: Callable[[str], CandidateSet] = nothing_brought,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
         self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
         self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
         self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
         self.personal = personal or OwnAdapter()
+        self.brought = brought
         self._data: dict[tuple[Any, ...], SiteData] = {}
+        self._added: dict[tuple[Any, ...], Dataset] = {}
         self._states = States(min(_MOST_STATES, _STATES_SHARE * config.limits.memory_gib * 2**30))
         self._last: tuple[Adapter, Manifest] | None = None
         if config.privacy.floor:  # the loss follows from the rows
@@ -136,13 +151,13 @@ class Worker:
             torch.set_num_threads(config.limits.threads)
 
     def train(self, task: RoundTask) -> AdapterUpdate:
-        """Train for one round, starting from the task's adapter.
+        """Train for one round, starting from the task's adapter; or vote, where that is what the plan asks.
 
         Raises:
             FmError: the site does not allow the task, cannot carry it out, or was told to stop.
         """
         with memory.given_back(), memory.explained(task.plan):
-            return self._train(task)
+            return self._vote(task) if task.plan.votes else self._train(task)
 
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
@@ -154,11 +169,12 @@ class Worker:
                 code="not_encrypted",
             )
         task = self._opened(replace(task, plan=plan))
-        protection = self._begun(job)
+        protection = self._begun(plan, job.private.protection) if job.private else None
         with base.lent(), self._within_time() as stop:
             reference = gate.reference(job, stop)
             model, before = self._attached(job, task), {}
-            attachment.prepare(base, job.data.train, job.chosen or range(len(job.data.train)), stop)
+            rows = job.rows
+            attachment.prepare(base, rows, job.chosen or range(len(rows)), stop)
             if plan.evaluation.before:
                 before = self._measured("before", task, self._evaluate(model, job, stop))
             if plan.rest == "none":
@@ -166,7 +182,7 @@ class Worker:
             done = training.train(
                 model,
                 base,
-                job.data.train,
+                rows,
                 task,
                 job.chosen,
                 training.dropout_seed(task, self.site, self.secret),
@@ -175,6 +191,7 @@ class Worker:
                 self._steps_between_logs(job),
                 attachment.method.scale,
                 partial(PrivateTrainer, private=job.private) if job.private else None,
+                len(job.data.train),
             )
             gate.check(model, job, reference, stop)
             after = self._evaluate(model, job, stop) if plan.evaluation.after else {}
@@ -190,17 +207,46 @@ class Worker:
         report = self._report(job, done, before, after)
         return AdapterUpdate(self.site, adapter, manifest, report, protection=protection)
 
-    def _begun(self, job: Job) -> Protection | None:
+    def _begun(self, plan: TaskPlan, protection: Protection) -> Protection:
         """How the round is protected, once all who must know what it costs have agreed.
 
         Raises:
             PolicyError: it costs more than is left.
         """
-        if job.private is None:
-            return None
-        self.may_spend(job.private.protection)
-        self.events.begin(job.private.protection, job.plan.privacy.epsilon)
-        return job.private.protection
+        self.may_spend(protection)
+        self.events.begin(protection, plan.privacy.epsilon)
+        return protection
+
+    def _vote(self, task: RoundTask) -> AdapterUpdate:
+        """Have the site's rows vote on the candidates that the job brought.
+
+        Raises:
+            PolicyError: they have voted in this job already: each has one vote.
+        """
+        job = self._job(task, trains=True)
+        plan, base = job.plan, job.base
+        rows = self._synthetic(plan)
+        if len(rows.rows) != plan.votes:
+            raise WireError(
+                f"the server asks for votes on {plan.votes} candidates, and the job brought {len(rows.rows)}; make the "
+                "job again",
+                code="other_synthetic_rows",
+            )
+        if self.events.read():
+            raise PolicyError("this site's rows have voted in this job already; start another job", code="voted")
+        own = self._voters(plan, base.task)
+        protection = self._begun(plan, synthetic.protection(plan, own))
+        with base.lent(), self._within_time() as stop:
+            counts = synthetic.count(rows, own, base, plan, stop)
+        noisy = noised(counts, protection.events[0].noise_multiplier)
+        method = str(plan.peft["method"])
+        return AdapterUpdate(
+            self.site,
+            Adapter(dense={VOTES: noisy}),
+            Manifest(base.fingerprint, plan.task, method, "", plan.labels, **base.tokenization),
+            Report(quantization=plan.quantization, max_weight=self.config.limits.max_weight, lowered=job.lowered),
+            protection=protection,
+        )
 
     def validate(self, task: RoundTask) -> dict[str, float]:
         """Measure the task's whole adapter on this site's validation rows.
@@ -404,6 +450,8 @@ class Worker:
         asked = self.overrides.applied(task.plan)
         decision = accept(fit(asked if sends else at_home(asked), self.config, world, trains, sends))
         plan, privacy = decision.plan, self.config.privacy
+        measures = not plan.votes and (not trains or plan.evaluation.before or plan.evaluation.after)
+        trains = trains and not plan.votes
         kind, attachment = tasks[plan.task], attachment_of(plan.peft, self._states)
         check_training(attachment.method, plan.training)
         if trains:
@@ -419,29 +467,63 @@ class Worker:
             raise few_examples(privacy)
         told = replace(task, plan=plan)
         protected = dp.settle(told, found.train_units, world) if trains and plan.privacy.asked else None
-        chosen = self._chosen(told, found, world, protected) if trains else []
-        compared = (
-            gate.compared(found, chosen or range(len(found.train)), privacy.max_membership_auc)
-            if trains and sends
-            else None
-        )
+        added = self._add(found, plan, kind, folder) if trains and plan.synthetic.asked else None
+        examples = len(found.train) + len(added or ())
+        chosen = self._chosen(told, found, examples, world, protected) if trains else []
+        own = [row for row in chosen if row < len(found.train)] or range(len(found.train))
+        compared = gate.compared(found, own, privacy.max_membership_auc) if trains and sends else None
         count = found.measured(plan.evaluation.max_examples, privacy.min_metric_rows)
         enough = len(set(to_measure[:count])) >= privacy.min_metric_rows
-        measures = not trains or plan.evaluation.before or plan.evaluation.after
         withheld = ("metrics to none: too few rows to measure on",) if measures and not enough else ()
         base = base_model.load(source, plan, kind, attachment.method.trained_whole)
         self._check_base(base, task)
         measured = found.validation.select(range(count)) if enough else None
         lowered = *task.lowered, *decision.lowered, *withheld
-        return Job(plan, attachment, base, found, chosen, protected, measured, lowered, compared)
+        return Job(plan, attachment, base, found, chosen, protected, measured, lowered, compared, added)
 
-    def _chosen(self, task: RoundTask, found: SiteData, world: int, protected: Private | None) -> list[int]:
+    def _synthetic(self, plan: RoundPlan) -> CandidateSet:
+        """The synthetic rows that the job brought, where the plan can use them.
+
+        Raises:
+            ConfigError: it cannot, or the job brought none or others.
+        """
+        rows = self.brought(plan.synthetic.digest)
+        check_labels(plan, rows)
+        return rows
+
+    def _add(self, found: SiteData, plan: RoundPlan, kind: Task, folder: Path) -> Dataset:
+        """The synthetic rows that are trained on beside the site's own, chosen once for all rounds."""
+        key = (plan.data, plan.task, plan.labels, plan.max_length, plan.model, plan.synthetic)
+        if key not in self._added:
+            own = [synthetic.said(row, kind) for rows in self._written(plan, kind, folder) for row in rows]
+            rows, most = self._synthetic(plan), self.config.synthetic.max_rows
+            with self._within_time() as stop:
+                self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most, stop)
+        return self._added[key]
+
+    def _voters(self, plan: RoundPlan, kind: Task) -> list[data.Written]:
+        """All rows of the file to train on. Which of them are held out follows from how many there are: if those did
+        not vote, one row more or less would change the votes of many others, and no noise covers that.
+        """
+        train, held_out = self._written(plan, kind, base_model.locate(self.config.model(plan.model)))
+        return train if self.config.data_set(plan.data).validation else [*train, *held_out]
+
+    def _written(self, plan: RoundPlan, kind: Task, folder: Path) -> tuple[list[data.Written], list[data.Written]]:
+        """The site's rows as they are read: those to train on, and those to measure on."""
+        return data.as_written(self.config.data_set(plan.data), plan, kind, *_reads(folder))
+
+    def _chosen(
+        self, task: RoundTask, found: SiteData, examples: int, world: int, protected: Private | None
+    ) -> list[int]:
         """The rows to train on in this round; none where chance draws them in each step.
+
+        Args:
+            examples: how many there are, the synthetic ones among them.
 
         Raises:
             PolicyError: too many steps, or too few different rows.
         """
-        limits, privacy, examples = self.config.limits, self.config.privacy, len(found.train)
+        limits, privacy = self.config.limits, self.config.privacy
         if training.steps_per_round(task.plan, examples, world) > limits.max_steps_per_round:
             raise PolicyError(
                 f"training.local_epochs are more steps of this site's rows than the {limits.max_steps_per_round} it "
@@ -457,7 +539,7 @@ class Worker:
         """How many different rows a round sees; where chance draws them, how many it is to see."""
         if protected:
             return protected.seen(len(set(found.contents[0])), plan.training.local_steps)
-        return len({found.contents[0][row] for row in chosen})
+        return len(training.different(chosen, found.contents[0]))
 
     def _report(self, job: Job, done: training.Trained, before: dict[str, float], after: dict[str, float]) -> Report:
         """What is told of a round: no count that the site keeps, and no loss of fewer rows than metrics may be of."""
@@ -489,7 +571,7 @@ class Worker:
     def _steps_between_logs(self, job: Job) -> int:
         if job.private:  # nothing but the protected update tells of single steps
             return 0
-        steps = training.steps_per_round(job.plan, len(job.data.train), distributed.processes()[1])
+        steps = training.steps_per_round(job.plan, len(job.rows), distributed.processes()[1])
         least = self.config.privacy.min_metric_rows
         return training.steps_between_logs(job.chosen, job.data.contents[0], steps, least)
 
@@ -517,9 +599,13 @@ class Worker:
         unit = plan.privacy.unit if plan.privacy.asked else ""
         key = (plan.data, plan.task, plan.labels, plan.max_length, source, unit)
         if key not in self._data:
-            tokenizer, rows = base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
-            self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, tokenizer, rows)
+            self._data[key] = data.load(self.config.data_set(plan.data), plan, kind, *_reads(folder))
         return self._data[key]
+
+
+def _reads(folder: Path) -> tuple[Any, int | None]:
+    """A base model's tokenizer, and how many tokens it has rows for."""
+    return base_model.load_tokenizer(folder), base_model.vocabulary(read_config(folder))
 
 
 def _manifest(model: Any, job: Job) -> Manifest:

@@ -17,7 +17,8 @@ from nvflare.fuel.utils.class_loader import load_class
 import nvflare_fm
 from nvflare_fm.flare import components
 from nvflare_fm.flare.jobs import job
-from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.flare.recipe import FedPEFTRecipe, SyntheticVotesRecipe
+from nvflare_fm.synthesis.candidates import Candidate, CandidateSet, Provenance, write
 from tests.deployment.system import SERVER, project
 from tests.flare.test_provision import quickly
 
@@ -78,6 +79,9 @@ def test_the_list_is_what_a_job_is_read_with_and_what_recipes_make(tmp_path: Pat
     assert all(f"{kind.__module__}.{kind.__name__}" == name for name, kind in kinds.items())
     recipe = FedPEFTRecipe("job", cross_site_evaluation=True)
     recipe.export(str(tmp_path))
+    rows = tmp_path / "made.jsonl"
+    rows.write_bytes(write(CandidateSet((Candidate(text="a text"),), Provenance())))
+    SyntheticVotesRecipe("votes", rows, privacy={"epsilon": 1.0}).export(str(tmp_path))
     written = {path for file in tmp_path.rglob("*.json") for path in _paths(json.loads(file.read_text()))}
     assert {path for path in written if path.startswith("nvflare_fm.")} == set(components.OURS)
     assert {path for path in written if path.startswith("nvflare.")} <= {

@@ -93,7 +93,7 @@ def handler(site_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(trainer, "should_stop", lambda: False)
     monkeypatch.setattr(trainer, "_report", lambda *_: None)
     monkeypatch.setattr(confine, "confine", lambda *_: None)
-    return trainer.TaskHandler(site_file, tmp_path / "job")
+    return trainer.TaskHandler(site_file, tmp_path / "job", tmp_path / "app")
 
 
 def passed(at: Gate, name: str, task: RoundTask) -> FLModel:

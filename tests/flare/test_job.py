@@ -15,11 +15,14 @@ from nvflare_fm.flare import components
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.environments import write_site
 from nvflare_fm.flare.executor import PeftExecutor
-from nvflare_fm.flare.jobs import job
+from nvflare_fm.flare.jobs import job, new_job
+from nvflare_fm.flare.jobs.forecast import forecast
 from nvflare_fm.flare.kit.allow_list import allow
 from nvflare_fm.flare.persistor import AdapterPersistor
-from nvflare_fm.flare.recipe import FedPEFTRecipe
+from nvflare_fm.flare.recipe import FedPEFTRecipe, SyntheticVotesRecipe
+from nvflare_fm.job import templates
 from nvflare_fm.site.offer.site_config import SiteConfig, load_site
+from nvflare_fm.synthesis.candidates import Candidate, CandidateSet, Provenance, write
 from tests.codes import refused
 
 from .messages import MANIFEST, adapter
@@ -139,6 +142,54 @@ def test_a_job_cannot_make_the_server_read_a_path(name: str) -> None:
         AdapterPersistor(initial_adapter=name)
 
 
+ROWS = CandidateSet(tuple(Candidate(text=f"text {i}", label="ab"[i % 2]) for i in range(4)), Provenance())
+CLASSES: dict[str, Any] = {"task": "sequence_classification", "labels": ["a", "b"]}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    (tmp_path / "made.jsonl").write_bytes(write(ROWS))
+    return tmp_path / "made.jsonl"
+
+
+@pytest.mark.parametrize("sites", [None, {"alder": {}, "birch": {"rank": 2}}])
+def test_synthetic_rows_travel_inside_the_job_to_the_server_and_every_site(
+    tmp_path: Path, rows: Path, sites: Any
+) -> None:
+    settings = CLASSES | {"synthetic": {"share": 0.3}, "sites": sites}
+    FedPEFTRecipe("trains", synthetic_rows=rows, **settings).export(str(tmp_path))
+    asked = CLASSES | {"sites": sites, "privacy": {"epsilon": 2.0}}
+    SyntheticVotesRecipe("votes", rows, per_label=3, **asked).export(str(tmp_path))
+    for name in ("trains", "votes"):
+        apps = [file.parent for file in (tmp_path / name).rglob("config_fed_*.json")]
+        assert {file.parent for file in (tmp_path / name).rglob("synthetic.jsonl")} == {*apps}
+        made = job.read_job(tmp_path / name)
+        assert made.plan.synthetic.digest == ROWS.digest
+        assert made.plan.votes == (4 if name == "votes" else 0)
+        for break_ in (lambda file: file.write_bytes(rows.read_bytes().replace(b"text 1", b"text 9")), Path.unlink):
+            break_(apps[0] / "synthetic.jsonl")
+            with pytest.raises(ConfigError) as error:
+                job.read_job(tmp_path / name)
+            assert error.value.code == ("no_synthetic_rows" if break_ is Path.unlink else "other_synthetic_rows")
+
+
+def test_a_template_takes_synthetic_rows_and_a_vote_needs_them(tmp_path: Path, rows: Path) -> None:
+    mixed, votes = templates.load("lora_mixed_hardware"), templates.load("synthetic_votes")
+    ranks = {"sites.a.rank": "4", "sites.b.rank": "2"}
+    made = new_job.write_job(tmp_path / "mixed", mixed, {"synthetic": str(rows), "share": "0.2", **ranks})
+    assert (made.plan.synthetic.digest, made.plan.synthetic.share) == (ROWS.digest, 0.2)
+    assert new_job.write_job(tmp_path / "votes", votes, {"synthetic": str(rows), "labels": "a,b"}).plan.votes == 4
+    assert forecast(tmp_path / "votes", None, {}, False).notes[-1].startswith("4 candidates come with the job")
+    for code, given in {
+        "no_candidates": {"labels": "a,b"},
+        "synthetic_labels": {"synthetic": str(rows)},
+        "no_synthetic_rows": {"synthetic": str(tmp_path)},
+    }.items():
+        with refused(code, ConfigError):
+            new_job.write_job(tmp_path / code, votes, given)
+        assert not (tmp_path / code).exists()
+
+
 def test_resuming_needs_something_to_resume_from() -> None:
     with refused("no_adapter", ConfigError, "initial_adapter"):
         AdapterPersistor(resume=True)
@@ -198,9 +249,10 @@ def test_a_job_cannot_smuggle_anything_into_the_trainers_command(settings: dict[
 
 @pytest.mark.parametrize("name", ["notes", "${secret:HOME}", "$${secret:file:/etc/passwd}", "--help", "/srv/other"])
 def test_the_command_is_fixed_whatever_the_job_says(name: str) -> None:
-    argv = PeftExecutor(settings={"rank": 4, "data": name})._argv("/site/local/fm_site.yaml", "/site/job")
+    argv = PeftExecutor(settings={"rank": 4, "data": name})._argv("/site/local/fm_site.yaml", "/site/job", "/site/app")
     assert argv[1:] == [
         *("-m", "nvflare_fm.flare.trainer", "--site-file", "/site/local/fm_site.yaml", "--job-folder", "/site/job"),
+        *("--config-folder", "/site/app"),
     ]
 
 

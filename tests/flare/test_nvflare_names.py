@@ -108,10 +108,12 @@ def uses(file: Path) -> Iterator[tuple[str, str]]:
         if not isinstance(part, ast.ClassDef):
             rest.append(part)
             continue
-        owners = [c for c in getattr(module, part.name).__mro__ if c.__module__.split(".")[0] == "nvflare"]
+        bases = getattr(module, part.name).__mro__
+        owners = [c for c in bases if c.__module__.split(".")[0] == "nvflare"]
+        ours = {name for c in bases if c.__module__.split(".")[0] == PACKAGE.name for name in has(c)}
         for own, name in set(accesses(part)):
             owner = next((path(c) for c in owners if name in has(c)), "") if own else ""
-            if owner or name not in defined(tree):
+            if owner or name not in defined(tree) | ours:
                 yield owner, name
     for part in rest:
         yield from (("", name) for own, name in accesses(part) if not own and name not in defined(tree))

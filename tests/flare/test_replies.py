@@ -54,7 +54,7 @@ def audit(tmp_path: Path) -> Iterator[Path]:
 
 def handler(site_file: Path) -> TaskHandler:
     """The trainer's own end, with the worker it would hire."""
-    made = TaskHandler(site_file, site_file.parent / "job")
+    made = TaskHandler(site_file, site_file.parent / "job", site_file.parent / "app")
     config = tiny.site(site_file.parent / "model", site_file.parent / "rows.jsonl")
     made._worker = Worker("site-1", config)
     return made

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from nvflare.apis.signal import Signal
 
-from nvflare_fm.flare import controller
+from nvflare_fm.flare import rounds
 from nvflare_fm.flare.controller import FedPEFT
 
 NEVER = 1e9
@@ -15,7 +15,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, enough: float, all_in: float, **settin
     """Seconds until a round ends in which the second of three answers comes after `enough`, the last after `all_in`."""
     clock = [0.0]
     monkeypatch.setattr(
-        controller,
+        rounds,
         "time",
         SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)),
     )

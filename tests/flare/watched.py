@@ -28,10 +28,11 @@ from nvflare_fm.config import Aggregation, RoundPlan, SiteOverrides
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import components
 from nvflare_fm.flare.aggregator import AdapterAggregator
-from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.executor import TRAINER, PeftExecutor
 from nvflare_fm.flare.locator import AdapterLocator, Measurement
 from nvflare_fm.flare.persistor import AdapterPersistor
+from nvflare_fm.flare.rounds import Rounds
+from nvflare_fm.flare.votes import SyntheticVotes
 from tests import conftest  # noqa: F401  Hypothesis' profile
 
 CODE = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")] + [str(Path(__file__).parents[2])]
@@ -139,17 +140,31 @@ def use(component: Any, workspace: Workspace) -> None:
         component.load_model(context)
         component.get_model_inventory(context)
     elif isinstance(component, PeftExecutor):
-        command = component._argv("/site/fm_site.yaml", "/site/job")
+        command = component._argv("/site/fm_site.yaml", "/site/job", "/site/app")
         several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={component.processes}"]
         fixed = [sys.executable, *several * (component.processes > 1), "-m", TRAINER, "--site-file"]
         assert command[: len(fixed)] == fixed, command
-        assert command[len(fixed) :] == ["/site/fm_site.yaml", "--job-folder", "/site/job"]
+        assert command[len(fixed) :] == [
+            "/site/fm_site.yaml",
+            "--job-folder",
+            "/site/job",
+            "--config-folder",
+            "/site/app",
+        ]
     elif isinstance(component, CrossSiteModelEval):
         component._engine = context.get_engine()
         component.start_controller(context)
-    elif not isinstance(component, FedPEFT | AdapterAggregator | AdapterLocator):
+    elif not isinstance(component, Rounds | AdapterAggregator | AdapterLocator):
         component.handle_event(EventType.START_RUN, context)
         component.handle_event(EventType.END_RUN, context)
+
+
+def needed(kind: type) -> dict[str, Any]:
+    """Arguments without which a component cannot be built."""
+    needs: dict[str, Any] = {"model_locator_id": "locator", "events_to_convert": ["analytix_log_stats"]}
+    if kind is SyntheticVotes:
+        needs["plan"] = {"privacy": {"epsilon": 1.0}}
+    return {name: needs[name] for name in inspect.signature(kind).parameters if name in needs}
 
 
 def job_context(workspace: Workspace) -> FLContext:
@@ -171,9 +186,8 @@ def main() -> None:
     workspace = Workspace(str(folder), "clinic")
     theirs = (*components.NVFLARE_SERVER, *components.NVFLARE_SITE)
     kinds = {name: components.load(name) for name in (*components.OURS, *theirs)}
-    needs = {"model_locator_id": "locator", "events_to_convert": ["analytix_log_stats"]}
     for kind in kinds.values():  # imports what it imports late
-        use(kind(**{name: needs[name] for name in inspect.signature(kind).parameters if name in needs}), workspace)
+        use(kind(**needed(kind)), workspace)
     watch, outcomes, wrong = Watch(folder), Counter[str](), set[str]()
 
     pool = hostile(str(root / "canary"))
@@ -181,7 +195,7 @@ def main() -> None:
     @given(st.sampled_from(sorted(kinds)).flatmap(lambda name: st.tuples(st.just(name), args_of(kinds[name], pool))))
     def build(case: tuple[str, dict[str, Any]]) -> None:
         name, args = case
-        args = {key: needs[key] for key in inspect.signature(kinds[name]).parameters if key in needs} | args
+        args = needed(kinds[name]) | args
         try:
             watch.of(lambda: use(kinds[name](**args), workspace))
             outcomes[f"built {name.rpartition('.')[2]}"] += 1

@@ -13,9 +13,11 @@ from nvflare.apis.fl_constant import ReturnCode
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
+from nvflare_fm.config import TaskPlan
 from nvflare_fm.flare import wire
 from nvflare_fm.flare.egress import Egress
 from nvflare_fm.privacy.events import Event
+from tests.flare import test_votes as votes
 from tests.flare.messages import MANIFEST, adapter
 from tests.flare.test_egress import SECRET, context, plan, site, stated, update
 from tests.fuzz.mutations import junk
@@ -28,6 +30,8 @@ MESSAGES = [
     FLModelUtils.to_shareable(wire.write_metrics({"loss": 0.5})),
     FLModelUtils.to_shareable(wire.write_submission(adapter(1), MANIFEST, plan())),
     FLModelUtils.to_shareable(wire.write_refusal(SECRET)),
+    votes.leaving(votes.ONES, votes.PAID),
+    votes.leaving(votes.ONES),
 ]
 ODD = st.sampled_from([SECRET, {SECRET: SECRET}, [SECRET], torch.ones(2), torch.ones(3, 3), b"\xff", object(), 10**400])
 NAMES = sorted(adapter(1).tensors())
@@ -47,7 +51,7 @@ def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def changed(message: Shareable, changes: list[tuple[int, str, Any]]) -> Shareable:
     """The message with values exchanged, added and taken out at some places."""
     made = copy.deepcopy(message)
-    for number, how, value in changes:
+    for number, how, value in copy.deepcopy(changes):  # one value put into itself would have no end
         if not (found := [way for way in places(made) if way]):
             break
         *way, last = found[number % len(found)]
@@ -68,12 +72,12 @@ CHANGES = st.lists(
 )
 
 
-@given(message=st.sampled_from(MESSAGES), changes=CHANGES, asked=st.booleans())
+@given(message=st.sampled_from(MESSAGES), changes=CHANGES, asked=st.sampled_from([None, plan(), votes.PLAN]))
 def test_whatever_is_done_to_a_message_nothing_but_a_paid_update_leaves(
-    floored: Egress, message: Shareable, changes: Any, asked: bool
+    floored: Egress, message: Shareable, changes: Any, asked: TaskPlan | None
 ) -> None:
     lines = len(floored.budget.verify().entries)
-    left = floored.process(changed(message, changes), context(plan() if asked else None, NAMES))
+    left = floored.process(changed(message, changes), context(asked, NAMES))
     assert SECRET not in str(left)
     if left.get_return_code() != ReturnCode.OK:
         assert set(left.keys()) <= {"__headers__"}
@@ -87,7 +91,8 @@ def test_whatever_is_done_to_a_message_nothing_but_a_paid_update_leaves(
         assert not model.metrics
         return
     assert asked
-    assert model.params.keys() <= set(NAMES)
+    assert {name: its.shape for name, its in model.params.items()} == {"votes": votes.ONES.shape} or not asked.votes
+    assert model.params.keys() <= {*NAMES, "votes"}
     assert len(floored.budget.verify().entries) == lines + 1
     report = wire.read_update(model, "here").report
     assert (report.examples, report.tokens, report.bad_rows, report.label_skew) == (None,) * 4

@@ -29,9 +29,12 @@ from nvflare_fm.flare import wire
 from nvflare_fm.flare.aggregator import AdapterAggregator
 from nvflare_fm.flare.controller import FedPEFT
 from nvflare_fm.flare.ledger import Ledger
+from nvflare_fm.flare.votes import SyntheticVotes, chosen_of
 from nvflare_fm.job.settle import settle
 from nvflare_fm.record.round import read_line, written
+from nvflare_fm.synthesis.candidates import read, write
 from nvflare_fm.transforms.packed import pack
+from tests.flare import test_votes as votes
 from tests.flare.messages import MANIFEST, PLAN, adapter, update
 
 HONEST = ("alder", "birch", "cedar")
@@ -385,6 +388,23 @@ def read_or_refused(read: Callable[[], Any]) -> tuple[Any, str]:
     assert said.isprintable(), said
     assert len(said) < 2000
     return None, said
+
+
+@given(by=st.lists(changes, min_size=1, max_size=3))
+def test_whatever_a_site_sends_as_its_vote_the_others_choose(by):
+    server = SyntheticVotes(plan=votes.JOB, per_label=2)
+    server.fl_ctx, server.task = FLContext(), RoundTask(votes.PLAN)
+    server.panic = lambda reason: pytest.fail(f"the job was ended: {reason}")
+    server.ledger = Ledger(0, 1, [*HONEST, "dogwood"], 0)
+    for site in HONEST:
+        assert server._take(votes.vote(site, [90.0, 80.0, 70.0, 60.0, 0.0, 0.0, 0.0, 0.0]))
+    assert server._take(changed(votes.vote("dogwood", torch.ones(8)), by)) == ("dogwood" in server.votes)
+    chosen = chosen_of(votes.ROWS, server.votes, votes.PLAN, server.settings)
+    assert {*chosen.rows} or "dogwood" in server.votes
+    assert len(chosen.rows) <= 4
+    assert all(row.text in votes.ROWS.texts for row in chosen.rows)
+    assert read(write(chosen), "set") == chosen
+    assert all(str(reason).isprintable() for reason in server.ledger.out.values())
 
 
 # --- the site: what a hostile server sends

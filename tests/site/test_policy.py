@@ -257,7 +257,7 @@ def test_every_number_that_a_plan_asks_for_has_a_limit_or_costs_nothing():
     limited = {part for bound in BOUNDS for part in re.findall(r"[a-z._]+", bound.setting)}
     limited |= {"training.gradient_accumulation_steps"}  # its bound is on a product
     free = {"seed", "evaluation.max_examples"}  # a site measures no more rows than it has
-    assert numbers - limited == free | {"padded_to"}  # max_adapter_mib limits what leaves, as the next test shows
+    assert numbers - limited == free | {"padded_to", "votes"}  # max_adapter_mib and synthetic.max_rows limit them
 
 
 def test_what_is_padded_to_be_added_unread_is_limited_as_it_leaves():

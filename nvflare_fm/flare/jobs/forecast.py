@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import transforms
-from ...config import MANY
+from ...config import MANY, TaskPlan
 from ...errors import ConfigError
 from ...job.cost import AdapterShape, BaseShape, Cost, activation_bytes, cost, measuring_bytes, remarks
-from ...privacy import clients
+from ...privacy import clients, gaussian
+from ...synthesis.tally import noise as votes_noise
 from .job import ALL, Job, read_job
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Forecast:
 
     @property
     def title(self) -> str:
-        return f"{self.name}: " + (f"{self.rounds} rounds" if self.rounds else "evaluation only")
+        return f"{self.name}: " + (f"{self.rounds} rounds" if self.rounds else "nothing is trained")
 
     def plain(self) -> dict[str, Any]:
         sites = [{**asdict(each), "memory_bytes": each.memory_bytes} for each in self.costs]
@@ -188,6 +189,16 @@ def _starts_at(job: Job) -> int:
     return sum(chain.encoded(name, tensor).bytes for name, tensor in found.items())
 
 
+def _of_votes(plan: TaskPlan) -> str:
+    """What a vote costs, and how many votes drown in its noise."""
+    privacy, sigma = plan.privacy, votes_noise(plan.privacy)
+    epsilon = privacy.epsilon or gaussian.epsilon(sigma, 1, privacy.delta)
+    return (
+        f"{plan.votes} candidates come with the job, and each site sends one number for each, once; a record has one "
+        f"vote. Noise of about {sigma:.2g} votes on each number costs it ε = {epsilon:.3g} at δ = {privacy.delta:g}"
+    )
+
+
 def _shapes(job: Job, site: str, model: Path | None) -> tuple[BaseShape | None, AdapterShape | None]:
     if model:
         from ...site.model.shapes import shapes
@@ -221,6 +232,8 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
             if base and adapter and measuring_bytes(base, plan) > activation_bytes(base, adapter, plan):
                 said.append("to measure a batch takes more memory than a training step; lower evaluation.batch_size")
             notes += [note for note in said if note not in notes]
+    if job.plan.votes:
+        return [*notes, _of_votes(job.plan)]
     if not job.rounds:
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]
     first = costs[0].bytes_down_first

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from ...adapter import Adapter, Manifest
 from ...aggregation.admit import Terms
 from ...aggregation.needed import needed as guarded_by
-from ...config import SiteOverrides, TaskPlan
+from ...config import RoundPlan, SiteOverrides, TaskPlan
 from ...errors import ConfigError
-from ...job import job_files
+from ...job import job_files, synthetic
 from ...job.feasible import check_fewest, check_plan, check_sites
 from ...job.peft import read
 from ...job.settle import CHECKED, SettledPlan
 from ...privacy import clients
+from ...synthesis.candidates import CandidateSet
 from .. import components
 from ..controller import FedPEFT
 from ..deployment import check_folder, first_bytes
@@ -27,6 +28,7 @@ from ..executor import PeftExecutor
 from ..locator import AdapterLocator
 from ..persistor import AdapterPersistor
 from ..sealed import read_any
+from ..votes import SyntheticVotes
 
 T = TypeVar("T")
 ALL = "@ALL"  # NVFlare's word in a deploy_map
@@ -38,8 +40,8 @@ class Job:
 
     name: str
     plan: TaskPlan  # as its first task sends it
-    settled: SettledPlan | None  # none: it only measures
-    rounds: range  # that it trains, counted on from those of the adapter where it resumes; empty: it only measures
+    settled: SettledPlan | None  # none: it only measures, or votes
+    rounds: range  # that it trains, from those of the adapter on where it resumes; empty: it trains none
     sites: Mapping[str, PeftExecutor]  # what runs where; `ALL` stands for every site
     adapter: Adapter | None  # that it starts from
     min_sites: int  # without so many it does not start, or its first round stops it
@@ -56,11 +58,16 @@ def read_job(folder: Path) -> Job:
     apps = _apps(folder, meta)
     name = str(meta.get("name", folder.name))
     server, home = _server(folder, list(apps))
-    persistor, sites = _only(AdapterPersistor, server), _sites(folder, apps)
+    sites, needed = _sites(folder, apps), _min_sites(meta)
+    check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
+    if votes := next((part for part in server if isinstance(part, SyntheticVotes)), None):
+        needed = max(needed, votes.min_responses)
+        check_sites(set(sites) - {ALL}, needed)
+        plan = synthetic.voting(votes.asked, _synthetic_rows(folder, apps, votes.asked))
+        return Job(name, plan, None, range(0), sites, None, needed)
+    persistor = _only(AdapterPersistor, server)
     saved = read_any(home / persistor.initial_adapter) if persistor.initial_adapter else None
     adapter, trained_by = (saved.adapter, saved.plan) if saved else (None, None)
-    needed = _min_sites(meta)
-    check_sites(set(sites) - {ALL}, needed, _mandatory(meta))
     measured = next((p.asks for p in server if isinstance(p, AdapterLocator) and p.asks), None)
     if measured:
         return Job(name, measured.applied(trained_by), None, range(0), sites, adapter, needed)
@@ -69,6 +76,8 @@ def read_job(folder: Path) -> Job:
     check_sites(set(sites) - {ALL}, needed)
     check_fewest(len(set(sites) - {ALL}), guarded_by(controller.settled.aggregation).fewest)
     settled, last = controller.settled, controller.num_rounds
+    if settled.plan.synthetic.asked:
+        synthetic.check_labels(settled.plan, _synthetic_rows(folder, apps, settled.plan))
     check_plan(settled.plan, {site: executor.overrides for site, executor in sites.items()})
     for site, executor in sites.items():
         for each in (ALL, *settled.sites) if site == ALL else (site,):
@@ -84,6 +93,12 @@ def read_job(folder: Path) -> Job:
             f"the adapter is of round {made_by} and num_rounds is {last}: raise num_rounds", code="no_round_left"
         )
     return Job(name, settled.plan, settled, range(first, last), sites, adapter, needed)
+
+
+def _synthetic_rows(folder: Path, apps: Mapping[str, list[str]], plan: RoundPlan) -> CandidateSet:
+    """The synthetic rows that the job brings: the same in each app, for NVFlare takes each to others."""
+    found = [synthetic.read_brought(folder / app / "config", plan.synthetic.digest) for app in apps]
+    return found[0]
 
 
 def _min_sites(meta: Mapping[str, Any]) -> int:

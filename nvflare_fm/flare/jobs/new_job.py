@@ -14,7 +14,8 @@ from typing import Any
 from ...errors import ConfigError
 from ...export import folder as export
 from ...job.settle import CHECKED
-from ...job.templates import ADAPTER, SITES, Template
+from ...job.synthetic import FILE, read_rows
+from ...job.templates import ADAPTER, ROWS, SITES, Template
 from ..sealed import files_of
 from .job import Job, read_job
 
@@ -26,7 +27,8 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
 
     Args:
         folder: must not exist yet. Its name is the job's, where the settings give none.
-        settings: values for the template's settings; `adapter`: the folder of the adapter to start from;
+        settings: values for the template's settings; `adapter`: the folder of the adapter to start from; `synthetic`:
+            the file of synthetic rows that the job brings;
             `sites.NAME.KEY`: what a site does differently. Where any site is named, these are the sites of the job.
 
     Raises:
@@ -38,12 +40,15 @@ def write_job(folder: Path, template: Template, settings: Mapping[str, str]) -> 
     if bool(adapter) != bool(template.adapter_folder):
         need = "starts from an adapter: add adapter=FOLDER" if template.adapter_folder else "starts from no adapter"
         raise ConfigError(f"{template.name} {need}", code="no_adapter")
+    rows = Path(own.pop(ROWS)) if ROWS in own else None
+    if rows:
+        own["synthetic.digest"] = read_rows(rows).digest
     if named := list(dict.fromkeys(key.split(".")[1] for key in own if key.startswith(f"{SITES}."))):
         template = template.for_sites(named)
     template = template.with_values({**(_as_trained(adapter, template) if adapter else {}), **own})
     if template.sites and SITES not in own:
         template = template.with_values({SITES: _of_sites(template)})
-    return _tried(folder, template, adapter)
+    return _tried(folder, template, adapter, rows)
 
 
 def _of_sites(template: Template) -> dict[str, dict[str, Any]]:
@@ -80,13 +85,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _tried(folder: Path, template: Template, adapter: Path | None) -> Job:
+def _tried(folder: Path, template: Template, adapter: Path | None, rows: Path | None) -> Job:
     with making(folder) as beside:
         for name, text in template.files.items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             (beside / name).write_text(text, encoding="utf-8")
         if adapter:
             bring(adapter, beside / template.adapter_folder)
+        if rows:
+            for app in beside.glob("*/config"):
+                shutil.copyfile(rows, app / FILE)
         return read_job(beside)
 
 

@@ -2,7 +2,7 @@
 
 `make templates` writes each folder `job_templates/NAME` anew. A source has `description` (for lists), `about` (the
 head of the server's file), what it sets differently from the defaults, under the names that `FedPEFTRecipe` or
-`EvaluateAdapterRecipe` takes, and, where sites differ, `sites`: each may say `about` itself.
+`EvaluateAdapterRecipe` takes (of a vote, the `votes`), and, where sites differ, `sites`: each may say `about` itself.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ...config import Aggregation, RoundPlan, RoundSettings, SiteOverrides, summary
+from ...config import Aggregation, RoundPlan, RoundSettings, SiteOverrides, VoteSettings, summary
 from ...job import peft as peft_methods
 from ...job import templates
 from ..components import load
@@ -30,6 +30,10 @@ MIN_SITES = 2  # unless a source says otherwise
 _WIDTH = 120
 _ALIGNED = 40  # a longer setting has its meaning after two blanks, and the others do not wait for it
 
+_OF_TRAINING = {  # settings of a plan that mean nothing in a vote
+    "peft", "training", "evaluation", "personalize", "target_mean", "target_scale", "uplink", "downlink", "negotiable",
+    "seed", "privacy.max_grad_norm", "synthetic.share", "synthetic.required",
+}  # fmt: skip
 _META = """\
 {
   <meta>
@@ -86,14 +90,7 @@ _SERVER = """\
     }
   ]
   components = [
-    {
-      id = "persistor"
-      path = "nvflare_fm.flare.persistor.AdapterPersistor"
-      args {
-        <persistor>
-      }
-    }
-    <locator>
+    <persistor>
     {
       id = "round_stats"
       path = "nvflare_fm.flare.stats.RoundStats"
@@ -115,6 +112,15 @@ _SERVER = """\
   task_result_filters = []
 }
 """
+_PERSISTOR = """\
+{
+  id = "persistor"
+  path = "nvflare_fm.flare.persistor.AdapterPersistor"
+  args {
+    <persistor>
+  }
+}
+"""
 _ROUNDS = """\
 id = "controller"
 path = "nvflare_fm.flare.controller.FedPEFT"
@@ -128,6 +134,16 @@ args {
       }
     }
   }
+  plan {
+    <plan>
+  }
+}
+"""
+_VOTING = """\
+id = "controller"
+path = "nvflare_fm.flare.votes.SyntheticVotes"
+args {
+  <controller>
   plan {
     <plan>
   }
@@ -192,6 +208,8 @@ def render(name: str, source: Mapping[str, Any]) -> dict[str, str]:
     ]
     if "measurement" in given:
         server, tasks = _measuring(name, given.pop("measurement")), ["validate"]
+    elif "votes" in given:
+        server, tasks = _voting(name, given.pop("votes"), min_sites), TASKS[:1]
     else:
         server, tasks = _rounds(name, given, min_sites, sites), TASKS
     files = {
@@ -235,10 +253,22 @@ def _rounds(
     persistor = _arguments("nvflare_fm.flare.persistor.AdapterPersistor", {INITIAL: INITIAL} if brings else {})
     return {
         "workflow": workflow.splitlines(),
-        "persistor": persistor,
-        "locator": [],
+        "persistor": _filled(_PERSISTOR, persistor=persistor).splitlines(),
         "trackers": _TRACKERS.splitlines(),
     }
+
+
+def _voting(name: str, given: Mapping[str, Any], min_sites: int) -> dict[str, Sequence[str]]:
+    plan = {key: value for key, value in given.items() if key not in VoteSettings.model_fields}
+    RoundPlan.read(plan, f"{name}: plan")
+    settings = {key: value for key, value in given.items() if key not in plan} | {"min_responses": min_sites}
+    VoteSettings.read(settings, f"{name}: votes")
+    workflow = _filled(
+        _VOTING,
+        controller=_settings(VoteSettings, settings),
+        plan=_settings(RoundPlan, {**plan, "template": name}, _OF_TRAINING),
+    )
+    return {"workflow": workflow.splitlines(), "persistor": [], "trackers": []}
 
 
 def _measuring(name: str, measurement: Mapping[str, Any]) -> dict[str, Sequence[str]]:
@@ -249,17 +279,17 @@ def _measuring(name: str, measurement: Mapping[str, Any]) -> dict[str, Sequence[
         measurement=_settings(Measurement, {**measurement, "template": name}),
     )
     persistor = "nvflare_fm.flare.persistor.AdapterPersistor"
+    brought = _arguments(persistor, {INITIAL: INITIAL}, {"keep_rounds", "resume"})
     return {
         "workflow": _MEASURING.splitlines(),
-        "persistor": _arguments(persistor, {INITIAL: INITIAL}, {"keep_rounds", "resume"}),
-        "locator": locator.splitlines(),
+        "persistor": [*_filled(_PERSISTOR, persistor=brought).splitlines(), *locator.splitlines()],
         "trackers": [],
     }
 
 
 def _client(site: str, settings: Mapping[str, Any], tasks: Sequence[str]) -> str:
     why = f": {settings['about']}" if "about" in settings else ""
-    idle = () if TASKS[0] in tasks else SiteOverrides.model_fields.keys() - RoundPlan.model_fields.keys()
+    idle = () if tasks == TASKS else SiteOverrides.model_fields.keys() - RoundPlan.model_fields.keys()
     text = _filled(
         _CLIENT,
         about=[f"# What {site} runs{why}."],
@@ -296,7 +326,8 @@ def _settings(group: type[BaseModel], given: Mapping[str, Any], without: Collect
             continue
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            blocks += _block(name, _settings(kind, given.get(name, {})))
+            inside = {each.removeprefix(f"{name}.") for each in without}
+            blocks += _block(name, _settings(kind, given.get(name, {}), inside))
         elif name == "peft":
             blocks += _block(name, _peft(given.get(name, field.get_default(call_default_factory=True))))
         else:

@@ -5,17 +5,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-from ...config import Count, Statistic
+from ...config import CANDIDATES, Count, Statistic
 from ...errors import ConfigError
 from ...registry import nearest
-from ...site.offer.site_config import DataSource, ModelSource, Privacy, SiteConfig
+from ...site.offer.site_config import DataSource, ModelSource, Privacy, SiteConfig, Synthetic
 from ..environments import set_up
 from ..simulation import Simulation
 from .job import ALL, Job, read_job
 
 OWN_ROWS = Privacy(
-    min_examples=1, min_update_rows=1, min_metric_rows=1, counts=get_args(Count), label_statistics=get_args(Statistic)
+    min_examples=1,
+    min_update_rows=1,
+    min_metric_rows=1,
+    counts=get_args(Count),
+    label_statistics=get_args(Statistic),
+    delta=0.01,
 )  # they are all the user's, on the user's machine: nothing has to be kept from anyone
+OWN_SYNTHETIC = Synthetic(votes=True, accepts=True, max_share=0.9, max_rows=CANDIDATES)
 
 
 def prepare_simulation(
@@ -71,4 +77,4 @@ def _offer(job: Job, site: str, model: Path, train: Path, validation: Path | Non
     plan = job.sites[site if site in job.sites else ALL].overrides.applied(job.plan)
     rows = DataSource(train=str(train.resolve()), validation=str(validation.resolve()) if validation else "")
     models = {plan.model: ModelSource(path=str(model.resolve()))}
-    return SiteConfig(models=models, data={plan.data: rows}, privacy=OWN_ROWS)
+    return SiteConfig(models=models, data={plan.data: rows}, privacy=OWN_ROWS, synthetic=OWN_SYNTHETIC)

@@ -198,7 +198,7 @@ def _read(
                 raise row
             found.columns.add(row)
             named = mapped(row, source)
-            unit = _unit(named, plan) if split == "train" else None
+            unit = unit_of(named, plan) if split == "train" else None
             encoded = task.encode(named, tokenizer, plan)
             if vocabulary is not None and max(max(each["input_ids"]) for each in encoded.examples) >= vocabulary:
                 raise BadRow("it has a token that the base model has no row for", code="token_without_row")
@@ -221,7 +221,7 @@ def _read(
     return found
 
 
-def _unit(row: Mapping[str, Any], plan: RoundPlan) -> str | None:
+def unit_of(row: Written, plan: RoundPlan) -> str | None:
     """Whose row it is, where the plan protects more than a row; it stays in this process, and is no part of a text.
 
     Raises:

@@ -8,14 +8,14 @@ A reason names a setting and what is allowed, never what the job says: that may 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...config import TaskPlan, at_rank
+from ...config import SyntheticSettings, TaskPlan, at_rank
 from ...errors import PolicyError
 from ...job.cost import AdapterShape, BaseShape, trained_bytes
 from ...job.peft import complete
 from ...privacy.egress import NO_METRICS, unprotected
 from ...transforms import read
 from .confine import GIB
-from .site_config import ANYONE, FILE_NAME, Limits, Privacy, SiteConfig, Welcome
+from .site_config import ANYONE, FILE_NAME, Limits, Privacy, SiteConfig, Synthetic, Welcome
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,23 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
     Raises:
         ConfigError: the plan's PEFT settings say nothing.
     """
+    answers, trains = trains, trains and not plan.votes  # with what is learned of the rows; by training on them
     plan = plan.model_copy(update={"peft": complete(plan.peft)})
     plan, lowered, refused = _within(plan, site.limits, processes, trains)
+    plan, more, closed = _synthetic(plan, site.synthetic, answers)
     if site.privacy.floor and trains and (plan.evaluation.before or plan.evaluation.after):
         unmeasured = plan.evaluation.model_copy(update={"before": False, "after": False})
         plan, lowered = plan.model_copy(update={"evaluation": unmeasured}), (*lowered, NO_METRICS)
     return Decision(
         plan,
-        lowered,
+        (*lowered, *more),
         (
             *refused,
+            *closed,
             *_not_offered(plan, site),
             *_too_few_rows(plan, site.privacy, processes, trains),
             *_not_told(plan, site.privacy),
-            *(_unprotected(plan, site.privacy, trains) if sends else _not_for_itself(plan, site.limits)),
+            *(_unprotected(plan, site.privacy, answers) if sends else _not_for_itself(plan, site.limits)),
         ),
     )
 
@@ -161,6 +164,43 @@ def _within(
             said = f"{bound.setting} is more than the {most} this site allows ({bound.limit}); ask for less{remedy}"
             refused.append(PolicyError(said, code="above_limit"))
     return plan, tuple(lowered), tuple(refused)
+
+
+def _synthetic(
+    plan: TaskPlan, allowed: Synthetic, answers: bool
+) -> tuple[TaskPlan, tuple[str, ...], list[PolicyError]]:
+    """The plan with as many synthetic rows as the site accepts, and why it does not vote or train."""
+    asked = plan.synthetic
+    if not answers or not (asked.asked or plan.votes):
+        return plan, (), []
+    if plan.votes:
+        return plan, (), _no_vote(plan, allowed)
+    if allowed.accepts:
+        if asked.share <= allowed.max_share:
+            return plan, (), []
+        less = asked.model_copy(update={"share": allowed.max_share})
+        return plan.model_copy(update={"synthetic": less}), (f"synthetic.share to {allowed.max_share:g}",), []
+    if asked.required:
+        said = (
+            "this site trains on no synthetic rows (synthetic.accepts), and the plan requires them; set "
+            "synthetic.required = false, or leave this site out"
+        )
+        return plan, (), [PolicyError(said, code="synthetic_off")]
+    without = plan.model_copy(update={"synthetic": SyntheticSettings()})
+    return without, ("synthetic rows to none: this site accepts none",), []
+
+
+def _no_vote(plan: TaskPlan, allowed: Synthetic) -> list[PolicyError]:
+    if not allowed.votes:
+        said = "this site's rows do not vote on synthetic rows (synthetic.votes); leave this site out"
+        return [PolicyError(said, code="votes_off")]
+    if plan.votes > allowed.max_rows:
+        said = (
+            f"the candidates are more than the {allowed.max_rows} synthetic rows that this site looks at "
+            "(synthetic.max_rows); bring fewer"
+        )
+        return [PolicyError(said, code="above_limit")]
+    return []
 
 
 def _divisor(value: int, most: int) -> int:
@@ -302,7 +342,7 @@ def _not_told(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
 
 def _unprotected(plan: TaskPlan, privacy: Privacy, trains: bool) -> list[PolicyError]:
     """What a plan lacks of the protection that the site demands."""
-    if (floor := privacy.floor) is None:
+    if (floor := privacy.floor_of(plan)) is None:
         return []
     if not trains:
         said = "this site has a privacy floor and tells no metrics; leave it out of measurements"

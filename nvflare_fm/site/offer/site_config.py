@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import BeforeValidator, Field, StringConstraints
 
 from ...config import (
+    CANDIDATES,
     LABELS,
     LENGTH,
     MANY,
@@ -25,6 +26,7 @@ from ...config import (
     Modules,
     Quantizations,
     Settings,
+    TaskPlan,
     Text,
     one,
 )
@@ -232,6 +234,29 @@ class Privacy(Settings):
             return None
         return Floor(self.max_epsilon, self.delta, self.unit, self.required_protection)
 
+    def floor_of(self, plan: TaskPlan) -> Floor | None:
+        """What must hold for what leaves in answer to a plan: votes are noised at every site."""
+        if self.floor is None and plan.votes:
+            return Floor(None, self.delta, self.unit, ("noise",))
+        return self.floor
+
+
+class Synthetic(Settings):
+    """What the site does with rows that a model wrote. Unless it says so, nothing.
+
+    Whatever a job asks, no row that is nearly a copy of one of the site's own, none twice, and none with what looks
+    like personal data is trained on; none is measured on, and none is counted.
+    """
+
+    votes: bool = Field(
+        False,
+        description="true: the site's rows vote on which synthetic rows are like them. Only their number leaves, under "
+        "noise, and is paid for from max_epsilon.",
+    )
+    accepts: bool = Field(False, description="true: jobs may train on synthetic rows beside the site's own.")
+    max_share: float = Field(0.4, gt=0, le=0.9, description="Largest share of the training rows that may be synthetic.")
+    max_rows: int = Field(10_000, ge=1, le=CANDIDATES, description="Most synthetic rows.")
+
 
 class Welcome(Settings):
     """Whom the site works for, and on what. It works for nobody unless submitters, orgs or both are named; "*": anyone.
@@ -282,6 +307,7 @@ class SiteConfig(Settings):
     )
     limits: Limits = Field(Limits(), description="The most that a job may ask of this site.")
     privacy: Privacy = Field(Privacy(), description="What must hold before anything learned may leave.")
+    synthetic: Synthetic = Field(Synthetic(), description="What the site does with rows that a model wrote.")
     welcome: Welcome = Field(Welcome(), description="Whose jobs the site runs.")
 
     def model(self, alias: str) -> ModelSource:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig, Welcome
+from .site_config import DataSource, Limits, ModelSource, Privacy, SiteConfig, Synthetic, Welcome
 
 _HEAD = """\
 # What this site offers to federated fine-tuning (nvflare_fm), and how far it goes. Written for the site's admin.
@@ -22,7 +22,7 @@ _EXAMPLES: dict[str, tuple[str, type[BaseModel], dict[str, Any]]] = {
     "models": (_MODELS, ModelSource, {"base": {"path": "/srv/models/base"}}),
     "data": (_DATA, DataSource, {"notes": {"train": "train.jsonl", "folder": "/srv/data/notes"}}),
 }
-_GROUPS: dict[str, type[BaseModel]] = {"limits": Limits, "privacy": Privacy, "welcome": Welcome}
+_GROUPS: dict[str, type[BaseModel]] = {"limits": Limits, "privacy": Privacy, "synthetic": Synthetic, "welcome": Welcome}
 
 
 def render(values: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def settle(task: RoundTask, units: tuple[int, ...], world: int) -> Private:
     noise = settings.noise_multiplier
     if noise is None:
         assert settings.epsilon is not None
-        noise = _noise_multiplier(settings.epsilon, settings.delta, rate, steps * max(1, task.total_rounds))
+        noise = noise_multiplier(settings.epsilon, settings.delta, rate, steps * max(1, task.total_rounds))
     return Private(
         records=tuple(map(tuple, rows.values())),
         rate=rate,
@@ -80,7 +80,7 @@ def settle(task: RoundTask, units: tuple[int, ...], world: int) -> Private:
 
 
 @lru_cache(maxsize=1024)
-def _noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
+def noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """As `accountant.noise_multiplier`, which takes seconds, for the rounds of a job."""
     return accountant.noise_multiplier(epsilon, delta, rate, steps)
 

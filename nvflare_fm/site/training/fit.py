@@ -108,12 +108,22 @@ def steps_between_logs(chosen: list[int], contents: Sequence[str], steps: int, l
     def enough(each: int) -> bool:
         size = each * (len(chosen) // steps)
         starts = range(0, steps // each * size, size)
-        return all(len({contents[row] for row in chosen[start : start + size]}) >= least for start in starts)
+        return all(len(different(chosen[start : start + size], contents)) >= least for start in starts)
 
     each = max(1, steps // 10)
     while each < steps and not enough(each):
         each = min(2 * each, steps)
     return each if enough(each) else 0
+
+
+def different(chosen: Sequence[int], contents: Sequence[str]) -> set[str]:
+    """The site's own rows among those chosen, each as often as it differs from the others.
+
+    Args:
+        chosen: numbers of rows; those behind the site's own are synthetic, and count as none.
+        contents: what tells the site's own rows apart.
+    """
+    return {contents[row] for row in chosen if row < len(contents)}
 
 
 def train(
@@ -128,6 +138,7 @@ def train(
     logged: int = 0,
     scale: float = 1.0,
     trainer_class: "Callable[..., LocalTrainer] | None" = None,
+    own: int | None = None,
 ) -> Trained:
     """Trains what of `model` is trainable, in place, for one round.
 
@@ -137,6 +148,8 @@ def train(
         logged: steps between two losses that go to `log`; 0: none does.
         scale: of the trained LoRA pairs.
         trainer_class: what makes the trainer; None: `LocalTrainer`.
+        own: how many of the rows are the site's own: synthetic ones stand behind them, and count in no statistics;
+            None: all.
 
     Raises:
         TrainingError: the loss is not a number any more, or it was told to stop.
@@ -147,7 +160,7 @@ def train(
         chosen,
         task,
         base,
-        class_shift(base, rows, plan),
+        class_shift(base, rows if own is None else rows.select(range(own)), plan),
         model=model,
         args=_arguments(plan, base, steps, seed, logged if log else 0),
         data_collator=partial(base.task.batch, pad_id=base.tokenizer.pad_token_id),
