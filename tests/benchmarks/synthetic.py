@@ -52,7 +52,7 @@ RATES, BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05), (1e-5, 1.0)  # of heads
 SCALE = 5.0  # of unit vectors, about the length of a mean over tokens
 COLUMNS = (  # of a table: name in a line, factor, digits
     ("worst_accuracy", 100, 1), ("worst_f1", 100, 1), ("gap_f1", 100, 1), ("distinct_2", 1, 3), ("coverage", 1, 3),
-    ("distance_made", 1, 3), ("distance_held_out", 1, 3), ("nearer", 100, 1), ("auc", 1, 3),
+    ("nearer", 100, 1), ("auc", 1, 3),
 )  # fmt: skip
 HEAD = ("arm", "macro-F1", "over head", "over duplicates", *(name.replace("_", " ") for name, *_ in COLUMNS))
 FEATURES, WIDTH = "features-", 32  # arms whose heads start from feature synthesis, and its directions
