@@ -6,12 +6,15 @@ import logging
 import os
 import re
 import tracemalloc
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_fm.errors import DataError, PolicyError
@@ -24,13 +27,19 @@ from tests.codes import refused
 from tests.site import tiny
 
 WORDS = tiny.tokenizer()
-ROWS = tiny.rows("sequence_classification", 20)
+TASK = "sequence_classification"
+ROWS = tiny.rows(TASK, 20)
 
 
-def load(file: Path, **more: Any) -> SiteData:
+def load(file: Path, asked: Mapping[str, Any] = MappingProxyType({}), **more: Any) -> SiteData:
     task = registry["sequence_classification"]
     source = DataSource.model_validate({"train": str(file), **more})
-    return data.load(source, tiny.plan("sequence_classification"), task, WORDS)
+    return data.load(source, tiny.plan("sequence_classification", **asked), task, WORDS)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    """Rows of which no two are the same."""
+    return [{"text": f"{i} {row['text']}", "label": row["label"]} for i, row in enumerate(tiny.rows(TASK, count))]
 
 
 def same(one: SiteData, other: SiteData) -> None:
@@ -104,6 +113,33 @@ def test_a_tenth_is_held_out_and_always_the_same(tmp_path: Path) -> None:
     found = load(tiny.jsonl(tmp_path / "a.jsonl", ROWS))
     assert (len(found.train), len(found.validation)) == (18, 2)
     same(found, load(tmp_path / "a.jsonl"))
+
+
+@settings(max_examples=20)
+@given(drawn=st.lists(st.sampled_from(range(60)), min_size=2, max_size=40), more=st.integers(60, 90))
+def test_under_privacy_one_row_more_leaves_all_others_where_they_were(
+    drawn: list[int], more: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The accountants compare data sets that differ by one record, so nothing else may change with it."""
+    rows, folder = numbered(100), tmp_path_factory.mktemp("rows")
+    private = {"privacy": {"epsilon": 8.0, "delta": 1e-3}}
+    few, many = (
+        load(tiny.jsonl(folder / f"{len(chosen)}.jsonl", [rows[i] for i in chosen]), private)
+        for chosen in (drawn, [more, *drawn])
+    )
+    split = [[Counter(map(repr, part)) for part in (found.train, found.validation)] for found in (few, many)]
+    changed = [after - before for before, after in zip(*split, strict=True)]
+    assert sum(part.total() for part in changed) == 1
+    assert not any(before - after for before, after in zip(*split, strict=True))
+
+
+def test_under_privacy_about_a_tenth_is_held_out_and_of_few_rows_perhaps_none(tmp_path: Path) -> None:
+    rows, private = numbered(400), {"privacy": {"epsilon": 8.0, "delta": 1e-4}}
+    assert 25 <= len(load(tiny.jsonl(tmp_path / "a.jsonl", rows), private).validation) <= 60
+    counts = [
+        len(load(tiny.jsonl(tmp_path / f"{i}.jsonl", rows[5 * i : 5 * i + 5]), private).contents[1]) for i in range(9)
+    ]
+    assert min(counts) == 0 < max(counts)
 
 
 @pytest.mark.parametrize("named", [True, False])

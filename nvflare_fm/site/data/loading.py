@@ -83,7 +83,9 @@ def load(
 ) -> SiteData:
     """Reads and tokenizes the site's files. Where the site names no validation file, a tenth of the rows is held out.
 
-    The rows held out depend on their place in the file alone, so no later job trains on what an earlier one measured.
+    The rows held out depend on their place in the file and on how many there are, so no later job trains on what an
+    earlier one measured. Under differential privacy each row's own content decides: with one row more, all others are
+    trained on or held out as without it, as the accountants take for granted.
     Those to measure on come in an order drawn once and for all: files are often sorted, and a job may measure a part.
 
     Args:
@@ -96,8 +98,9 @@ def load(
     if source.validation:
         validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary)
         return _site_data(train.good, _mixed(validation.good), train.units, [train, validation])
-    kept, held = _held_out([*zip(train.good, train.units, strict=True)], plan)
-    return _site_data([good for good, _ in kept], [good for good, _ in held], [unit for _, unit in kept], [train])
+    kept, held = _held_out(train.good, plan)
+    good, units = train.good, train.units
+    return _site_data([good[i] for i in kept], [good[i] for i in held], [units[i] for i in kept], [train])
 
 
 def as_written(
@@ -112,20 +115,30 @@ def as_written(
     """
     train = _read(source, source.train, "train", plan, task, tokenizer, vocabulary, keeps=True)
     if not source.validation:
-        return _held_out(train.written, plan)
+        kept, held = _held_out(train.good, plan)
+        return [train.written[i] for i in kept], [train.written[i] for i in held]
     validation = _read(source, source.validation, "validation", plan, task, tokenizer, vocabulary, keeps=True)
     return train.written, _mixed(validation.written)
 
 
-def _held_out(rows: list[T], plan: RoundPlan) -> tuple[list[T], list[T]]:
-    """The rows without a tenth of them, and that tenth."""
-    if len(rows) < 2:
+def _held_out(rows: list[Examples], plan: RoundPlan) -> tuple[list[int], list[int]]:
+    """The places of the rows without a tenth of them, and of that tenth: perhaps of none, where content decides."""
+    if plan.privacy.asked:
+        held = {place for place, row in enumerate(rows) if _chance(row) < _HELD_OUT}
+    else:
+        held = set(random.Random(0).sample(range(len(rows)), max(1, round(_HELD_OUT * len(rows)))))
+    if len(rows) < 2 or len(held) == len(rows):
         raise DataError(
-            f"data {plan.data!r} has no row to hold out and no validation file; add rows or name a validation file",
+            f"data {plan.data!r} has too few rows to hold some out, and no validation file; add rows or name a "
+            "validation file",
             code="no_validation_rows",
         )
-    held = set(random.Random(0).sample(range(len(rows)), max(1, round(_HELD_OUT * len(rows)))))
-    return [row for i, row in enumerate(rows) if i not in held], _mixed([rows[i] for i in sorted(held)])
+    return [place for place in range(len(rows)) if place not in held], _mixed(sorted(held))
+
+
+def _chance(row: Examples) -> float:
+    """A number from 0 to 1 that follows from what a row says, and is as good as drawn."""
+    return int.from_bytes(hashlib.blake2b(repr(row).encode(), digest_size=7).digest(), "big") / 2**56
 
 
 def _mixed(rows: list[T]) -> list[T]:
@@ -138,9 +151,11 @@ def _site_data(
 ) -> SiteData:
     numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     remarks = sum((file.remarks for file in files), Counter[str]())
+    examples = Dataset.from_list([example for row in train for example in row])
+    measured_on = [example for row in validation for example in row]
     return SiteData(
-        Dataset.from_list([example for row in train for example in row]),
-        Dataset.from_list([example for row in validation for example in row]),
+        examples,
+        Dataset.from_list(measured_on) if measured_on else examples.select([]),
         tuple(number for number, row in enumerate(train) for _ in row),
         tuple(number for number, row in enumerate(validation) for _ in row),
         tuple(numbers[unit] for unit, row in zip(units, train, strict=True) for _ in row),
