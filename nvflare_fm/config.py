@@ -580,10 +580,11 @@ class VoteSettings(Settings):
 
     per_label: int = Field(50, ge=1, le=CANDIDATES, description="Most candidates that are chosen of each label.")
     chance: float = Field(
-        0.01,
+        0.5,
         gt=0,
-        lt=0.5,
-        description="Chance with which noise alone chooses a candidate for which no row voted, up to 0.5.",
+        le=0.5,
+        description="Chance with which noise alone chooses a candidate for which no row voted. 0.5: more votes than "
+        "none are enough; lower it where most candidates are of no use.",
     )
     min_responses: int = Field(1, ge=1, le=SITES, description="Sites that must vote; with fewer nothing is chosen.")
     deadline_s: float = Field(

@@ -5,6 +5,7 @@ there twice, or that has what looks like personal data is trained on. No job and
 """
 
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from math import nextafter
@@ -124,6 +125,7 @@ def added(
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int | None,
     most: int,
+    site: str,
     should_stop: Callable[[], bool],
 ) -> Dataset:
     """Choose the synthetic rows that are trained on beside the site's own, as the plan's share and `most` allow.
@@ -132,6 +134,7 @@ def added(
         own: texts of all the site's rows, those that it is measured on among them.
         found: the site's rows, tokenized.
         vocabulary: how many tokens the base model has rows for.
+        site: sites that need few rows of a class begin at different ones of them.
     Raises:
         TrainingError: it was told to stop.
     """
@@ -151,12 +154,15 @@ def added(
                 usable.pop(place, None)
                 left_out[place] = str(reason)
     places, examples = list(usable), len(found.train)
-    chosen = add(_counts(found, plan, task), [rows.rows[p].label for p in places], _share(plan, examples, most))
+    labels, turn = [rows.rows[place].label for place in places], zlib.crc32(site.encode())
+    chosen = add(_counts(found, plan, task), labels, _share(plan, examples, most), turn)
     reasons = "; ".join(f"{times} × {reason}" for reason, times in Counter(left_out.values()).most_common())
     told = f"; left out: {reasons}" if reasons else ""
     log.warning(
         "%d of %d synthetic rows are added to %d of the site's own%s", len(chosen), len(rows.rows), examples, told
     )
+    if not chosen:
+        return found.train.select([])
     return Dataset.from_list([usable[places[i]] for i in chosen], features=found.train.features)
 
 

@@ -498,13 +498,11 @@ class Worker:
             own = [synthetic.said(row, kind) for rows in self._written(plan, kind, folder) for row in rows]
             rows, most = self._synthetic(plan), self.config.synthetic.max_rows
             with self._within_time() as stop:
-                self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most, stop)
+                self._added[key] = synthetic.added(rows, own, found, plan, kind, *_reads(folder), most, self.site, stop)
         return self._added[key]
 
     def _voters(self, plan: RoundPlan, kind: Task) -> list[data.Written]:
-        """All rows of the file to train on. Which of them are held out follows from how many there are: if those did
-        not vote, one row more or less would change the votes of many others, and no noise covers that.
-        """
+        """All rows of the file to train on: nothing is measured, so none is held out."""
         train, held_out = self._written(plan, kind, base_model.locate(self.config.model(plan.model)))
         return train if self.config.data_set(plan.data).validation else [*train, *held_out]
 

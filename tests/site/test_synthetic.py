@@ -120,7 +120,7 @@ def test_no_copy_of_a_private_row_is_added_whatever_the_job_says(
     asked = planned(offered, synthetic={"share": share})
     source = found.config.model("base")
     reads = worker._reads(worker.base_model.locate(source))
-    added = synthetic.added(offered, own, data, asked, tasks[TASK], *reads, 1000, lambda: False)
+    added = synthetic.added(offered, own, data, asked, tasks[TASK], *reads, 1000, "north", lambda: False)
     assert len(added) <= min(4, share / (1 - share) * 24)
     tokens = [reads[0](text)["input_ids"] for text in NEW[:4]]
     assert all(row["input_ids"] in tokens for row in added)
@@ -136,6 +136,24 @@ def shared(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Worker
 def test_the_sites_time_is_a_limit_here_too(bert: Path, tmp_path: Path, asked: TaskPlan):
     with refused("too_slow", PolicyError):
         site(tmp_path, bert, limits={"max_seconds_per_round": 1e-9}).train(RoundTask(asked))
+
+
+def test_where_all_are_copies_none_is_added_and_the_round_goes_on(bert: Path, tmp_path: Path):
+    offered = made([row["text"] for row in tiny.rows(TASK)][:4])
+    found = Worker("site-1", site(tmp_path, bert).config, brought=lambda digest: offered)
+    found.train(RoundTask(planned(offered)))
+    assert [len(added) for added in found._added.values()] == [0]
+
+
+def test_sites_that_need_few_rows_of_a_class_begin_at_different_ones(shared: tuple[Worker, Any]):
+    found, data = shared
+    reads = worker._reads(worker.base_model.locate(found.config.model("base")))
+    asked, offered = planned(ROWS, synthetic={"share": 0.1}), ROWS
+    added = [
+        tuple(map(repr, synthetic.added(offered, [], data, asked, tasks[TASK], *reads, 1000, f"s{i}", lambda: False)))
+        for i in range(6)
+    ]
+    assert len({*added}) > 1
 
 
 def test_classes_that_a_site_lacks_come_first(bert: Path, tmp_path: Path):
