@@ -126,7 +126,7 @@ def load(folder: Path) -> BaseModel:
     natural = compute_dtype("auto", "nf4", width)
     named = next(name for name, dtype in DTYPES.items() if dtype == natural)
     plan = RoundPlan.read({"task": "causal_lm", "quantization": named, "compute_dtype": named}, "generator")
-    return base_model.load(ModelSource(path=str(folder.absolute())), plan, tasks["causal_lm"])
+    return base_model.load(ModelSource(path=str(folder.absolute())), plan, tasks[plan.task])
 
 
 def generate(
