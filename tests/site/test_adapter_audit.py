@@ -98,15 +98,19 @@ def fresh(tmp_path_factory: pytest.TempPathFactory, site: SiteConfig) -> Path:
     return untrained(site, plan_of("causal_lm"), tmp_path_factory.mktemp("adapters") / "fresh")
 
 
-def test_an_overfit_adapter_tells_its_rows_its_canaries_and_their_secrets(site: SiteConfig, overfit: Path):
+def test_an_overfit_adapter_tells_its_rows_its_canaries_and_their_secrets(
+    site: SiteConfig, overfit: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(measure, "SECRETS", 3)
     found = audit(site, overfit)
     assert found.membership.auc > 0.85
     assert found.membership.low > 0.5
     assert (found.membership.members, found.membership.held_out) == (MEMBERS, HELD_OUT)  # no canary among them
     assert found.canaries
     assert 0.5 < found.canaries.epsilon <= found.canaries.ceiling
-    (learned,), (other,) = found.exposures
-    assert learned.rank == 1 < other.rank
+    learned, others = found.exposures
+    assert all(secret.rank == 1 for secret in learned)
+    assert max(secret.rank for secret in others) > 1  # one secret in a hundred is the likeliest by chance
     assert found.copies
     for copies in found.copies:  # of six rows each, more copied from members is a matter of luck
         assert all(longest <= nearest for longest, nearest in zip(copies.longest, copies.nearest, strict=True))
