@@ -259,7 +259,7 @@ class PersonalizeSettings(Settings):
         "third, two thirds and all of them it measures the loss on its validation rows, and keeps the adapter with "
         "the lowest as personal_adapter. Neither adapter nor loss leaves the site, which may take fewer steps.",
     )
-    rate: float = Field(0.5, le=10, gt=0, description="Times learning_rate at which it does.")
+    rate: float = Field(0.5, gt=0, le=10, description="Times learning_rate at which it does.")
 
 
 class PrivacySettings(Settings):
