@@ -1,5 +1,6 @@
 """Shape annotations of the core are checked at every call in a test run; tests that need public data ask for it."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from types import ModuleType
 import jaxtyping
 import pytest
 import torch
+import typer.testing
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
@@ -16,6 +18,8 @@ from tests import typechecking
 
 CORE = [f"nvflare_fm.{name}" for name in ("adapter", "algebra", "aggregation")]
 assert all(map(importlib.util.find_spec, CORE)), "a room of the core has another name: its shapes are not checked"
+typer.testing._get_command = functools.cache(typer.testing._get_command)  # not anew at each command of 4,000
+
 jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
 # Whole systems, longest first: deployed ones run on one worker, simulated ones, one after the other, on a second. Each
