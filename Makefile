@@ -5,10 +5,11 @@ DATA ?=
 MODEL ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHONDONTWRITEBYTECODE :=
 
-# Four at a time on two processors: two of them run the tests that start NVFlare, and wait for it half of their time.
+# Three at a time on two processors: two of them run the tests that start NVFlare, and wait for it half of their time.
 PYTEST := $(BIN)/python -m pytest -q
-AT_ONCE := -n 4 --dist loadfile --no-loadscope-reorder
+AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-answers models test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
 

@@ -1,6 +1,7 @@
 """Shape annotations of the core are checked at every call in a test run; tests that need public data ask for it."""
 
 import functools
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests import typechecking
 
+gc.disable()  # until all is imported; see pytest_collection_finish
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # as in a trainer: nothing is compiled, and no compiler is loaded
+
 CORE = [f"nvflare_fm.{name}" for name in ("adapter", "algebra", "aggregation")]
 assert all(map(importlib.util.find_spec, CORE)), "a room of the core has another name: its shapes are not checked"
 typer.testing._get_command = functools.cache(typer.testing._get_command)  # not anew at each command of 4,000
@@ -23,7 +27,7 @@ typer.testing._get_command = functools.cache(typer.testing._get_command)  # not 
 jaxtyping.install_import_hook(CORE, f"{typechecking.__name__}.check")
 
 # Whole systems, longest first: deployed ones run on one worker, simulated ones, one after the other, on a second. Each
-# waits for NVFlare half of its time, while two workers more run all the rest.
+# waits for NVFlare half of its time, while a third worker runs all the rest.
 DEPLOYED, *SIMULATED = "tests/deployment/", "test_interruptions", "integration/test_federation", "test_templates"
 SYSTEMS = (DEPLOYED, *SIMULATED)
 
@@ -61,6 +65,12 @@ def malformed_allowed() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: Python need not look for garbage in it, as it does after each training."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
