@@ -71,7 +71,7 @@ def federate(
     """
     settled = settle(plan, aggregation, {site: worker.overrides for site, worker in workers.items()})
     for worker in workers.values():
-        worker.events = JobEvents()  # a job of its own
+        worker.state.events = JobEvents()  # a job of its own
     adapter = adapter or Adapter()
     memory, private = Memory(), settled.aggregation.client_privacy
     noise = clients.checked(private, rounds, adapter) if private.asked else None
@@ -119,6 +119,6 @@ def train_alone(worker: Worker, plan: TaskPlan, rounds: int) -> tuple[Adapter, M
     steps = plan.training.local_steps * rounds
     epochs = plan.training.local_epochs * rounds
     training = plan.training.model_copy(update={"local_steps": steps, "local_epochs": epochs})
-    worker.events = JobEvents()
+    worker.state.events = JobEvents()
     update = worker.train(RoundTask(plan.model_copy(update={"training": training})))
     return *worker.submit(), update.report

@@ -59,7 +59,7 @@ BUGS = [
     Bug(
         "site/worker.py", "                len(job.data.train),\n            )", "            )", "site/test_synthetic"
     ),
-    Bug("site/worker.py", "        if self.events.read():\n", "        if False:\n", "site/test_synthetic"),
+    Bug("site/worker.py", "        if self.state.events.read():\n", "        if False:\n", "site/test_synthetic"),
     Bug("site/worker.py", "[*train, *held_out]", "train", "site/test_synthetic"),
     Bug("record/result.py", " or line.chosen is not None", "", "flare/test_votes"),
     Bug("site/training/fit.py", " if row < len(contents)}", "}", "site/test_synthetic"),

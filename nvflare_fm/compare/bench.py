@@ -205,7 +205,7 @@ class Bench:
                 halves = [range(place, count, 2) for place in (start, 1 - start)]
                 chooses, judges = (_measuring(worker, found, [*half]) for half in halves)
                 chooses.personalize(end)
-                own = RoundTask(plan, cast(Adapter, chooses.personal.read()), last.combined.manifest)
+                own = RoundTask(plan, cast(Adapter, chooses.state.personal.read()), last.combined.manifest)
                 weighed.append(len(halves[1]) * judges.validate(own)[self.study.metric])
             scores[name] = sum(weighed) / count
         return scores
@@ -216,7 +216,7 @@ def _measuring(worker: Worker, found: SiteData, rows: list[int]) -> Worker:
     places = tuple(found.validation_rows[row] for row in rows)
     some = replace(found, validation=found.validation.select(rows), validation_rows=places)
     other = copy(worker)
-    other._data, other.personal = dict.fromkeys(worker._data, some), OwnAdapter()
+    other._data, other.state = dict.fromkeys(worker._data, some), replace(worker.state, personal=OwnAdapter())
     return other
 
 

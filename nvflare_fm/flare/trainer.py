@@ -31,7 +31,6 @@ from torch import distributed
 from ..adapter import RoundTask
 from ..config import TaskPlan
 from ..errors import FmError, TrainingError
-from ..job.at_home import PERSONAL
 from ..job.synthetic import read_brought
 from ..privacy.budget import Budget
 from ..privacy.egress import public_report
@@ -165,28 +164,30 @@ class TaskHandler:
         """On the first task: transformers takes seconds to import, a faulty site file is worth a reply."""
         if self._worker is None:
             with quick_imports():
-                from ..site.model.own_adapter import GLOBAL, OwnAdapter
+                from ..site.job_state import JobState
                 from ..site.offer import secret
                 from ..site.offer.confine import confine
-                from ..site.training.job_events import JobEvents
-                from ..site.training.kept_state import KeptState
                 from ..site.worker import Worker
 
             config = load_site(self.site_file)
             confine(config.limits.memory_gib, int(os.environ.get("WORLD_SIZE", "1")))
-            own, kept = OwnAdapter(self.job_folder), secret.read(self.site_file)
-            state, events = KeptState(self.job_folder), JobEvents(self.job_folder)
             budget, privacy = Budget.beside(self.site_file, FILE_NAME), config.privacy
 
             def may_spend(cost: Protection) -> None:
                 budget.check(cost.data, privacy.unit, privacy.delta, privacy.max_epsilon, cost.events)
 
             startup = self.site_file.parent.parent / "startup"  # of the kit whose local/ holds the site file
-            keys, whole = partial(site_keys, startup), OwnAdapter(self.job_folder, GLOBAL)
-            personal, site = OwnAdapter(self.job_folder, PERSONAL), flare.get_site_name()
-            mine = own, kept, state, events, may_spend, keys, whole, personal
-            brought = partial(read_brought, self.config_folder)
-            self._worker = Worker(site, config, None, should_stop, _report, *mine, brought)
+            self._worker = Worker(
+                flare.get_site_name(),
+                config,
+                should_stop=should_stop,
+                log=_report,
+                secret=secret.read(self.site_file),
+                state=JobState.at(self.job_folder),
+                may_spend=may_spend,
+                keys=partial(site_keys, startup),
+                brought=partial(read_brought, self.config_folder),
+            )
         return self._worker
 
 

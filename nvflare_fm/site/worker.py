@@ -34,11 +34,12 @@ from .audit import gate
 from .audit.gate import Compared
 from .data import loading as data
 from .data.loading import SiteData
+from .job_state import JobState
 from .model import base_model
 from .model.attach import base_class, trained_modules
 from .model.base_model import BaseModel
 from .model.fingerprint import read_config
-from .model.own_adapter import OwnAdapter, shared_half
+from .model.own_adapter import shared_half
 from .model.sealed import padded, unsealed
 from .model.shapes import shapes
 from .model.states import States
@@ -50,8 +51,6 @@ from .tasks import registry as tasks
 from .training import distributed, dp, evaluation, memory
 from .training import fit as training
 from .training.dp import Private, PrivateTrainer
-from .training.job_events import JobEvents
-from .training.kept_state import KeptState
 
 _MOST_STATES, _STATES_SHARE = 2**30, 1 / 16  # bytes of what a frozen base model made of texts, and of memory_gib
 
@@ -103,16 +102,12 @@ class Worker:
         overrides: what the job asks of this site differently, if no gate has applied it already.
         should_stop: whether training is to end early.
         log: gets the loss while the site trains.
-        own: the factor that the site keeps to itself, where a merge rule shares only the other.
         secret: known to the site alone; the order of its rows follows from it. Empty, in simulations: the order follows
             from the plan's seed.
-        kept: what transforms keep at the site from round to round.
-        events: what the job has cost in privacy so far.
+        state: what the site keeps of the job from round to round.
         may_spend: is told what a round under differential privacy will cost, before it begins, and raises a PolicyError
             where that is too much.
         keys: reads the keys with which the site encrypts what it sends; they are asked for when a plan needs them.
-        global_adapter: keeps the global adapter where only the sites can read it.
-        personal: keeps the adapter that the site has trained on for itself.
         brought: reads the synthetic rows that the job brought, by the digest in its plan.
     """
 
@@ -123,22 +118,15 @@ class Worker:
         overrides: SiteOverrides | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         log: training.Log | None = None,
-        own: OwnAdapter | None = None,
         secret: bytes = b"",
-        kept: KeptState | None = None,
-        events: JobEvents | None = None,
+        state: JobState | None = None,
         may_spend: Callable[[Protection], None] = lambda _: None,
         keys: Callable[[], Keys | None] = lambda: None,
-        global_adapter: OwnAdapter | None = None,
-        personal: OwnAdapter | None = None,
         brought: Callable[[str], CandidateSet] = nothing_brought,
     ) -> None:
         self.site, self.config, self.overrides = site, config, overrides or SiteOverrides()
-        self.should_stop, self.log, self.own, self.secret = should_stop, log, own or OwnAdapter(), secret
-        self.kept, self.events, self.may_spend = kept or KeptState(), events or JobEvents(), may_spend
-        self._read_keys, self.global_adapter = keys, global_adapter or OwnAdapter()
-        self.personal = personal or OwnAdapter()
-        self.brought = brought
+        self.should_stop, self.log, self.secret, self.state = should_stop, log, secret, state or JobState()
+        self.may_spend, self._read_keys, self.brought = may_spend, keys, brought
         self._data: dict[tuple[Any, ...], SiteData] = {}
         self._added: dict[tuple[Any, ...], Dataset] = {}
         self._states = States(min(_MOST_STATES, _STATES_SHARE * config.limits.memory_gib * 2**30))
@@ -201,7 +189,7 @@ class Worker:
             manifest = _manifest(model, job)
         self._measured("after", task, after)
         if plan.shares != "AB":
-            self.own.keep(adapter, manifest, task)
+            self.state.own.keep(adapter, manifest, task)
             adapter = whole = shared_half(adapter)
         self._last = whole, manifest
         report = self._report(job, done, before, after)
@@ -214,7 +202,7 @@ class Worker:
             PolicyError: it costs more than is left.
         """
         self.may_spend(protection)
-        self.events.begin(protection, plan.privacy.epsilon)
+        self.state.events.begin(protection, plan.privacy.epsilon)
         return protection
 
     def _vote(self, task: RoundTask) -> AdapterUpdate:
@@ -232,7 +220,7 @@ class Worker:
                 "job again",
                 code="other_synthetic_rows",
             )
-        if self.events.read():
+        if self.state.events.read():
             raise PolicyError("this site's rows have voted in this job already; start another job", code="voted")
         own = self._voters(plan, base.task)
         protection = self._begun(plan, synthetic.protection(plan, own))
@@ -280,11 +268,11 @@ class Worker:
         made_by = replace(task, plan=plan, round=max(0, task.round - 1))
         seed = training.dropout_seed(task, self.site, self.secret)
         with base.lent(), self._within_time() as stop:
-            model = attachment.attach(base, task.adapter, plan, own=self.own.read())
+            model = attachment.attach(base, task.adapter, plan, own=self.state.own.read())
             check_trained(*trained_modules(model, base.heads), self.config.limits)
             attachment.prepare(base, job.data.train, job.chosen, stop)
             tried = [self._evaluate(model, job, stop)]
-            self.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
+            self.state.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
             best, done = 0, 0
             for number, steps in enumerate(cut := parts(plan.training.local_steps)):
                 part = plan.training.model_copy(update={"local_steps": steps})
@@ -303,7 +291,7 @@ class Worker:
                 tried.append(self._evaluate(model, job, stop))
                 if tried[-1]["loss"] < tried[best]["loss"]:
                     best = number + 1
-                    self.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
+                    self.state.personal.keep(attachment.extract(model, whole=True), _manifest(model, job), made_by)
         return Personalized(tuple(tried), best, sum(cut[:best]))
 
     def _validate(self, task: RoundTask) -> dict[str, float]:
@@ -313,7 +301,7 @@ class Worker:
             raise few_metric_rows(self.config.privacy)
         plan = job.plan.model_copy(update={"rest": "tail"})  # the whole adapter, whatever of it is trained
         with job.base.lent(), self._within_time() as stop:
-            model = job.attachment.attach(job.base, task.adapter, plan, own=self.own.read())
+            model = job.attachment.attach(job.base, task.adapter, plan, own=self.state.own.read())
             return self._evaluate(model, job, stop)
 
     def opened(self, task: RoundTask) -> Job:
@@ -355,9 +343,9 @@ class Worker:
         """
         chain = self.chain(plan)
         keeps = bool(chain) and not plan.privacy.asked
-        packed = pack(update.adapter, chain, self.site, self.kept.read() if keeps else None)
+        packed = pack(update.adapter, chain, self.site, self.state.kept.read() if keeps else None)
         if keeps:
-            self.kept.keep(packed.kept)
+            self.state.kept.keep(packed.kept)
         return packed
 
     def chain(self, plan: RoundPlan) -> Chain:
@@ -389,7 +377,7 @@ class Worker:
             return task
         adapter = unsealed(task.adapter, self.keys, task.plan)
         if task.manifest and task.round:  # another site's adapter that is to be measured has none
-            self.global_adapter.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
+            self.state.global_adapter.keep(adapter, task.manifest, replace(task, round=task.round - 1))  # that made it
         return replace(task, adapter=adapter)
 
     @contextmanager
@@ -424,7 +412,7 @@ class Worker:
         plan = job.plan
         if plan.rest == "none" and plan.evaluation.before:
             plan = plan.model_copy(update={"rest": "tail"})
-        model = job.attachment.attach(job.base, task.adapter, plan, task.round, self.own.read())
+        model = job.attachment.attach(job.base, task.adapter, plan, task.round, self.state.own.read())
         check_trained(*trained_modules(model, job.base.heads), self.config.limits)
         return model
 

@@ -21,6 +21,7 @@ from nvflare_fm.privacy import chance
 from nvflare_fm.privacy.accountant import epsilon
 from nvflare_fm.privacy.events import Event
 from nvflare_fm.privacy.protection import Protection
+from nvflare_fm.site.job_state import JobState
 from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.training import dp, fit, logits
 from nvflare_fm.site.training.job_events import FILE, FOLDER, JobEvents
@@ -444,7 +445,7 @@ def test_delta_must_be_below_one_in_the_number_of_records() -> None:
 def test_no_rounding_is_carried_over_from_an_update_that_may_never_have_left(llama: Path, tmp_path: Path) -> None:
     for privacy, carries in ((PRIVATE, False), ({"noise_multiplier": None}, True)):
         kept = KeptState()
-        worker = tiny.worker(tmp_path, llama, "causal_lm", kept=kept)
+        worker = tiny.worker(tmp_path, llama, "causal_lm", state=JobState(kept=kept))
         plan = private_plan(privacy=privacy, peft={"method": "ia3"}, uplink=["int8"])
         worker.packed(worker.train(RoundTask(plan)), plan)
         assert bool(kept.read()) == carries
@@ -457,13 +458,13 @@ def test_more_rounds_than_the_job_said_are_refused_before_they_begin(
     plan = private_plan(
         privacy={"noise_multiplier": None, "epsilon": 2.0}, training={"local_steps": 1, "batch_size": 24}
     )
-    worker = tiny.worker(tmp_path, llama, "causal_lm", events=events)
+    worker = tiny.worker(tmp_path, llama, "causal_lm", state=JobState(events=events))
     for number in range(2):
         protection = worker.train(RoundTask(plan, round=number, total_rounds=2)).protection
     assert protection is not None
     assert events.read() == (replace(protection.events[0], steps=2),)
     monkeypatch.setattr(fit, "train", lambda *_, **__: pytest.fail("trained"))
-    again = tiny.worker(tmp_path, llama, "causal_lm", events=JobEvents(tmp_path / "job"))  # another trainer
+    again = tiny.worker(tmp_path, llama, "causal_lm", state=JobState.at(tmp_path / "job"))  # another trainer
     for rounds in (2, 3, 4):
         with pytest.raises(PolicyError) as refused:
             again.train(RoundTask(plan, round=2, total_rounds=rounds))
@@ -478,7 +479,7 @@ def test_who_must_know_is_asked_before_the_round_is_noted(llama: Path, tmp_path:
         raise PolicyError("no", code="too_much")
 
     events = JobEvents()
-    worker = tiny.worker(tmp_path, llama, "causal_lm", events=events, may_spend=refuse)
+    worker = tiny.worker(tmp_path, llama, "causal_lm", state=JobState(events=events), may_spend=refuse)
     with pytest.raises(PolicyError) as refused:
         worker.train(RoundTask(private_plan(), total_rounds=7))
     assert refused.value.code == "too_much"

@@ -13,7 +13,8 @@ from nvflare_fm.errors import ConfigError, WireError
 from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate
-from nvflare_fm.site.model.own_adapter import GLOBAL, OwnAdapter
+from nvflare_fm.site.job_state import JobState
+from nvflare_fm.site.model.own_adapter import GLOBAL
 from nvflare_fm.site.model.sealed import unsealed
 from nvflare_fm.site.worker import Worker
 from nvflare_fm.transforms.packed import Sealed
@@ -36,7 +37,7 @@ def sites(folder: Path, model: Path, ranks: tuple[int | None, ...], task: str = 
             shift=i,
             overrides=SiteOverrides(rank=rank),
             keys=lambda: site,
-            global_adapter=OwnAdapter(folder / f"job-{i}", GLOBAL),
+            state=JobState.at(folder / f"job-{i}"),
         )
         for i, rank in enumerate(ranks)
     }

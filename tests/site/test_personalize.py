@@ -21,6 +21,7 @@ from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.at_home import PARTS, PERSONAL, at_home, parts
 from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import SimulatedRound, federate
+from nvflare_fm.site.job_state import JobState
 from nvflare_fm.site.model.own_adapter import OwnAdapter
 from nvflare_fm.site.offer.policy import fit
 from nvflare_fm.site.offer.site_config import SiteConfig
@@ -45,7 +46,7 @@ def site(folder: Path, model: Path, task: str = "causal_lm", rank: int = 2, **mo
     files = [str(tiny.jsonl(folder / f"{task}-{shift}.jsonl", tiny.rows(task, shift=shift))) for shift in (0, 11)]
     config = tiny.site(model, Path(files[0]), data={"notes": {"train": files[0], "validation": files[1]}}, **more)
     personal, overrides = OwnAdapter(folder, PERSONAL), SiteOverrides(rank=rank)
-    return Worker("site-1", config, overrides, personal=personal)
+    return Worker("site-1", config, overrides, state=JobState(personal=personal))
 
 
 def after(worker: Worker, plan: RoundPlan, how: Aggregation = EXACT, **more: Any) -> tuple[Any, RoundTask]:
@@ -71,7 +72,7 @@ def home(trained: Trained, tmp_path: Path) -> tuple[Worker, RoundTask]:
     """A site that writes text, which keeps what is its own in the test's folder."""
     worker, _, task = trained["causal_lm"]
     fresh = copy(worker)
-    fresh.personal = OwnAdapter(tmp_path, PERSONAL)
+    fresh.state = replace(worker.state, personal=OwnAdapter(tmp_path, PERSONAL))
     return fresh, task
 
 
@@ -85,7 +86,7 @@ def test_what_is_kept_is_never_worse_on_the_rows_held_out(
     trained: Trained, tmp_path: Path, task: str, rate: float
 ) -> None:
     worker, _, home = trained[task]
-    worker.personal, home = OwnAdapter(tmp_path, PERSONAL), changed(home, personalize={"steps": 6, "rate": rate})
+    worker.state.personal, home = OwnAdapter(tmp_path, PERSONAL), changed(home, personalize={"steps": 6, "rate": rate})
     done = worker.personalize(home)
     losses = [metrics["loss"] for metrics in done.tried]
     assert len(losses) == PARTS + 1
@@ -111,7 +112,7 @@ def test_what_diverges_leaves_the_global_adapter(home: tuple[Worker, RoundTask],
         return found
 
     worker._evaluate = spoilt  # type: ignore[method-assign]
-    worker.personal.keep = keep = Mock(wraps=worker.personal.keep)  # type: ignore[method-assign]
+    worker.state.personal.keep = keep = Mock(wraps=worker.state.personal.keep)  # type: ignore[method-assign]
     with refused("diverged", TrainingError):
         worker.personalize(task)
     assert keep.call_count == 1
@@ -142,7 +143,7 @@ def test_nothing_that_a_site_sends_or_owes_depends_on_it(llama: Path, tmp_path: 
     results = []
     for is_personal in (False, True):
         worker, told = site(tmp_path / str(is_personal), llama, rank=4), Mock()
-        worker.own, worker.log = OwnAdapter(tmp_path / str(is_personal)), told
+        worker.state.own, worker.log = OwnAdapter(tmp_path / str(is_personal)), told
         plan, how = asked() if is_personal else tiny.plan(training=QUICK), Aggregation(merge=merge)
         last, home = after(worker, plan, how)
         told.reset_mock()
@@ -206,7 +207,7 @@ def test_where_only_sites_read_the_global_adapter_they_train_on_from_it(llama: P
     worker._read_keys = lambda: keys
     _, home = after(worker, asked(uplink=("ckks",)), Aggregation(merge="freeze_a", guard=()), keys=server)
     assert worker.personalize(home).best
-    shared, own = worker.global_adapter.read(), read_adapter(tmp_path / PERSONAL).adapter
+    shared, own = worker.state.global_adapter.read(), read_adapter(tmp_path / PERSONAL).adapter
     assert shared is not None
     for layer, pair in own.lora.items():
         assert not torch.equal(pair.B, shared.lora[layer].B)
@@ -216,9 +217,9 @@ def test_where_only_sites_read_the_global_adapter_they_train_on_from_it(llama: P
 def test_under_privacy_nothing_is_charged_and_no_noise_is_added(home: tuple[Worker, RoundTask], tmp_path: Path) -> None:
     worker, task = home
     plain = worker.personalize(task).tried
-    worker.may_spend, worker.events = Mock(side_effect=AssertionError), Mock()
+    worker.may_spend, worker.state.events = Mock(side_effect=AssertionError), Mock()
     assert worker.personalize(changed(task, privacy={"noise_multiplier": 1.0})).tried == plain
-    assert not worker.events.begin.called
+    assert not worker.state.events.begin.called
     kept = read_adapter(tmp_path / PERSONAL).plan
     assert kept is not None
     assert not kept.privacy.asked

@@ -18,6 +18,7 @@ from nvflare_fm.errors import ConfigError, PolicyError, WireError
 from nvflare_fm.export.folder import read_adapter
 from nvflare_fm.job.settle import settle
 from nvflare_fm.simulate import federate, train_alone
+from nvflare_fm.site.job_state import JobState
 from nvflare_fm.site.model.own_adapter import OwnAdapter
 from nvflare_fm.site.training.class_shift import class_shift
 from nvflare_fm.site.worker import Worker
@@ -244,7 +245,7 @@ def test_a_site_that_shares_a_keeps_its_b_is_measured_with_it_and_ends_with_a_mo
 ) -> None:
     workers = sites(tmp_path, llama, "causal_lm", (4, 4))
     for name, worker in workers.items():
-        worker.own = OwnAdapter(tmp_path / name)
+        worker.state.own = OwnAdapter(tmp_path / name)
     first, second = federate(workers, quick(), Aggregation(merge="share_a"), 2)
     for done in (first, second):
         for sent in done.updates:
@@ -257,7 +258,7 @@ def test_a_site_that_shares_a_keeps_its_b_is_measured_with_it_and_ends_with_a_mo
     assert own[0] < stranger["site-0"].validate(task)["loss"] - 1e-3, "A alone is not what the site has"
     assert not workers["site-0"].submit()[0].lora
     again = tiny.worker(
-        tmp_path, llama, "causal_lm", "site-0", overrides=SiteOverrides(rank=4), own=OwnAdapter(tmp_path / "site-0")
+        tmp_path, llama, "causal_lm", "site-0", overrides=SiteOverrides(rank=4), state=JobState.at(tmp_path / "site-0")
     )
     assert again.validate(task)["loss"] == pytest.approx(own[0]), "a new trainer finds what the last one kept"
     base = AutoModelForCausalLM.from_pretrained(llama)

@@ -222,7 +222,7 @@ def test_a_vote_is_the_count_under_the_noise_that_is_paid_for(bert: Path, tmp_pa
     assert abs(float(noisy.sum()) - 24) < 6 * event.noise_multiplier * len(ROWS.rows) ** 0.5
     assert (event.sample_rate, event.steps) == (1.0, 1)
     assert spent == [update.protection]
-    assert found.events.read() == (event,)
+    assert found.state.events.read() == (event,)
     assert (update.report.examples, update.report.before, update.report.loss != update.report.loss) == (None, {}, True)
     with refused("voted", PolicyError):
         found.train(RoundTask(asked_to_vote()))
