@@ -498,7 +498,13 @@ class Aggregation(Settings):
         ("uniform",),
         description="Weight factors of a site, multiplied, such as uniform or examples. Normalised to sum to 1.",
     )
-    max_weight: float = Field(1.0, gt=0, le=1, description="Largest share that one site may have, up to 1.")
+    max_weight: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Largest share that one site may have, up to 1. Unset: twice an equal share where a guard judges "
+        "whole changes, as the usual one does, because such a guard counts sites; else 1.",
+    )
     guard: Rules | None = Field(
         None,
         description="Guards that limit changes far from those of the other sites; []: none; unset: by job. Unset is "

@@ -37,6 +37,10 @@ class Bug:
 
 
 BUGS = [
+    # no site counts much more than others where guards count sites
+    Bug("aggregation/guard/__init__.py", "min(1.0, 2 / sites)", "1.0", "test_claims"),
+    Bug("aggregation/guard/__init__.py", "    if asked is not None:\n        return asked\n", "", "test_claims"),
+    Bug("site/offer/site_config.py", "resolve(strict=place.is_symlink())", "resolve()", "site/test_data"),
     # errors: codes
     Bug("errors.py", "partial(type(self), code=self.code)", "type(self)", "test_errors"),
     Bug("errors.py", "(self.text, self.local)", "(self.message, self.local)", "test_errors"),

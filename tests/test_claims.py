@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate
+from nvflare_fm.aggregation import guard
 from nvflare_fm.aggregation.claims import FAR, FAR_LOSS, at_most, held, shared, within
 from nvflare_fm.aggregation.combine import combine, per_step
 from nvflare_fm.aggregation.metrics import mean, medians
@@ -41,6 +42,21 @@ def test_of_n_sites_one_that_lies_about_its_examples_has_less_than_its_bound_of_
         if weigh == ["examples"]:
             assert share <= 2 * FAR / (len(sites) - 1 + 2 * FAR) + 1e-9
         assert share < 1
+
+
+@given(honest=st.lists(st.integers(1, 1000), min_size=1, max_size=7), lie=st.integers(1, 10**9))
+def test_where_a_guard_counts_sites_one_that_lies_has_no_more_than_twice_an_equal_share(honest, lie):
+    sites = [saying(f"s{i}", n) for i, n in enumerate(honest)] + [saying("liar", lie)]
+    guards = guard.usual(unseen=False, alike=True)
+    share = combine(Adapter(), None, sites, Aggregation(weigh=["examples"], guard=guards), 2).weights["liar"]
+    assert share <= 2 / len(sites) + 1e-9
+
+
+@pytest.mark.parametrize(("most", "share"), [(None, 2 / 5), (0.3, 0.3), (1.0, FAR / (FAR + 4))])
+def test_a_job_sets_another_limit(most, share):
+    sites = [saying(f"s{i}", 10) for i in range(4)] + [saying("liar", 10**9)]
+    how = Aggregation(weigh=["examples"], guard=guard.usual(unseen=False, alike=True), max_weight=most)
+    assert combine(Adapter(), None, sites, how, 2).weights["liar"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("loss", [1e308, 1e9, 5e-324, 0.0])

@@ -232,7 +232,7 @@ def test_the_result_is_the_mean_by_weight_times_beta_and_all_weigh_one(name, see
     vectors = 1 + 0.5 * points(6, 4, seed)
     sites = [replace(s, report=replace(s.report, examples=n)) for s, n in zip(heads(vectors), examples, strict=True)]
     kept = weight(sites, name, f=1)
-    result = merged(sites, {"rule": name, "f": 1}, weigh=["examples"])
+    result = merged(sites, {"rule": name, "f": 1}, weigh=["examples"], max_weight=1.0)
     parts = torch.tensor([n * kept[s.site] for s, n in zip(sites, examples, strict=True)], dtype=torch.float64)
     close(result.adapter.dense["head"], (parts / parts.sum()) @ vectors, 1e-5, 1.0)
     assert sum(result.weights.values()) == pytest.approx(1.0)

@@ -90,7 +90,8 @@ def combine(
     if not cohort.updates:
         raise nothing_left(refused)
     accepted, left = [*cohort.updates], cohort.multipliers or [1.0] * len(cohort.updates)
-    weights = weigh.weigh(aggregation.weigh, cohort, aggregation.max_weight, {s: v.weight for s, v in verdicts.items()})
+    most = guard.largest_share(aggregation.max_weight, guards, len(everyone.updates))
+    weights = weigh.weigh(aggregation.weigh, cohort, most, {s: v.weight for s, v in verdicts.items()})
     shares = list(weights.shares.values())
     counted = per_step(shares, accepted) if aggregation.normalize_steps else shares
     counts = [c * m for c, m in zip(counted, left, strict=True)]

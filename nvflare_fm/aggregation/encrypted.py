@@ -38,7 +38,7 @@ def combine_unread(
     if not accepted:
         raise nothing_left(refused)
     accepted, kept_down = held(accepted, weighed_by(aggregation))
-    weights = weigh.weigh(aggregation.weigh, Cohort(accepted, state), aggregation.max_weight)
+    weights = weigh.weigh(aggregation.weigh, Cohort(accepted, state), aggregation.max_weight or 1.0)
     shares: Mapping[str, float] = weights.shares
     return Combined(
         adapter=add([update.adapter for update in accepted], [shares[update.site] for update in accepted]),

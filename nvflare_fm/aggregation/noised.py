@@ -65,7 +65,9 @@ def combine_noised(
     accepted = [update for update in accepted if update.site not in refused]
     if not accepted:
         raise nothing_left(refused)
-    shares = {u.site: min(1 / noise.expected_sites, aggregation.max_weight, u.report.max_weight) for u in accepted}
+    shares = {
+        u.site: min(1 / noise.expected_sites, aggregation.max_weight or 1.0, u.report.max_weight) for u in accepted
+    }
     left = {site: _left(lengths[site], noise.max_norm) for site in shares}
     counts = [share * left[site] for site, share in shares.items()]
     taken = step.choose(aggregation.step or "plain", Cohort(accepted, state), list(shares.values()))

@@ -235,9 +235,10 @@ def test_what_is_no_file_of_rows_is_an_error_and_nobody_waits_for_it(tmp_path: P
         os.mkfifo(tmp_path / f"pipe.{format}")
         (tmp_path / f"device.{format}").symlink_to("/dev/zero")
         (tmp_path / f"circle.{format}").symlink_to(f"circle.{format}")
+        (tmp_path / f"gone.{format}").symlink_to(f"nothing.{format}")
         (tmp_path / f"other.{format}").write_bytes(b"\x1f\x8b\x08\x00PAR1" * 9)
         assert code_of(tmp_path / f"pipe.{format}") == "data_unreadable"
-        assert code_of(tmp_path / f"circle.{format}") == "data_link_broken"
+        assert {code_of(tmp_path / f"{name}.{format}") for name in ("circle", "gone")} == {"data_link_broken"}
         assert code_of(tmp_path / f"other.{format}") in ("data_unreadable", "bad_rows", "no_rows")
         assert code_of(tmp_path / "empty", format=format) == "data_unreadable"
         assert code_of(tmp_path / f"device.{format}", folder="/") == "data_unreadable"

@@ -27,6 +27,20 @@ def usual(unseen: bool, alike: bool) -> tuple[Rule, ...]:
     return ("clip_norm", {"rule": "geometric_median", "mix": "nnm", "near": NEAR}) if alike else ("clip_norm",)
 
 
+def largest_share(asked: float | None, entries: Sequence[Rule], sites: int) -> float:
+    """The most that one of the sites may count. A guard that judges whole changes takes it that few of the *sites* are
+    hostile; where one of them could have most of the weight by what it says of itself, that would protect nobody.
+
+    Args:
+        asked: by the job; None: nothing.
+        entries: guards by name, or with their settings.
+        sites: how many answered.
+    """
+    if asked is not None:
+        return asked
+    return min(1.0, 2 / sites) if registry.needs(entries).sums else 1.0
+
+
 def judge(entries: Sequence[Rule], cohort: Cohort) -> dict[str, Verdict]:
     """Ask every guard that a job names for its verdicts, and multiply them.
 

@@ -379,8 +379,9 @@ def held_in(file: Path, folder: str) -> Path:
     """
     try:
         root = Path(folder).resolve() if folder else file.parent.resolve()
-        places = {place: place.resolve() for place in ((file, *file.rglob("*")) if file.is_dir() else (file,))}
-    except (OSError, RuntimeError) as error:  # a link that leads to itself
+        held = (file, *file.rglob("*")) if file.is_dir() else (file,)
+        places = {place: place.resolve(strict=place.is_symlink()) for place in held}
+    except (OSError, RuntimeError) as error:  # a link to itself, or to what is not there
         raise PolicyError(
             "a data file is a link that leads nowhere; the site's admin must put the file itself there",
             f"{file}: {error}",
