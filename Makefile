@@ -5,7 +5,7 @@ DATA ?=
 MODEL ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-export PYTHONDONTWRITEBYTECODE :=
+export PYTHONDONTWRITEBYTECODE :=  # where it is set, every process would compile every file anew
 
 # Three at a time on two processors: two of them run the tests that start NVFlare, and wait for it half of their time.
 PYTEST := $(BIN)/python -m pytest -q

@@ -37,6 +37,21 @@ class Bug:
 
 
 BUGS = [
+    # what a site keeps of a job lies in the job's folder
+    Bug(
+        "site/job_state.py",
+        "OwnAdapter(folder, GLOBAL), OwnAdapter(folder, PERSONAL)",
+        "OwnAdapter(folder, PERSONAL), OwnAdapter(folder, GLOBAL)",
+        "site/test_encrypted",
+    ),
+    Bug(
+        "site/job_state.py",
+        "OwnAdapter(folder), OwnAdapter(folder, GLOBAL)",
+        "OwnAdapter(), OwnAdapter(folder, GLOBAL)",
+        "site/test_simulate",
+    ),
+    Bug("site/job_state.py", "JobEvents(folder))", "JobEvents())", "site/test_dp"),
+    Bug("site/job_state.py", "KeptState(folder), ", "KeptState(), ", "site/test_dp"),
     # no site counts much more than others where guards count sites
     Bug("aggregation/guard/__init__.py", "min(1.0, 2 / sites)", "1.0", "test_claims"),
     Bug("aggregation/guard/__init__.py", "    if asked is not None:\n        return asked\n", "", "test_claims"),

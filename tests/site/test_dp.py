@@ -25,7 +25,6 @@ from nvflare_fm.site.job_state import JobState
 from nvflare_fm.site.peft_methods import attachment_of
 from nvflare_fm.site.training import dp, fit, logits
 from nvflare_fm.site.training.job_events import FILE, FOLDER, JobEvents
-from nvflare_fm.site.training.kept_state import KeptState
 from nvflare_fm.site.training.per_sample import PerSample
 from nvflare_fm.site.worker import Worker
 from tests.site import tiny
@@ -444,11 +443,11 @@ def test_delta_must_be_below_one_in_the_number_of_records() -> None:
 
 def test_no_rounding_is_carried_over_from_an_update_that_may_never_have_left(llama: Path, tmp_path: Path) -> None:
     for privacy, carries in ((PRIVATE, False), ({"noise_multiplier": None}, True)):
-        kept = KeptState()
-        worker = tiny.worker(tmp_path, llama, "causal_lm", state=JobState(kept=kept))
+        job = tmp_path / str(carries)
+        worker = tiny.worker(tmp_path, llama, "causal_lm", state=JobState.at(job))
         plan = private_plan(privacy=privacy, peft={"method": "ia3"}, uplink=["int8"])
         worker.packed(worker.train(RoundTask(plan)), plan)
-        assert bool(kept.read()) == carries
+        assert bool(JobState.at(job).kept.read()) == carries  # as the next trainer finds it
 
 
 def test_more_rounds_than_the_job_said_are_refused_before_they_begin(

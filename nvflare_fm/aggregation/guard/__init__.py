@@ -28,8 +28,10 @@ def usual(unseen: bool, alike: bool) -> tuple[Rule, ...]:
 
 
 def largest_share(asked: float | None, entries: Sequence[Rule], sites: int) -> float:
-    """The most that one of the sites may count. A guard that judges whole changes takes it that few of the *sites* are
-    hostile; where one of them could have most of the weight by what it says of itself, that would protect nobody.
+    """Choose the largest share that one site may have.
+
+    A guard that judges whole changes counts sites: it holds while few of them are hostile. If one could have most of
+    the weight by what it says of itself, such a guard would protect nobody.
 
     Args:
         asked: by the job; None: nothing.
