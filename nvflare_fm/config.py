@@ -49,8 +49,8 @@ Labels = Annotated[tuple[Text, ...], Field(max_length=LABELS), one]
 Numbers = Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], Field(max_length=LABELS)]
 Scales = Annotated[tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...], Field(max_length=LABELS)]
 Modules = Annotated[tuple[ModuleName, ...], Field(max_length=1024), one]
-Statistic = Literal["skew"]
-LabelStatistics = Annotated[tuple[Statistic, ...], Field(max_length=1), one]
+Statistic = Literal["skew", "features"]
+LabelStatistics = Annotated[tuple[Statistic, ...], Field(max_length=2), one]
 Count = Literal["examples", "tokens", "steps", "bad_rows"]
 Counts = Annotated[tuple[Count, ...], Field(max_length=4), one]
 Negotiable = Annotated[tuple[Literal["rank", "batch_size", "local_steps"], ...], Field(max_length=3), one]
@@ -190,7 +190,8 @@ class TrainingSettings(Settings):
         ge=0,
         le=1000,
         description="Times learning_rate that a classifier's head moves; unset: by task; 0: as all else. "
-        "Unset is 8 for a classifier with LoRA, or with its head alone (48 under privacy), and AdamW, and 0 otherwise. "
+        "Unset is 8 for a classifier with LoRA, unless texts have one of two or three labels, or with its head alone "
+        "(48 under privacy), and AdamW, and 0 otherwise. "
         "Such a head has one second moment per tensor (NovoGrad, arXiv:1905.11286), and the distance is its root mean "
         "square.",
         examples=[8.0],
@@ -442,6 +443,15 @@ class RoundPlan(Settings):
         description="Seed of the adapter's first values and of which sites are drawn. In the simulator it is that of "
         "the order of the rows as well.",
     )
+    head_start: Literal["random", "features"] | None = Field(
+        None,
+        description="First values of a classifier's head: random, or fitted to sites' texts (features); unset: by job. "
+        "With features, sites whose site files allow it (privacy.label_statistics) send sums over what the base model "
+        "makes of their rows, before the first round; where none does, the head is random. Unset is features for "
+        "sequence_classification, and random under privacy, client_privacy or an encrypted uplink. After Fed3R, "
+        "arXiv:2402.07155.",
+        examples=["features"],
+    )
     uplink: Rules = Field(
         (),
         description="Transforms of what a site sends, in order, such as int8. Empty: tensors are sent as float32.",
@@ -482,6 +492,7 @@ class TaskPlan(RoundPlan):
         le=WIDEST,
         description="Rank at which each site sends its pairs, at scale 1, so that they add up unread; 0: its own.",
     )
+    sums: bool = Field(False, description="Whether a site answers with sums over its features, and does not train.")
     votes: int = Field(
         0,
         ge=0,

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,12 +12,14 @@ from .aggregation.admit import check_values
 from .aggregation.cohort import drawn
 from .aggregation.combine import Combined, combine
 from .aggregation.encrypted import combine_unread
+from .aggregation.head_start import Start, check_sums, head_start
 from .aggregation.late import trained_from
 from .aggregation.noised import combine_noised
 from .aggregation.step import Memory
 from .config import Aggregation, RoundPlan, TaskPlan
 from .encryption.keys import Keys
-from .job.settle import settle
+from .errors import ConfigError, PolicyError
+from .job.settle import SettledPlan, settle
 from .privacy import clients
 from .site.training.job_events import JobEvents
 from .site.worker import Worker
@@ -76,6 +79,9 @@ def federate(
     memory, private = Memory(), settled.aggregation.client_privacy
     noise = clients.checked(private, rounds, adapter) if private.asked else None
     at: dict[str, RoundTask] = {}  # site → what it works at
+    start = _head_start(workers, settled, rounds) if settled.plan.head_start == "features" and not adapter else None
+    if start:  # the federation goes on without whose labels mean something else
+        workers = {site: worker for site, worker in workers.items() if site not in start.mislabelled}
     for number in range(rounds):
         down = pack(adapter, transforms.read(plan.downlink, "downlink"), "the server")
         received = down.adapter() if down.chain else adapter
@@ -83,7 +89,7 @@ def federate(
         at |= dict.fromkeys(drawn(workers.keys() - at.keys(), sites_per_round, plan.seed, number), task)
         due = sorted(site for site, sent in at.items() if number - sent.round + 1 >= (takes or {}).get(site, 1))
         tasks = {site: at.pop(site) for site in due}
-        updates = tuple(trained_from(sent, _answer(workers[site], sent), task) for site, sent in tasks.items())
+        updates = tuple(trained_from(sent, _answer(workers[site], sent, start), task) for site, sent in tasks.items())
         updates = tampered(updates, task)
         for update in updates:
             if keys:
@@ -107,8 +113,22 @@ def federate(
         yield SimulatedRound(number, combined, updates)
 
 
-def _answer(worker: Worker, task: RoundTask) -> AdapterUpdate:
-    """A site's update as the server reads it."""
+def _head_start(workers: Mapping[str, Worker], settled: SettledPlan, rounds: int) -> Start | None:
+    """The start of the head that follows from the features of the sites that tell them; nothing where none does."""
+    updates, task = [], RoundTask(settled.summing, total_rounds=rounds)
+    for _, worker in sorted(workers.items()):
+        with suppress(PolicyError, ConfigError):
+            updates.append(worker.train(task))
+    for update in updates:
+        check_values(update)
+        check_sums(update, len(settled.plan.labels))
+    return head_start(updates) if updates else None
+
+
+def _answer(worker: Worker, task: RoundTask, start: Start | None) -> AdapterUpdate:
+    """A site's update as the server reads it; before there is an adapter, it has `start`."""
+    if start and not task.adapter:
+        task = replace(task, adapter=start.adapter, manifest=start.manifest)
     update = worker.train(task)
     packed = worker.packed(update, task.plan)
     return replace(update, adapter=packed.adapter()) if packed.chain else update

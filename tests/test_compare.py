@@ -388,8 +388,8 @@ def test_adams_steps_of_a_head_are_as_if_it_had_a_rate_of_its_own(own: Study, mo
 
 
 def test_steps_of_our_heads_are_as_if_a_job_gave_their_rate(own: Study) -> None:
-    given = METHODS["ours"], replace(METHODS["ours"], training={"head_lr_ratio": 4.0})
-    assert_same(first_adapter(own, replace(given[0], head_factor=0.5)), first_adapter(own, given[1]))
+    usual, half = (replace(METHODS["ours"], training={"head_lr_ratio": ratio}) for ratio in (8.0, 4.0))
+    assert_same(first_adapter(own, replace(usual, head_factor=0.5)), first_adapter(own, half))
 
 
 def first_adapter(own: Study, method: Method) -> Adapter:

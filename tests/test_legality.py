@@ -90,6 +90,10 @@ REFUSED = [
     ("client_changes", {"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "normalize_steps": True}),
     ("client_changes", {"peft": {"method": "ia3"}}, NOISED | {"merge": "exact", "max_staleness": 1}),
     ("client_encrypted", {"uplink": "ckks"}, NOISED),
+    ("head_start_task", {"head_start": "features"}, {}),
+    ("private_head_start", {**CLASSIFY, "head_start": "features", "privacy": PRIVATE}, {}),
+    ("encrypted_head_start", {**CLASSIFY, "head_start": "features", "uplink": "ckks"}, {"merge": "freeze_a"}),
+    ("client_head_start", {**CLASSIFY, "head_start": "features"}, NOISED),
 ]
 
 
@@ -180,7 +184,7 @@ def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_othe
 def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     def settled(method: str = "lora", privacy: object = None, **training: object) -> TrainingSettings:
         peft = {"method": method} | ({"modules_to_save": ["lm_head"]} if method == "head" else {})
-        plan = RoundPlan(task=task, labels=["a", "b"], peft=peft, training=training, privacy=privacy or {})
+        plan = RoundPlan(task=task, labels=["a", "b", "c", "d"], peft=peft, training=training, privacy=privacy or {})
         return settle(plan, Aggregation()).plan.training
 
     assert settled().head_lr_ratio == ratio
@@ -190,4 +194,6 @@ def test_what_a_job_leaves_open_follows_from_its_task(task, ratio):
     assert settled(privacy=PRIVATE).head_lr_ratio == ratio
     assert settled("head", privacy=PRIVATE).head_lr_ratio == 6 * ratio
     assert settled(head_lr_ratio=0.0).head_lr_ratio == 0
+    few = RoundPlan(task=task, labels=["a", "b", "c"])
+    assert settle(few, Aggregation()).plan.training.head_lr_ratio == (0 if task == "sequence_classification" else ratio)
     assert settled(head_lr_ratio=ratio / 4).head_lr_ratio == ratio / 4

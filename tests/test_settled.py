@@ -1,6 +1,7 @@
 """What follows from a job's choices is decided once, and no rank that a site trains at is cut unasked."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -77,12 +78,30 @@ def test_a_job_cannot_write_what_follows_from_it(name: str):
     assert refused.value.code == "wrong_setting"
 
 
+@pytest.mark.parametrize(
+    ("asked", "how", "start"),
+    [
+        ({"task": "sequence_classification"}, {}, "features"),
+        ({"task": "sequence_classification", "head_start": "random"}, {}, "random"),
+        ({"task": "sequence_classification", "privacy": {"epsilon": 3.0}}, {}, "random"),
+        ({"task": "sequence_classification", "uplink": ["ckks"]}, {"merge": "freeze_a"}, "random"),
+        ({"task": "token_classification"}, {}, "random"),
+        ({"task": "multi_label"}, {}, "random"),
+        ({"task": "causal_lm", "labels": ()}, {}, "random"),
+    ],
+)
+def test_a_head_starts_from_features_where_it_may_and_a_job_can_say_otherwise(asked: Any, how: Any, start: str):
+    plan = RoundPlan.read({"labels": ["a", "b"], **asked}, "test")
+    assert settle(plan, Aggregation.read(how, "test")).plan.head_start == start
+
+
 def test_a_plan_that_held_what_follows_from_it_is_still_read():
     plan = TaskPlan.read(json.loads(BEFORE), "test")
     assert (plan.rest, plan.factors, plan.label_statistics, plan.counts) == ("none", "A", ("skew",), ("examples",))
     how = Aggregation(merge="alternate", weigh=["examples", "skew"])
     asked = {name: value for name, value in json.loads(BEFORE).items() if name not in FOLLOWS}
-    assert settle(RoundPlan.read(asked, "test"), how).of_round(1) == plan
+    again = settle(RoundPlan.read({**asked, "head_start": "random"}, "test"), how).of_round(1)
+    assert again == plan.model_copy(update={"head_start": "random"})  # there was no other start
 
 
 RANKS = st.integers(1, 9)

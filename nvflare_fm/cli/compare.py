@@ -111,7 +111,8 @@ def robustness(
 
     An attack or guard is a name, several joined by +, or JSON with settings: '[{"rule": "sign_flip", "far": 1}]'. The
     attack `none` has honest sites alone, and `absent` leaves out those that would attack. The guard `none` is no guard,
-    and `default` is that of a job that names none. A JSON object without `rule` sets other settings of the aggregation:
+    and `default` is that of a job that names none; `default, head from features` has `head_start = features` as well,
+    and a learning rate of 0.001. A JSON object without `rule` sets other settings of the aggregation:
     '{"merge": "freeze_a"}'.
     """
     from ..compare import robustness as study_of

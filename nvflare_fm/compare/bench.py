@@ -141,6 +141,7 @@ class Bench:
                 "peft": peft,
                 "training": training,
                 "privacy": privacy,
+                "head_start": None if none else method.head_start,
                 "uplink": method.codec,
                 "downlink": method.codec,
             }

@@ -35,7 +35,13 @@ from transformers import AutoConfig, AutoModel
 from ..errors import ConfigError, DataError
 from ..site.offer.site_config import Privacy
 
-OPEN = Privacy(min_examples=1, min_update_rows=1, min_metric_rows=1, counts=("examples", "tokens"))  # of public data
+OPEN = Privacy(  # of public data
+    min_examples=1,
+    min_update_rows=1,
+    min_metric_rows=1,
+    counts=("examples", "tokens"),
+    label_statistics=("features",),
+)
 CUT = 1000  # characters of an answer; every benchmark reads fewer tokens than that
 RawRow = dict[str, Any]
 

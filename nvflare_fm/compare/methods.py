@@ -34,6 +34,7 @@ class Method:
         peft: the PEFT method and its settings; empty: LoRA at `rank`.
         training: training settings that differ from the defaults.
         privacy: differential privacy of what each site sends; empty: none.
+        head_start: first values of the head.
         at_home: share of the rounds, the last ones, in which each site trains by itself, for itself.
         personal: steps that each site trains on for itself after the last round, in multiples of those of all rounds.
         slow: rounds that every third site takes for one.
@@ -53,6 +54,7 @@ class Method:
     peft: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
+    head_start: str = "random"
     at_home: float = 0.0
     personal: float = 0.0
     slow: int = 1
@@ -111,6 +113,7 @@ FEWER_BYTES = {  # ours at those of FedIT and below; at the rates of ours
     "ours, rank 4": Method(rank=4),
     "ours, rank 4, int8": Method(rank=4, codec=("int8",)),
 }
+FROM_FEATURES = "ours, head from features"
 PARTS = {
     "ours, by examples": Method(Aggregation(weigh=("examples",))),
     "ours, plain steps": Method(Aggregation(step="plain")),
@@ -152,7 +155,7 @@ AT_EPSILON = {  # peers' weights by examples would tell how many rows a site has
 METHODS = {
     OURS: Method(), "ours, head alone": HEAD_ALONE,
     **PEERS, AT_HOME: Method(at_home=0.5), ITS_OWN: Method(personal=1.0),
-    **OWN_RATE, **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
+    **OWN_RATE, FROM_FEATURES: Method(head_start="features"), **PARTS, **PRECISIONS, **SLOW, **AT_EPSILON,
     **WITH_OUR_HEAD, **WITH_HEAD_RATE, **AT_BYTES_OF_OURS, **FEWER_BYTES,
 }  # fmt: skip
 BASELINES = {
@@ -174,7 +177,8 @@ FAIR = {  # whether text is written → what is compared besides, so that neithe
 
 def compared(task: str) -> list[str]:
     """The methods that the docs compare on a task."""
-    return [*COMPARED, "FedIT, rank 4, trained as ours", *FAIR[promises(task).learns_text], *FEWER_BYTES]
+    starts = [] if promises(task).learns_text else [FROM_FEATURES]
+    return [*COMPARED, *starts, "FedIT, rank 4, trained as ours", *FAIR[promises(task).learns_text], *FEWER_BYTES]
 
 
 def tuned_as(method: str) -> str:

@@ -45,7 +45,8 @@ PEER_RATES = {"banking77-0": 2e-2, "banking77-0.1": 2e-2, "medquad-types": 1e-2,
 PEERS: dict[str, Callable[[Sequence[AdapterUpdate], int], Adapter] | None] = {
     "FedIT": None, "FedIT, median of factors": peers.factor_median, "FedIT, Krum on factors": peers.factor_krum,
 }  # fmt: skip
-UNGUARDED, DEFAULT = "none", "default"
+UNGUARDED, DEFAULT, STARTED = "none", "default", "default, head from features"
+START_RATE = 1e-3  # of a head that is good from the start
 ROUNDS, STEPS, BATCH = 12, 5, 16  # about a minute of one core where five sites train MiniLM's first two layers
 PRECISION: tuple[Quantization, ...] = ("fp32",)  # of the base model: quantization is no question here
 TRIES = 100  # rows that a round is chosen by
@@ -65,14 +66,16 @@ def aggregation(guard: str, attack: Attack) -> Aggregation:
     """How adapters become one.
 
     Args:
-        guard: `none`, `default`, guards as `named_rules` reads them, or settings of the aggregation as a JSON object,
-            for what is no guard: `{"merge": "NAME"}`.
+        guard: `none`, `default`, the same with a head from features, guards as `named_rules` reads them, or settings of
+            the aggregation as a JSON object, for what is no guard: `{"merge": "NAME"}`.
         attack: of one that lies, sites weigh by their examples: a lie about them matters nowhere else.
 
     Raises:
         ConfigError: an unknown guard or setting.
     """
-    asked: dict[str, Any] = {} if guard == DEFAULT else {"guard": () if guard == UNGUARDED else named_rules(guard)}
+    asked: dict[str, Any] = (
+        {} if guard in (DEFAULT, STARTED) else {"guard": () if guard == UNGUARDED else named_rules(guard)}
+    )
     if len(rules := asked.get("guard", ())) == 1 and isinstance(rules[0], Mapping) and "rule" not in rules[0]:
         asked = {"guard": (), **rules[0]}
     if attack.lies:
@@ -157,7 +160,9 @@ class AttackedRun:
             asked = peer.aggregation.model_copy(update={"weigh": weigh, "guard": ()})
             return replace(peer, aggregation=asked, quantizations=PRECISION)
         how = aggregation(self.guard, self.asked)
-        return Method(how, rank=0 if merge.choose(how.merge).mixed_ranks else 4, quantizations=PRECISION)
+        start = "features" if self.guard == STARTED else "random"
+        rank = 0 if merge.choose(how.merge).mixed_ranks else 4
+        return Method(how, rank=rank, quantizations=PRECISION, head_start=start)
 
     @cached_property
     def digest(self) -> str:
@@ -343,9 +348,7 @@ def _counted(rounds: Sequence[Combined], sites: Mapping[str, Worker]) -> dict[st
 
 
 def _left(combined: Combined, site: str) -> float:
-    if site in combined.refused:
-        return 0.0
-    return combined.guarded[site].multiplier if site in combined.guarded else 1.0
+    return combined.guarded[site].multiplier if site in combined.guarded else float(site in combined.weights)
 
 
 def default_attacks() -> list[str]:
@@ -371,7 +374,7 @@ def runs(
         ConfigError: an unknown attack, guard or setting, or too many attackers.
     """
     found = [
-        AttackedRun(study, attack, guard, rates[guard in PEERS], seed, attackers)
+        AttackedRun(study, attack, guard, START_RATE if guard == STARTED else rates[guard in PEERS], seed, attackers)
         for seed in seeds
         for guard in asked
         for attack in attacks

@@ -1,6 +1,6 @@
 """The workflow that trains: round after round the sites train, and their adapters are merged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from nvflare.app_common.utils.tensor_disk_offload_context import (
 from pydantic import Field
 
 from .. import transforms
-from ..adapter import Adapter, RoundTask
+from ..adapter import Adapter, AdapterUpdate, RoundTask
+from ..aggregation.admit import Terms, check_terms, check_values
 from ..aggregation.cohort import drawn
+from ..aggregation.head_start import Start, check_sums, head_start
 from ..aggregation.needed import needed
 from ..aggregation.step import Memory
 from ..config import SITES, RoundPlan, RoundSettings, SiteOverrides
@@ -29,7 +31,10 @@ from ..job.feasible import check_best, check_fewest
 from ..job.settle import settle
 from ..job.synthetic import check_labels
 from ..privacy import clients
+from ..record.reason import Reason
+from ..synthesis.features import NAMES
 from ..transforms.packed import pack
+from ..untrusted import printable
 from . import wire
 from .aggregator import AdapterAggregator
 from .arguments import Arguments, Id, taking
@@ -102,6 +107,8 @@ class FedPEFT(Rounds):
                 code="client_best",
             )
         self.best: float | None = None
+        self._sums: dict[str, AdapterUpdate] = {}  # of the sites, before the first round
+        self._apart: dict[str, Reason] = {}  # sites that the job goes on without
 
     # --- one round after the other
 
@@ -123,10 +130,14 @@ class FedPEFT(Rounds):
         if self.settled.plan.synthetic.asked:  # before a round is lost: the sites have the same file
             check_labels(self.settled.plan, self._brought(self.settled.plan.synthetic.digest))
         model = self.load_model()
-        for number in range(self._first_round(model), self.num_rounds):
+        first = self._first_round(model)
+        start = None if model.params else self._head_start()
+        if self.abort_signal.triggered:
+            return
+        for number in range(first, self.num_rounds):
             self.set_fl_context(FLModel(params={}, current_round=number, total_rounds=self.num_rounds))
             self.event(AppEventType.ROUND_STARTED)
-            self._train(model, number)
+            self._train(model, number, start)
             if self.abort_signal.triggered:
                 return
             self.event(AppEventType.BEFORE_AGGREGATION)
@@ -186,16 +197,54 @@ class FedPEFT(Rounds):
 
     def _free_sites(self, number: int) -> list[str]:
         """The sites of a round: of those that are free, all or as many as are drawn; in the order of their names."""
-        return drawn(self._free(), self.sites_per_round, self.settled.plan.seed, number)
+        return drawn(self._free() - self._apart.keys(), self.sites_per_round, self.settled.plan.seed, number)
 
-    def _train(self, model: FLModel, number: int) -> None:
-        """Has the sites train from `model`; returns when the round is over."""
+    def _head_start(self) -> Start | None:
+        """The start of the head, from sums over the sites' features; nothing where no site tells, or none is asked."""
+        if self.settled.plan.head_start != "features":
+            return None
+        task, self._sums = RoundTask(self.settled.summing, total_rounds=self.num_rounds), {}
+        sites = sorted(self._free())
+        self._ask(task, wire.write_task(task), AppConstants.TASK_TRAIN, sites, partial(self._came, task))
+        if self.abort_signal.triggered:
+            return None
+        if not self._sums:
+            self.info(
+                "no site tells of its features (privacy.label_statistics), so the head starts from random numbers"
+            )
+            return None
+        updates, self._sums = [*self._sums.values()], {}
+        if not (start := self._fitted(updates)):
+            return None
+        for site, reason in start.refused.items():
+            self.warning(f"of {site} no features count: {reason}")
+        self._apart = {site: start.refused[site] for site in start.mislabelled}
+        counted = ", ".join(f"{site} {share:.3g}" for site, share in start.shares.items())
+        self.info(f"the head starts from features; a row counts so often, by site: {counted}")
+        return start
+
+    def _fitted(self, updates: Sequence[AdapterUpdate]) -> Start | None:
+        """The head that follows from the sites' sums; nothing where none does: no sums end the job."""
+        try:
+            return head_start(updates)
+        except FmError as error:
+            why = error.message
+        except Exception as error:  # what no check foresaw must not end the job
+            why = f"{type(error).__name__}: {printable(str(error))}"
+        self.warning(f"no head follows from the sites' features ({why}), so it starts from random numbers")
+        return None
+
+    def _train(self, model: FLModel, number: int, start: Start | None) -> None:
+        """Has the sites train from `model`, or where there is none from `start`; returns when the round is over."""
         saved = wire.read_saved(model.params, model.meta, "the server")
         adapter, manifest = (saved.adapter, saved.manifest) if saved else (Adapter(), None)
         whole = RoundTask(self.settled.of_round(number), adapter, manifest, number, self.num_rounds)
         task, message = self._encoded(whole)
+        if start and not saved:
+            message = wire.write_task(replace(whole, adapter=start.adapter, manifest=start.manifest))
         self.aggregator.begin(task, self.settled, whole.adapter if whole.plan.downlink else None)
         self._ask(task, message, AppConstants.TASK_TRAIN, self._free_sites(number), partial(self._came, task))
+        self.ledger.out |= self._apart
 
     def _encoded(self, task: RoundTask) -> tuple[RoundTask, FLModel]:
         """The task as the sites read it, and the message, encoded once for all of them."""
@@ -207,6 +256,8 @@ class FedPEFT(Rounds):
 
     def _take(self, result: FLModel, trained_in: RoundTask | None = None) -> bool:
         site = result.meta["client_name"]
+        if (asked := trained_in or self._open) and asked.plan.sums:
+            return self._too_late(site) if trained_in else self._tells(result, site)
         if trained_in and not (wire.refused(result) or self.standing.counts(trained_in, self.ledger.round)):
             return self._too_late(site)
         if not self._counted(result, partial(self.aggregator.accept_model, result, trained_in)):
@@ -214,6 +265,23 @@ class FedPEFT(Rounds):
         of = f" round {trained_in.round}" if trained_in else f", {self.ledger.usable()} of {len(self.ledger.asked)}"
         self.info(f"round {self.ledger.round}: {site} answered{of}")
         return True
+
+    def _tells(self, result: FLModel, site: str) -> bool:
+        """Whether a site told of its features; that it keeps them to itself is nothing to worry about."""
+        if reason := wire.refused(result):
+            self.info(f"{site} tells nothing of its features: {reason}")
+            self.ledger.out[site] = Reason.of("refused", reason)
+            return False
+        return self._counted(result, partial(self._take_sums, result, site))
+
+    def _take_sums(self, result: FLModel, site: str) -> None:
+        settled = self.settled
+        update = wire.read_update(result, site, settled.plan.labels, NAMES)
+        terms = Terms(settled.plan.task, str(settled.plan.peft["method"]), settled.plan.fingerprint, pairs=False)
+        check_terms(update, terms, Adapter(), None)
+        check_values(update)
+        check_sums(update, len(settled.plan.labels))
+        self._sums[site] = update
 
     # --- the end of a round
 

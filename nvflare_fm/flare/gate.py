@@ -10,7 +10,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from ..config import SiteOverrides
+from ..config import SiteOverrides, TaskPlan
 from ..errors import FmError, PolicyError
 from ..job.at_home import at_home
 from ..privacy.egress import Asked
@@ -60,7 +60,7 @@ class Gate:
             plan, trains = self.overrides.applied(asked), task_name == AppConstants.TASK_TRAIN
             sends = not (trains and wire.rounds_over(model))
             plan = plan if sends else at_home(plan)
-            work = f"a vote on {plan.votes} candidates for {plan.task}" if plan.votes else plan.task
+            work = _work(plan)
             about = f"{work} with model {plan.model[:80]!r} on data {plan.data[:80]!r}"
             decision = accept(decide(plan, self.config, who, self.processes, trains, sends))
             _hand_over(decision, model, task)
@@ -112,6 +112,12 @@ class Gate:
     def _audit(what: str, fl_ctx: FLContext) -> None:
         """One line, whatever a job's values hold: line breaks and terminal codes are written out, and it is cut."""
         add_job_audit_event(fl_ctx, msg=f"nvflare_fm {written_out(what)}")
+
+
+def _work(plan: TaskPlan) -> str:
+    if plan.votes:
+        return f"a vote on {plan.votes} candidates for {plan.task}"
+    return f"sums over features for {plan.task}" if plan.sums else plan.task
 
 
 def written_out(text: str, most: int = 2000) -> str:

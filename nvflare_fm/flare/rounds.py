@@ -112,7 +112,7 @@ class Rounds(ModelController):
         self, task: RoundTask, message: FLModel, name: str, sites: list[str], callback: Callable[[FLModel], bool]
     ) -> None:
         """Sends a task to all sites at once, and returns when the round is over."""
-        self.ledger = Ledger(task.round, self.num_rounds, sites, task.adapter.bytes_sent())
+        self.ledger = Ledger(task.round, self.num_rounds, sites, wire.bytes_of(message))
         self._show()
         self._open = task
         self.send_model(task_name=name, data=message, targets=sites, callback=callback)

@@ -100,6 +100,11 @@ def write_task(task: RoundTask, packed: Packed | None = None) -> FLModel:
     return model
 
 
+def bytes_of(model: FLModel) -> int:
+    """How many bytes the tensors of a message of ours take."""
+    return sum(tensor.nbytes for tensor in (model.params or {}).values())
+
+
 def read_task(model: FLModel) -> RoundTask:
     """The inverse of `write_task`, and of `write_submission`: what is to be trained or measured.
 

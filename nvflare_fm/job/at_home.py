@@ -32,6 +32,7 @@ def at_home(plan: TaskPlan) -> TaskPlan:
             "privacy": PrivacySettings(),
             "synthetic": SyntheticSettings(),
             "votes": 0,
+            "sums": False,
             "uplink": (),
             "negotiable": tuple(dict.fromkeys((*plan.negotiable, "local_steps"))),
             "rest": "tail",

@@ -65,6 +65,10 @@ def _noised(job: Job) -> bool:
     return job.aggregation.client_privacy.asked
 
 
+def _starts(job: Job) -> bool:
+    return job.plan.head_start == "features"
+
+
 def _reads(needs: Needs) -> bool:
     return replace(needs, canonical=False) != Needs()
 
@@ -235,6 +239,14 @@ CLASHES = (
         "no noise covers the loss on a site's own rows",
         "leave weigh out, which is uniform",
     ),
+    Clash(
+        "head_start_task",
+        "`head_start = features`",
+        "a task other than `sequence_classification`",
+        lambda job: _starts(job) and not job.task.one_label,
+        "it is about texts that have one label each",
+        "leave it out",
+    ),
     *(Clash(each.code, "`privacy`", each.that, partial(_unfit, each), each.why, each.remedy) for each in private.UNFIT),
     Clash(
         "no_linear_sum",
@@ -267,6 +279,14 @@ CLASHES = (
         lambda job: job.encrypts and bool(job.plan.downlink),
         "the server sends the sum back as it is, encrypted",
         "leave downlink out",
+    ),
+    Clash(
+        "encrypted_head_start",
+        "an encrypted uplink",
+        "`head_start = features`",
+        lambda job: job.encrypts and _starts(job),
+        "the server fits the head to sums that it must read",
+        "leave head_start out",
     ),
     Clash(
         "uplink_only",
@@ -308,6 +328,14 @@ CLASHES = (
         lambda job: _noised(job) and bool(job.aggregation.normalize_steps or job.aggregation.max_staleness),
         "each change counts the same, once, in its own round",
         "leave them out",
+    ),
+    Clash(
+        "client_head_start",
+        "`client_privacy`",
+        "`head_start = features`",
+        lambda job: _noised(job) and _starts(job),
+        "no noise covers the sums that the head follows from",
+        "leave head_start out",
     ),
     Clash(
         "client_encrypted",

@@ -51,6 +51,13 @@ UNFIT = (
         "leave them out",
     ),
     Unfit(
+        "private_head_start",
+        "`head_start = features`",
+        lambda plan: plan.head_start == "features",
+        "no noise covers the sums that a site would send",
+        "leave head_start out",
+    ),
+    Unfit(
         "private_counts",
         "a rule that needs counts or label statistics of a site",
         lambda plan: bool(plan.counts or plan.label_statistics),

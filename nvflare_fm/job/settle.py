@@ -19,6 +19,7 @@ from .feasible import check_plan
 from .peft import PeftMethod, check_training, complete, read
 from .tasks import promises
 
+_FEW_CLASSES = 3
 CHECKED = ("rank", "lora_alpha", "local_steps")  # of what a job asks of one site: its updates are held to it
 
 
@@ -52,6 +53,13 @@ class SettledPlan:
         """Make the plan that round `number` sends, with the factors that it trains."""
         turns = self.rule.factors
         return self.plan.model_copy(update={"factors": turns[number % len(turns)]})
+
+    @property
+    def summing(self) -> TaskPlan:
+        """The plan by which sites tell of their features, before the first round. Those that do not tell train all the
+        same.
+        """
+        return self.plan.model_copy(update={"sums": True, "label_statistics": ("features",)})
 
     def merged_rank(self, ranks: Iterable[int]) -> int:
         """Compute the global adapter's rank after sites have trained at `ranks`.
@@ -115,6 +123,7 @@ def settle(plan: RoundPlan, aggregation: Aggregation, sites: Mapping[str, SiteOv
             **dict(plan),
             "peft": complete(plan.peft),
             "training": _with_head(plan, method),
+            "head_start": _start_of_head(plan, aggregation, encrypts),
             "rest": rule.rest if method.side_adapter else "none",
             "factors": rule.factors[0],
             "shares": rule.shares,
@@ -186,16 +195,25 @@ def _counts(plan: RoundPlan, aggregation: Aggregation, needs: Needs) -> tuple[st
 
 
 def _with_head(plan: RoundPlan, method: PeftMethod) -> TrainingSettings:
-    """How far a head moves where the job does not say: a fresh one hears little of most classes in a round. Methods
-    without factors want rates of their own, at which eight times would be too far; a head alone has no other rate.
-    Under privacy it takes few steps of many rows, and so longer ones.
+    """How far a head moves where the job does not say: a fresh one hears little of most classes in a round, but where
+    texts have one of two or three, each batch holds all. Methods without factors want rates of their own, at which
+    eight times would be too far; a head alone has no other rate. Under privacy it takes few steps of many rows, and so
+    longer ones.
     """
     given = plan.training
     if given.head_lr_ratio is not None:
         return given
-    apart = promises(plan.task).classes and given.optim != "sgd" and (method.factored or not method.adapts)
+    task = promises(plan.task)
+    few = method.adapts and task.one_label and len(plan.labels) <= _FEW_CLASSES
+    apart = task.classes and not few and given.optim != "sgd" and (method.factored or not method.adapts)
     ratio = (48.0 if plan.privacy.asked and not method.adapts else 8.0) if apart else 0.0
     return given.model_copy(update={"head_lr_ratio": ratio})
+
+
+def _start_of_head(plan: RoundPlan, aggregation: Aggregation, encrypts: bool) -> str:
+    """Where a new head starts: the job's own choice, or from features where it may; the sites decide what they tell."""
+    kept = plan.privacy.asked or aggregation.client_privacy.asked or encrypts
+    return plan.head_start or ("features" if promises(plan.task).one_label and not kept else "random")
 
 
 def _one_rank(rule: MergeRule, method: PeftMethod) -> bool:

@@ -22,7 +22,7 @@ FILE = "synthetic.jsonl"  # in the folder of an app's configuration
 def takes(task: str) -> bool:
     """Whether a task can use synthetic rows: it writes a text, or chooses one label for a text."""
     known = promises(task)
-    return (known.learns_text and not known.paired) or (known.exclusive and not known.per_token)
+    return (known.learns_text and not known.paired) or known.one_label
 
 
 def read_brought(folder: Path, digest: str) -> CandidateSet:

@@ -44,6 +44,11 @@ class Promises:
     texts_per_row: int = 1
 
     @property
+    def one_label(self) -> bool:
+        """Whether each text has exactly one of the classes."""
+        return self.exclusive and not self.per_token
+
+    @property
     def paired(self) -> bool:
         """Whether two texts of a row are compared."""
         return self.texts_per_row == 2

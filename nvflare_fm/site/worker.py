@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 
 from .. import transforms
 from ..adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTask
@@ -29,7 +30,7 @@ from ..synthesis.candidates import CandidateSet
 from ..synthesis.vote import noised
 from ..transforms import Chain
 from ..transforms.packed import Packed, pack
-from . import synthetic
+from . import head_start, synthetic
 from .audit import gate
 from .audit.gate import Compared
 from .data import loading as data
@@ -139,13 +140,15 @@ class Worker:
             torch.set_num_threads(config.limits.threads)
 
     def train(self, task: RoundTask) -> AdapterUpdate:
-        """Train for one round, starting from the task's adapter; or vote, where that is what the plan asks.
+        """Train for one round, starting from the task's adapter; or vote or sum up, where that is what the plan asks.
 
         Raises:
             FmError: the site does not allow the task, cannot carry it out, or was told to stop.
         """
         with memory.given_back(), memory.explained(task.plan):
-            return self._vote(task) if task.plan.votes else self._train(task)
+            if task.plan.votes:
+                return self._vote(task)
+            return self._sums(task) if task.plan.sums else self._train(task)
 
     def _train(self, task: RoundTask) -> AdapterUpdate:
         job = self._job(task, trains=True)
@@ -227,11 +230,33 @@ class Worker:
         with base.lent(), self._within_time() as stop:
             counts = synthetic.count(rows, own, base, plan, stop)
         noisy = noised(counts, protection.events[0].noise_multiplier)
-        method = str(plan.peft["method"])
+        return self._told_of(job, {VOTES: noisy}, protection)
+
+    def _sums(self, task: RoundTask) -> AdapterUpdate:
+        """Sum up what the frozen base model makes of the site's rows, for the start of the head.
+
+        Raises:
+            PolicyError: too few rows have a label that has enough of them.
+        """
+        head_start.check_task(task.plan.task)
+        job = self._job(task, trains=True)
+        plan, base, privacy = job.plan, job.base, self.config.privacy
+        places = head_start.spread(len(job.data.train))
+        contents, rows = [job.data.contents[0][place] for place in places], job.data.train.select(places)
+        chosen = head_start.enough(rows["labels"], contents, privacy.min_metric_rows)
+        if len({contents[place] for place in chosen}) < privacy.min_update_rows:
+            raise few_update_rows(privacy)
+        with base.lent(), self._within_time() as stop:
+            found = head_start.sums(base, rows.select(chosen), plan, stop)
+        return self._told_of(job, found.tensors())
+
+    def _told_of(self, job: Job, tensors: dict[str, Tensor], protection: Protection | None = None) -> AdapterUpdate:
+        """What is sent in place of an adapter."""
+        plan, base = job.plan, job.base
         return AdapterUpdate(
             self.site,
-            Adapter(dense={VOTES: noisy}),
-            Manifest(base.fingerprint, plan.task, method, "", plan.labels, **base.tokenization),
+            Adapter(dense=tensors),
+            Manifest(base.fingerprint, plan.task, str(plan.peft["method"]), "", plan.labels, **base.tokenization),
             Report(quantization=plan.quantization, max_weight=self.config.limits.max_weight, lowered=job.lowered),
             protection=protection,
         )
@@ -412,7 +437,11 @@ class Worker:
         plan = job.plan
         if plan.rest == "none" and plan.evaluation.before:
             plan = plan.model_copy(update={"rest": "tail"})
-        model = job.attachment.attach(job.base, task.adapter, plan, task.round, self.state.own.read())
+        start = task.adapter if head_start.is_start(task.adapter) else None
+        adapter = Adapter() if start else task.adapter
+        model = job.attachment.attach(job.base, adapter, plan, task.round, self.state.own.read())
+        if start:
+            head_start.fill(model, job.base, start.dense)
         check_trained(*trained_modules(model, job.base.heads), self.config.limits)
         return model
 
@@ -438,8 +467,8 @@ class Worker:
         asked = self.overrides.applied(task.plan)
         decision = accept(fit(asked if sends else at_home(asked), self.config, world, trains, sends))
         plan, privacy = decision.plan, self.config.privacy
-        measures = not plan.votes and (not trains or plan.evaluation.before or plan.evaluation.after)
-        trains = trains and not plan.votes
+        measures = not (plan.votes or plan.sums) and (not trains or plan.evaluation.before or plan.evaluation.after)
+        trains = trains and not (plan.votes or plan.sums)
         kind, attachment = tasks[plan.task], attachment_of(plan.peft, self._states)
         check_training(attachment.method, plan.training)
         if trains:

@@ -1,114 +1,127 @@
-"""Features instead of texts: class-conditional Gaussians of a frozen encoder's embeddings, under DP, start a head.
+"""A head in closed form: sums over what a frozen base model makes of each class's texts, instead of texts.
 
-After FedPFT (arXiv:2402.01862). Each site sends, once, sums over its rows: of the embeddings of each class, of the rows
-of each class, and of the squares of all embeddings, for one diagonal covariance that the classes share. Whoever adds or
-removes one unit moves all of that together by at most 1 in ℓ₂, so one Gaussian mechanism protects it (`vote.noised`).
+Sites' sums add up to those of all rows in one place, and the head follows from the sums alone: it is that of pooled
+rows, however labels and topics are spread over sites (Fed3R, arXiv:2402.07155; FedPFT, arXiv:2402.01862). The classes
+are taken for Gaussians of one covariance, which makes the head a linear discriminant analysis.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-COUNTS, SQUARES = 0.5, 0.5  # weights beside the sums' 1: what is not spent on sums makes counts and spread less noisy
-_SCALE = (1 + COUNTS**2 + SQUARES**2) ** -0.5
-_LEAST_SPREAD = 1e-6
+SUMS, COUNTS, SQUARES = NAMES = "head_start.sums", "head_start.counts", "head_start.squares"  # as they travel
+WEIGHT, BIAS, CONSTANT = START = "head_start.weight", "head_start.bias", "head_start.constant"
+_PRECISION = 1e-4
+WIDEST = 2**13  # features; their products are 256 MiB
 
 
 @dataclass(frozen=True)
-class Gaussians:
-    """What a class's embeddings look like.
+class Sums:
+    """What a site tells of its rows' features.
 
     Args:
-        means: a row for each class; of a class without enough rows it is 0.
-        counts: rows of each class, as the noise leaves them, at least 0.
-        variance: of each coordinate, for all classes.
+        sums: of each class, (classes, width).
+        counts: rows of each class, (classes,).
+        squares: the sum over all rows of the products of two features, (width, width).
     """
 
-    means: Tensor
+    sums: Tensor
     counts: Tensor
-    variance: Tensor
+    squares: Tensor
+
+    @classmethod
+    def none(cls, classes: int, width: int) -> "Sums":
+        """Those of no row, in float64."""
+        shapes = (classes, width), (classes,), (width, width)
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> "Sums":
+        """The inverse of `tensors`, in float64."""
+        return cls(*(tensors[name].double() for name in NAMES))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they travel, in float32."""
+        return {name: value.float() for name, value in zip(NAMES, vars(self).values(), strict=True)}
+
+    def add(self, features: Tensor, labels: Sequence[int]) -> None:
+        """Add rows, in place.
+
+        Args:
+            features: (rows, width).
+            labels: of the rows, 0 to below the number of classes.
+        """
+        points, places = features.double(), torch.tensor(list(labels), dtype=torch.long)
+        self.sums.index_add_(0, places, points)
+        self.counts.index_add_(0, places, torch.ones(len(points), dtype=torch.float64))
+        self.squares.addmm_(points.T, points)
 
 
-def moments(points: Tensor, labels: Sequence[int], units: Sequence[Hashable], classes: int) -> Tensor:
-    """Sum up what a site sends, before noise.
-
-    Args:
-        points: embeddings; one longer than 1 is cut to length 1.
-        labels: of the points, 0 to below `classes`.
-        units: whose each point is; those of one unit share its weight.
-        classes: how many there are.
-    Returns:
-        One vector in float64, of classes · (width + 1) + width numbers: sums, counts and squares, each times its
-        weight. It moves by at most 1 in ℓ₂ with a unit.
-    """
-    width = points.shape[1]
-    inside = points.double() / points.double().norm(dim=1, keepdim=True).clamp(min=1)
-    rows_of: dict[Hashable, int] = {}
-    for unit in units:
-        rows_of[unit] = rows_of.get(unit, 0) + 1
-    shares = torch.tensor([1 / rows_of[unit] for unit in units], dtype=torch.float64)
-    places = torch.tensor(list(labels), dtype=torch.long)
-    sums = torch.zeros(classes, width, dtype=torch.float64).index_add_(0, places, inside * shares[:, None])
-    counts = torch.zeros(classes, dtype=torch.float64).index_add_(0, places, shares)
-    squares = (inside.square() * shares[:, None]).sum(0)
-    sent: Tensor = _SCALE * torch.cat([sums.flatten(), COUNTS * counts, SQUARES * squares])
-    return sent
-
-
-def gaussians(total: Tensor, classes: int, sigma: float) -> Gaussians:
-    """Read the sum over all sites, with its noise, as Gaussians.
-
-    Args:
-        total: sum of the sites' noised `moments`.
-        sigma: standard deviation of the noise on each number of it. A class whose count is within twice of what noise
-            makes of none is taken for absent.
-    """
-    width = (len(total) - classes) // (classes + 1)
-    plain = total.double() / _SCALE
-    sums, rest = plain[: classes * width].view(classes, width), plain[classes * width :]
-    counts, squares = rest[:classes] / COUNTS, rest[classes:] / SQUARES
-    there = counts > max(2 * sigma / (_SCALE * COUNTS), 0.5)
-    counts = torch.where(there, counts, 0.0)
-    means = torch.where(there[:, None], sums / counts.clamp(min=1e-9)[:, None], 0.0)
-    means = means / means.norm(dim=1, keepdim=True).clamp(min=1)  # no mean of points in the ball lies outside
-    rows = counts.sum().clamp(min=1)
-    between = (counts[:, None] * means.square()).sum(0) / rows
-    return Gaussians(means, counts, (squares / rows - between).clamp(min=_LEAST_SPREAD, max=1.0))
-
-
-def drawn(found: Gaussians, per_class: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw points of each class that is there, so many of each.
-
-    Returns:
-        Points, and their classes.
-    """
-    labels = (found.counts > 0).nonzero()[:, 0].repeat_interleave(per_class)
-    noise = torch.randn(len(labels), found.means.shape[1], generator=generator, dtype=torch.float64)
-    return found.means[labels] + noise * found.variance.sqrt(), labels
-
-
-def head(points: Tensor, labels: Tensor, classes: int, decay: float = 1e-4, steps: int = 100) -> tuple[Tensor, Tensor]:
-    """Fit a linear head to points by logistic regression, from zero.
+@dataclass(frozen=True)
+class Head:
+    """A linear head: logits = features · weightᵀ + bias.
 
     Args:
-        decay: of the weights.
-        steps: of L-BFGS.
-    Returns:
-        Weight and bias, in float32.
+        weight: (classes, width).
+        bias: (classes,).
+        constant: (width,); its product with any row's features is near 1, for heads that have no bias of their own.
     """
-    weight = torch.zeros(classes, points.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss: Tensor = cross_entropy(points.double() @ weight.T + bias, labels) + decay * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+    weight: Tensor
+    bias: Tensor
+    constant: Tensor
 
-    if len(points):
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach().float(), bias.detach().float()
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> "Head":
+        """The inverse of `tensors`."""
+        return cls(*(tensors[name].float() for name in START))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they travel, in float32."""
+        return dict(zip(START, vars(self).values(), strict=True))
+
+    @property
+    def without_bias(self) -> Tensor:
+        """The weight of a head that has no bias and answers nearly the same."""
+        return self.weight + self.bias[:, None] * self.constant
+
+
+def means(total: Sums) -> Tensor:
+    """The mean of each class, (classes, width); of a class without rows it is 0."""
+    there = (total.counts > 0)[:, None]
+    return torch.where(there, total.sums / total.counts.clamp(min=1e-9)[:, None], 0.0)
+
+
+def precision(total: Sums) -> Tensor:
+    """The inverse of the covariance within the classes, (width, width).
+
+    The covariance is shrunk towards a multiple of the identity by width / rows: the fewer rows, the less is known.
+    """
+    rows, width, centers = total.counts.clamp(min=0).sum().clamp(min=1), total.sums.shape[1], means(total)
+    products = (total.squares + total.squares.T) / 2
+    covariance = (products - (total.counts.clamp(min=0)[:, None] * centers).T @ centers) / rows
+    least = _PRECISION * products.diagonal().mean() / rows  # of what differences of float32 sums tell
+    spread = covariance.diagonal().mean().clamp(min=least.clamp(min=1e-12))
+    values, vectors = torch.linalg.eigh(covariance)
+    inverse: Tensor = (
+        vectors / (values.clamp(min=0) + spread * width / rows)
+    ) @ vectors.T  # claims may be no covariance
+    return inverse
+
+
+def head(total: Sums) -> Head:
+    """Fit the head to the sum over all sites: a linear discriminant analysis. A class without rows lies in the middle.
+
+    Returns:
+        It, in float32.
+    """
+    rows, inverse = total.counts.clamp(min=0).sum().clamp(min=1), precision(total)
+    middle = total.sums.sum(0) / rows
+    apart = torch.where((total.counts > 0)[:, None], means(total) - middle, 0.0)
+    weight = apart @ inverse
+    bias = ((total.counts.clamp(min=0) + 0.5) / rows).log() - (weight * apart).sum(1) / 2 - weight @ middle
+    towards = inverse @ middle
+    constant = towards / (middle @ towards).clamp(min=1e-12)
+    return Head(*(tensor.float() for tensor in (weight, bias, constant)))

@@ -41,7 +41,7 @@ from nvflare_fm.privacy import gaussian
 from nvflare_fm.site.tasks import classification_metrics
 from nvflare_fm.site.training.fit import order
 from nvflare_fm.site.training.layerwise import LayerwiseStep
-from nvflare_fm.synthesis import candidates, features, keep, measure
+from nvflare_fm.synthesis import candidates, keep, measure
 from nvflare_fm.synthesis.add import add
 from nvflare_fm.synthesis.choose import choose, threshold
 from nvflare_fm.synthesis.embed import Encoder, embed, load
@@ -55,7 +55,6 @@ COLUMNS = (  # of a table: name in a line, factor, digits
     ("nearer", 100, 1), ("auc", 1, 3),
 )  # fmt: skip
 HEAD = ("arm", "macro-F1", "over head", "over duplicates", *(name.replace("_", " ") for name, *_ in COLUMNS))
-FEATURES, WIDTH = "features-", 32  # arms whose heads start from feature synthesis, and its directions
 STEPS, BATCH = 5, 64  # of a round, of heads alone, as in `compare`'s "ours, head alone"
 Row = dict[str, str]
 ARMS = ("none", "head", "duplicates", "zero-shot", "1", "4", "inf", "public")  # a number is the ε of the votes
@@ -212,7 +211,7 @@ class Experiment:
 
     def offered(self, arm: str) -> list[Row]:
         """What an arm offers to every site, the best first."""
-        if arm in ("none", "head", "duplicates") or arm.startswith(FEATURES):
+        if arm in ("none", "head", "duplicates"):
             return []
         if arm == "public":
             wanted = dict.fromkeys((row["label"] for row in self.split.public), self.setup.per_label)
@@ -281,8 +280,6 @@ def _heads(
         data[site] = experiment.points_of([row["text"] for row in rows]), labels
     width = next(iter(data.values()))[0].shape[1]
     state = [torch.zeros(len(classes), width), torch.zeros(len(classes))]
-    if arm.startswith(FEATURES):
-        state = _start(experiment, float(arm.removeprefix(FEATURES)))
     for number in range(rounds):
         sums = [torch.zeros_like(each) for each in state]
         for site, (points, labels) in data.items():
@@ -303,25 +300,6 @@ def _heads(
             sums = [total + part.detach() / len(data) for total, part in zip(sums, parts, strict=True)]
         state = sums
     return state[0], state[1]
-
-
-def _start(experiment: Experiment, epsilon: float) -> list[Tensor]:
-    """A head from feature synthesis, in the directions in which the candidates, which are public, differ most."""
-    classes, train = experiment.classes, experiment.split.train
-    mean = experiment.points.mean(0)
-    basis = torch.linalg.svd(experiment.points - mean, full_matrices=False).Vh[:WIDTH]
-    sigma = 0.0 if math.isinf(epsilon) else gaussian.noise_multiplier(epsilon, 1, DELTA)
-    chance = torch.Generator().manual_seed(experiment.seed)
-    total = torch.zeros(len(classes) * (WIDTH + 1) + WIDTH, dtype=torch.float64)
-    for site, rows in train.items():
-        inside = (experiment.private_points(site) - mean) @ basis.T
-        sent = features.moments(inside, [classes.index(row["label"]) for row in rows], range(len(rows)), len(classes))
-        total += noised(sent, sigma, lambda count: torch.randn(count, generator=chance, dtype=torch.float64))
-    found = features.gaussians(total, len(classes), sigma * math.sqrt(len(train)))
-    points, labels = features.drawn(found, 20, chance)
-    weight, bias = features.head(SCALE * points, labels, len(classes), 1e-3)
-    lifted = weight @ basis
-    return [lifted, bias - SCALE * lifted @ mean]
 
 
 def _scores(weight: Tensor, bias: Tensor, experiment: Experiment, test: dict[str, list[Row]]) -> dict[str, float]:
@@ -461,7 +439,7 @@ def _write(file: Path, rows: Sequence[Row]) -> None:
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """Runs of one set as a table in Markdown, means over seeds, with the difference of each seed to two of the arms."""
-    by = {arm: {line["seed"]: line for line in lines if line["arm"] == arm} for arm in (*ARMS, "features-4")}
+    by = {arm: {line["seed"]: line for line in lines if line["arm"] == arm} for arm in ARMS}
     rows = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     for arm, found in by.items():
         if not found:

@@ -66,7 +66,11 @@ def said(folder: Path, name: str, models: Mapping[str, Any], shift: int) -> dict
             "quantizations": ["nf4", "fp32"],
             "pinned_only": True,
         },
-        "privacy": {"min_examples": 20, "min_metric_rows": 1},  # three rows are held out
+        "privacy": {
+            "min_examples": 20,
+            "min_metric_rows": 1,
+            "label_statistics": ["features"],
+        },  # three rows are held out
         "welcome": {"orgs": ["company"]},
     }
 

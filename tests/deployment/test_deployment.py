@@ -55,6 +55,7 @@ REFUSED: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
 CLASSIFICATION: dict[str, Any] = {
     "task": "sequence_classification",
     "merge": "share_a",  # so each site keeps a half of its adapter to itself
+    "head_start": "features",
     "labels": LABELS,
     "data": "visits",
     # one site alone, in an order that its secret decides: at the others' rate one order in many ends in wild logits
@@ -288,6 +289,13 @@ def test_what_the_command_line_downloads_of_it_is_the_shared_half_and_nothing_el
     of_the_job = [message for message in system.sent("clinic-a") if jobs.ids["labels"].encode() in message]
     assert any(b"lora_A" in message for message in of_the_job)
     assert not any(b"lora_B" in message for message in of_the_job)
+
+
+def test_its_head_started_from_what_the_site_tells_of_its_features(jobs: Jobs, system: System):
+    assert "sums over features" in system.audit("clinic-a", jobs.ids["labels"])
+    assert any(b"head_start.sums" in message for message in system.sent("clinic-a"))
+    log = (jobs.results["labels"] / "workspace" / "log.txt").read_text()
+    assert "the head starts from features; a row counts so often, by site: clinic-a 1" in log
 
 
 def test_the_console_lists_the_job_and_knows_who_is_connected(jobs: Jobs, console: pexpect.spawn):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nvflare_fm import transforms
 from nvflare_fm.adapter import Adapter, AdapterUpdate, Report, RoundTask
+from nvflare_fm.aggregation.head_start import head_start
 from nvflare_fm.config import Rules
 from nvflare_fm.errors import FmError
 from nvflare_fm.flare import wire
@@ -34,6 +35,7 @@ from nvflare_fm.job.settle import settle
 from nvflare_fm.record.round import read_line, written
 from nvflare_fm.synthesis.candidates import read, write
 from nvflare_fm.transforms.packed import pack
+from tests.flare import test_head_start as starts
 from tests.flare import test_votes as votes
 from tests.flare.messages import MANIFEST, PLAN, adapter, update
 
@@ -405,6 +407,21 @@ def test_whatever_a_site_sends_as_its_vote_the_others_choose(by):
     assert all(row.text in votes.ROWS.texts for row in chosen.rows)
     assert read(write(chosen), "set") == chosen
     assert all(str(reason).isprintable() for reason in server.ledger.out.values())
+
+
+@given(by=st.lists(changes, min_size=1, max_size=3))
+def test_whatever_a_site_sends_as_its_sums_the_others_start(by):
+    server = FedPEFT(plan=starts.PLAN)
+    server.fl_ctx, server._open = FLContext(), RoundTask(server.settled.summing)
+    server.panic = lambda reason: pytest.fail(f"the job was ended: {reason}")
+    server.ledger = Ledger(0, 1, [*HONEST, "dogwood"], 0)
+    for site in HONEST:
+        assert server._take(starts.sums(site))
+    assert server._take(changed(starts.sums("dogwood"), by)) == ("dogwood" in server._sums)
+    start = head_start([*server._sums.values()])
+    assert {*HONEST} <= start.shares.keys()
+    assert all(bool(tensor.isfinite().all()) for tensor in start.adapter.dense.values())
+    assert all(str(reason).isprintable() for reason in (*server.ledger.out.values(), *start.refused.values()))
 
 
 # --- the site: what a hostile server sends

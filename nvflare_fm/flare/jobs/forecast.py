@@ -238,6 +238,11 @@ def _notes(job: Job, costs: list[Cost], model: Path | None, measured: bool) -> l
         return [*notes, "the adapter goes to each site once, and metrics come back; nothing is trained"]
     first = costs[0].bytes_down_first
     notes.append(f"in the first round {f'{first} bytes' if first else 'no adapter'} goes down to each site")
+    if job.plan.head_start == "features":
+        notes.append(
+            "before the first round sites that tell of their features send sums over them (head_start): 4 bytes for "
+            "each of (labels + features) × features numbers, where features is the model's hidden size"
+        )
     if any(each.steps is None for each in costs):
         notes.append("local_steps is 0: the steps of a round follow from local_epochs and each site's rows")
     elif any(each.seconds is None for each in costs):

@@ -109,7 +109,8 @@ def fit(plan: TaskPlan, site: SiteConfig, processes: int = 1, trains: bool = Tru
     Raises:
         ConfigError: the plan's PEFT settings say nothing.
     """
-    answers, trains = trains, trains and not plan.votes  # with what is learned of the rows; by training on them
+    answers = trains  # with what is learned of the rows
+    trains = trains and not (plan.votes or plan.sums)  # by training on them
     plan = plan.model_copy(update={"peft": complete(plan.peft)})
     plan, lowered, refused = _within(plan, site.limits, processes, trains)
     plan, more, closed = _synthetic(plan, site.synthetic, answers)
@@ -329,14 +330,16 @@ def few_metric_rows(privacy: Privacy) -> PolicyError:
 def _not_told(plan: TaskPlan, privacy: Privacy) -> list[PolicyError]:
     """What the job's weights need to know of the rows and the site does not tell."""
     floor = privacy.floor is not None
+    asked: dict[str, set[str]] = {"counts": {*plan.counts}, "label_statistics": {*plan.label_statistics}}
+    asked["label_statistics"] |= {"features"} if plan.sums else set()  # whatever the server says of it
     return [
         PolicyError(
-            f"this site does not tell {' and '.join(kept)}, which the job's weights need; choose other weights, or ask "
-            f"its admin to list it under privacy.{name}",
+            f"this site does not tell {' and '.join(kept)}, which the job asks for; choose other weights, "
+            f"or ask its admin to list it under privacy.{name}",
             code="kept_here",
         )
-        for name in ("counts", "label_statistics")
-        if (kept := sorted({*getattr(plan, name)} - {*(() if floor else getattr(privacy, name))}))
+        for name, told in asked.items()
+        if (kept := sorted(told - {*(() if floor else getattr(privacy, name))}))
     ]
 
 

@@ -190,7 +190,9 @@ class Privacy(Settings):
         "rows; empty: none.",
     )
     label_statistics: LabelStatistics = Field(
-        (), description="Statistics of the labels that may leave: skew, their distance from even; empty: none."
+        (),
+        description="Statistics of the labels that may leave: skew, their distance from even; features, for each label "
+        "with at least min_metric_rows rows the sum of what the base model makes of its texts; empty: none.",
     )
     max_epsilon: float | None = Field(
         None,

@@ -1,0 +1,142 @@
+"""The start of a head at the server: no site is believed what no rows could be, and none decides alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvflare_fm.adapter import Adapter, AdapterUpdate
+from nvflare_fm.aggregation.head_start import Start, check_sums, head_start
+from nvflare_fm.errors import WireError
+from nvflare_fm.synthesis.features import COUNTS, SQUARES, SUMS, Head, Sums, head
+from tests.codes import refused
+from tests.strategies import identical, update
+from tests.synthesis.test_features import rows, summed
+
+sizes = st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
+
+
+def said(site: str, sums: Sums) -> AdapterUpdate:
+    return update(site, Adapter(dense=sums.tensors()))
+
+
+@given(sizes, st.sampled_from([1e-3, 1.0, 1e3]))
+def test_sums_of_rows_are_believed(size, scale):
+    points, labels = rows(*size)
+    check_sums(said("alder", summed(scale * points, labels, size[2])), size[2])
+
+
+HONEST = summed(*rows(40, 3, 2, 0), 2).tensors()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({COUNTS: torch.tensor([-1.0, 5.0])}, "sums_impossible"),
+        ({COUNTS: torch.zeros(2), SUMS: torch.zeros(2, 3)}, "sums_impossible"),
+        ({COUNTS: 1e-3 * HONEST[COUNTS]}, "sums_impossible"),  # so few rows cannot have such sums
+        ({SUMS: 100 * HONEST[SUMS]}, "sums_impossible"),
+        ({SQUARES: -HONEST[SQUARES]}, "sums_impossible"),
+        ({SQUARES: HONEST[SQUARES] + 1e4 * (1 - torch.eye(3))}, "sums_impossible"),
+        ({COUNTS: torch.ones(3)}, "sums_shape"),
+        ({SUMS: torch.ones(3, 3)}, "sums_shape"),
+        ({SUMS: torch.ones(6)}, "sums_shape"),
+        ({SQUARES: torch.ones(3, 4)}, "sums_shape"),
+        ({SUMS: torch.ones(2, 0), SQUARES: torch.ones(0, 0)}, "sums_shape"),
+        ({SUMS: torch.ones(2, 2**13 + 1)}, "sums_shape"),
+    ],
+)
+def test_what_no_rows_could_have_is_refused(changed, code):
+    with refused(code, WireError):
+        check_sums(update("alder", Adapter(dense={**HONEST, **changed})), 2)
+
+
+def test_the_head_is_that_of_all_sites_rows():
+    points, labels = rows(60, 3, 2, 3)
+    updates = [said(name, summed(points[i::3], labels[i::3], 2)) for i, name in enumerate(("c", "a", "b"))]
+    start = head_start(updates)
+    assert (start.refused, start.shares) == ({}, {"a": 1.0, "b": 1.0, "c": 1.0})
+    assert start.manifest == updates[0].manifest
+    found, whole = Head.read(start.adapter.dense), head(summed(points, labels, 2))
+    assert torch.allclose(found.weight, whole.weight, atol=1e-3)
+    assert torch.allclose(found.bias, whole.bias, atol=1e-3)
+    assert identical(start.adapter, head_start(updates[::-1]).adapter)
+
+
+def test_a_site_counts_as_twice_the_median_of_the_others_at_most():
+    sums = {name: summed(*rows(20, 3, 2, seed), 2) for seed, name in enumerate("abcd")}
+    many = Sums(*(1e6 * value for value in vars(sums["d"]).values()))
+    others = [said(name, sums[name]) for name in "abc"]
+    start = head_start([*others, said("d", many)])
+    assert start.shares == {"a": 1.0, "b": 1.0, "c": 1.0, "d": pytest.approx(2e-6)}
+    twice = Sums(*(2 * value for value in vars(sums["d"]).values()))
+    found, expected = start.adapter, head_start([*others, said("d", twice)]).adapter
+    assert all(torch.allclose(found.dense[n], expected.dense[n], rtol=1e-3, atol=1e-3) for n in expected.dense)
+
+
+def test_features_of_another_base_model_do_not_count():
+    honest = [said(name, summed(*rows(20, 3, 2, seed), 2)) for seed, name in enumerate("abc")]
+    points, labels = rows(20, 3, 2, 9)
+    others = {
+        "d": summed(torch.cat([points, points], 1), labels, 2),
+        "e": summed(10 * points, labels, 2),
+        "f": summed(points / 10, labels, 2),
+    }
+    start = head_start([*honest, *(said(name, sums) for name, sums in others.items())])
+    assert {*start.shares} == {*"abc"}
+    codes = {site: reason.code for site, reason in start.refused.items()}
+    assert codes == {"d": "other_layers", "e": "other_features", "f": "other_features"}
+    assert identical(start.adapter, head_start(honest).adapter)
+
+
+def labelled(sites: int, seed: int, classes: int = 24) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Rows of sites that hold some of the labels each, and mean the same by them."""
+    generator = torch.Generator().manual_seed(seed)
+    middles, found = 3 * torch.randn(classes, 8, generator=generator), {}
+    for place in range(sites):
+        held = torch.randperm(classes, generator=generator)[: classes * 2 // 3]
+        labels = held.repeat(6)
+        found[f"site-{place}"] = (middles[labels] + torch.randn(len(labels), 8, generator=generator), labels.tolist())
+    return found
+
+
+def started(rows_of: dict[str, tuple[torch.Tensor, list[int]]], swapped: set[str], classes: int = 24) -> Start:
+    """A start, where some sites have their labels in the opposite order."""
+    return head_start(
+        [
+            said(site, summed(points, [classes - 1 - label if site in swapped else label for label in labels], classes))
+            for site, (points, labels) in rows_of.items()
+        ]
+    )
+
+
+@given(st.integers(5, 8), st.integers(0, 2**31), st.integers(0, 2))
+def test_a_site_whose_labels_mean_something_else_is_told_apart(sites, seed, some):
+    rows_of = labelled(sites, seed)
+    swapped = {f"site-{place}" for place in range(min(some, sites // 4))}
+    start = started(rows_of, swapped)
+    assert start.mislabelled == swapped == start.refused.keys()
+    assert {reason.code for reason in start.refused.values()} <= {"other_labels"}
+    honest = started({site: found for site, found in rows_of.items() if site not in swapped}, set())
+    assert identical(start.adapter, honest.adapter)
+
+
+def test_where_half_of_the_sites_disagree_nobody_is_left_out():
+    assert not started(labelled(6, 0), {"site-0", "site-1", "site-2"}).mislabelled
+    assert not started(labelled(2, 0), {"site-0"}).mislabelled
+
+
+def test_one_other_site_alone_cannot_have_a_site_left_out():
+    points, _ = rows(200, 8, 10, 1)
+    middles, labels = 9 * torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), [i % 10 for i in range(200)]
+    points = points + middles[labels]
+    mine = {"site-0": (points, labels)}
+    framing = {"site-4": (points, [(label + 1) % 10 for label in labels])}
+    theirs = {f"site-{place}": (points - 10, [10 + label for label in labels]) for place in (1, 2, 3)}
+    start = started({**mine, **theirs, **framing}, set())
+    assert not start.refused
+
+
+def test_without_any_site_there_is_no_start():
+    with refused("no_head_start", WireError):
+        head_start([])
