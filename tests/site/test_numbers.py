@@ -166,7 +166,7 @@ def test_a_round_on_a_quantized_base_makes_a_site_better(
     bert: Path, tmp_path: Path, task: str, better: str, peft: str
 ) -> None:
     more = {"target_mean": [40.0], "target_scale": [10.0]} if task == "regression" else {}
-    training = {"local_steps": 25, "batch_size": 12, "learning_rate": 2e-2}
+    training = {"local_steps": 40, "batch_size": 12, "learning_rate": 5e-3}
     plan = tiny.plan(task, quantization="nf4", peft={"method": peft}, training=training, **more)
     worker = tiny.worker(tmp_path, bert, task)
     update = worker.train(RoundTask(plan))
