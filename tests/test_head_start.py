@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate
@@ -63,8 +63,14 @@ def test_the_head_is_that_of_all_sites_rows():
     assert identical(start.adapter, head_start(updates[::-1]).adapter)
 
 
+def alike(sites: int, count: int = 20) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Rows of sites that hold about the same."""
+    points, labels = rows(count * sites, 3, 2, 0)
+    return {"abcdef"[place]: (points[place::sites], labels[place::sites]) for place in range(sites)}
+
+
 def test_a_site_counts_as_twice_the_median_of_the_others_at_most():
-    sums = {name: summed(*rows(20, 3, 2, seed), 2) for seed, name in enumerate("abcd")}
+    sums = {name: summed(*found, 2) for name, found in alike(4).items()}
     many = Sums(*(1e6 * value for value in vars(sums["d"]).values()))
     others = [said(name, sums[name]) for name in "abc"]
     start = head_start([*others, said("d", many)])
@@ -75,12 +81,12 @@ def test_a_site_counts_as_twice_the_median_of_the_others_at_most():
 
 
 def test_features_of_another_base_model_do_not_count():
-    honest = [said(name, summed(*rows(20, 3, 2, seed), 2)) for seed, name in enumerate("abc")]
-    points, labels = rows(20, 3, 2, 9)
+    each = alike(6)
+    honest = [said(name, summed(*each[name], 2)) for name in "abc"]
     others = {
-        "d": summed(torch.cat([points, points], 1), labels, 2),
-        "e": summed(10 * points, labels, 2),
-        "f": summed(points / 10, labels, 2),
+        "d": summed(torch.cat([each["d"][0]] * 2, 1), each["d"][1], 2),
+        "e": summed(10 * each["e"][0], each["e"][1], 2),
+        "f": summed(each["f"][0] / 10, each["f"][1], 2),
     }
     start = head_start([*honest, *(said(name, sums) for name, sums in others.items())])
     assert {*start.shares} == {*"abc"}
@@ -89,10 +95,14 @@ def test_features_of_another_base_model_do_not_count():
     assert identical(start.adapter, head_start(honest).adapter)
 
 
-def labelled(sites: int, seed: int, classes: int = 24) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Rows of sites that hold some of the labels each, and mean the same by them."""
+def labelled(
+    sites: int, seed: int, classes: int = 24, near: bool = False
+) -> dict[str, tuple[torch.Tensor, list[int]]]:
+    """Rows of sites that hold some of the labels each, and mean the same by them; every two labels may lie near."""
     generator = torch.Generator().manual_seed(seed)
     middles, found = 3 * torch.randn(classes, 8, generator=generator), {}
+    if near:
+        middles = 2 * middles[: classes // 2].repeat(2, 1) + middles / 3
     for place in range(sites):
         held = torch.randperm(classes, generator=generator)[: classes * 2 // 3]
         labels = held.repeat(6)
@@ -110,6 +120,7 @@ def started(rows_of: dict[str, tuple[torch.Tensor, list[int]]], swapped: set[str
     )
 
 
+@settings(max_examples=15)
 @given(st.integers(5, 8), st.integers(0, 2**31), st.integers(0, 2))
 def test_a_site_whose_labels_mean_something_else_is_told_apart(sites, seed, some):
     rows_of = labelled(sites, seed)
@@ -121,9 +132,61 @@ def test_a_site_whose_labels_mean_something_else_is_told_apart(sites, seed, some
     assert identical(start.adapter, honest.adapter)
 
 
-def test_where_half_of_the_sites_disagree_nobody_is_left_out():
-    assert not started(labelled(6, 0), {"site-0", "site-1", "site-2"}).mislabelled
-    assert not started(labelled(2, 0), {"site-0"}).mislabelled
+def test_two_labels_are_enough_to_tell():
+    assert not started(alike(5), set(), 2).refused
+    assert started(alike(5), {"e"}, 2).mislabelled == {"e"}
+
+
+def test_a_site_with_few_rows_is_as_alike_as_others():
+    rows_of = labelled(5, 4)
+    points, labels = rows_of["site-0"]
+    few = {**rows_of, "site-0": (points[::6] + 3 * torch.randn(len(points[::6]), 8), labels[::6])}
+    assert started(few, set()).refused == {}
+
+
+def middles_of(others: list[Sums]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each label's mean, the mean of all, and the mean square, as one knows who holds all rows."""
+    total = Sums(*(torch.stack(parts).sum(0) for parts in zip(*(vars(each).values() for each in others), strict=True)))
+    rows = total.counts.sum()
+    return total.sums / total.counts[:, None], total.sums.sum(0) / rows, total.squares / rows
+
+
+CRAFTED = {  # means, mean of all, mean square → means and mean square that a site claims
+    "some labels for others": lambda means, middle, squares: (means[[*range(12, 24), *range(12, 24)]], squares),
+    "half the way to others": lambda means, middle, squares: (means + 0.45 * (means.flip(0) - means), squares),
+    "what tells labels apart is noise": lambda means, middle, squares: (
+        means,
+        3 * squares.trace() * (s := (means - middle).T @ (means - middle)) / s.trace(),
+    ),
+}
+
+
+@pytest.mark.parametrize("crafted", CRAFTED)
+def test_sums_that_would_ruin_the_head_do_not_count(crafted: str):
+    honest = {site: summed(*found, 24) for site, found in labelled(5, 5, near=True).items()}
+    means, squares = CRAFTED[crafted](*middles_of([*honest.values()]))
+    many = 8.0 * torch.ones(24, dtype=torch.float64)
+    claimed = said("site-9", Sums(many[:, None] * means, many, many.sum() * squares))
+    check_sums(claimed, 24)
+    start = head_start([*(said(site, sums) for site, sums in honest.items()), claimed])
+    assert {site: reason.code for site, reason in start.refused.items()} == {"site-9": "harmful_sums"}
+    assert not start.mislabelled  # it trains on: an honest site's rows may be as unlike
+    assert identical(start.adapter, head_start([said(site, sums) for site, sums in honest.items()]).adapter)
+
+
+def test_no_site_alone_makes_another_one_look_different():
+    honest = {site: summed(*found, 24) for site, found in labelled(4, 6).items()}
+    means, middle, squares = middles_of([*honest.values()])
+    many = 12.0 * torch.ones(24, dtype=torch.float64)
+    framing = Sums(many[:, None] * middle.expand_as(means), many, many.sum() * squares)
+    start = head_start([*(said(site, sums) for site, sums in honest.items()), said("site-9", framing)])
+    assert not start.refused.keys() - {"site-9"}
+
+
+def test_where_half_of_the_sites_disagree_no_head_follows():
+    with refused("sums_contradict", WireError):
+        started(labelled(4, 0), {"site-0", "site-1"})
+    assert not started(labelled(2, 0), {"site-0"}).refused  # and of two nobody can tell
 
 
 def test_one_other_site_alone_cannot_have_a_site_left_out():

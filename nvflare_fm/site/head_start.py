@@ -3,7 +3,7 @@ from all sites' sums is put in.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,8 +67,22 @@ def sums(base: BaseModel, rows: Dataset, plan: RoundPlan, should_stop: Callable[
         ConfigError: the base model's head is more than one linear layer, or reads too many features.
         TrainingError: it was told to stop.
     """
+    found = Sums.none(len(plan.labels), _linear(base).in_features)
+    for read, labels in features(base, rows, plan, should_stop):
+        found.add(read, labels)
+    return found
+
+
+def features(
+    base: BaseModel, rows: Dataset, plan: RoundPlan, should_stop: Callable[[], bool]
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Yield the features of some rows after others, (rows, width), and their labels; the shortest texts come first.
+
+    Raises:
+        ConfigError: the base model's head is more than one linear layer, or reads too many features.
+        TrainingError: it was told to stop.
+    """
     layer = _linear(base)
-    found = Sums.none(len(plan.labels), layer.in_features)
     order = sorted(range(len(rows)), key=lambda place: (len(rows[place]["input_ids"]), place))
     start = 0
     while start < len(order):
@@ -76,9 +90,8 @@ def sums(base: BaseModel, rows: Dataset, plan: RoundPlan, should_stop: Callable[
             raise TrainingError("stopped at the features of its rows, as told", code="stopped")
         longest = len(rows[order[min(start + plan.evaluation.batch_size, len(order)) - 1]]["input_ids"])
         some = [rows[i] for i in order[start : start + texts_at_once(plan.evaluation.batch_size, longest)]]
-        found.add(_features(base, layer, some), [row["labels"] for row in some])
+        yield _features(base, layer, some), [row["labels"] for row in some]
         start += len(some)
-    return found
 
 
 def _linear(base: BaseModel) -> nn.Linear:

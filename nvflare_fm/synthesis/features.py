@@ -73,6 +73,10 @@ class Head:
     bias: Tensor
     constant: Tensor
 
+    def __call__(self, features: Tensor) -> Tensor:
+        """The labels that it reads in features of (rows, width): (rows,)."""
+        return (features.float() @ self.weight.T + self.bias).argmax(1)
+
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> "Head":
         """The inverse of `tensors`."""
@@ -94,21 +98,46 @@ def means(total: Sums) -> Tensor:
     return torch.where(there, total.sums / total.counts.clamp(min=1e-9)[:, None], 0.0)
 
 
+def covariance(total: Sums) -> tuple[Tensor, Tensor]:
+    """The covariance within the classes, (width, width), and the least variance that float32 sums can tell from 0."""
+    rows, centers = total.counts.clamp(min=0).sum().clamp(min=1), means(total)
+    products = (total.squares + total.squares.T) / 2
+    found = (products - (total.counts.clamp(min=0)[:, None] * centers).T @ centers) / rows
+    return found, (_PRECISION * products.diagonal().mean() / rows).clamp(min=1e-12)
+
+
 def precision(total: Sums) -> Tensor:
     """The inverse of the covariance within the classes, (width, width).
 
     The covariance is shrunk towards a multiple of the identity by width / rows: the fewer rows, the less is known.
     """
-    rows, width, centers = total.counts.clamp(min=0).sum().clamp(min=1), total.sums.shape[1], means(total)
-    products = (total.squares + total.squares.T) / 2
-    covariance = (products - (total.counts.clamp(min=0)[:, None] * centers).T @ centers) / rows
-    least = _PRECISION * products.diagonal().mean() / rows  # of what differences of float32 sums tell
-    spread = covariance.diagonal().mean().clamp(min=least.clamp(min=1e-12))
-    values, vectors = torch.linalg.eigh(covariance)
-    inverse: Tensor = (
-        vectors / (values.clamp(min=0) + spread * width / rows)
-    ) @ vectors.T  # claims may be no covariance
+    rows, (within, least) = total.counts.clamp(min=0).sum().clamp(min=1), covariance(total)
+    spread = within.diagonal().mean().clamp(min=least)
+    inverse: Tensor = torch.linalg.inv(_positive(within, spread * len(within) / rows))
     return inverse
+
+
+def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw features from the Gaussians that sums stand for.
+
+    Returns:
+        Features, (points, width), and their labels, (points,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.multinomial(total.counts.clamp(min=0), points, replacement=True, generator=generator)
+    factor = torch.linalg.cholesky_ex(_positive(*covariance(total))).L
+    noise = torch.randn(points, len(factor), generator=generator, dtype=torch.float64)
+    return means(total)[labels] + noise @ factor.T, labels
+
+
+def _positive(within: Tensor, more: Tensor) -> Tensor:
+    """A covariance and as much more of each variance; of claims that are no covariance, the nearest that is one."""
+    whole = within + more * torch.eye(len(within), dtype=within.dtype)
+    if not torch.linalg.cholesky_ex(whole).info:
+        return whole
+    values, vectors = torch.linalg.eigh(within)
+    positive: Tensor = (vectors * (values.clamp(min=0) + more)) @ vectors.T
+    return positive
 
 
 def head(total: Sums) -> Head:
