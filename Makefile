@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE :=  # where it is set, every process would compil
 PYTEST := $(BIN)/python -m pytest -q
 AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-answers models test test-all test-oldest test-gpu faults fuzz docs templates lint format clean
+.PHONY: demo demo-answers models test tests test-all test-oldest test-gpu faults fuzz docs templates lint format clean
 
 demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=folder runs it on your own files
 	$(BIN)/python -m nvflare_fm.demo $(if $(DATA),--data "$(DATA)")
@@ -19,7 +19,10 @@ demo: .venv/installed  ## a federated fine-tune over four simulated sites; DATA=
 demo-answers: $(if $(MODEL),.venv/installed,models)  ## four NIH institutes teach a small language model to answer; MODEL=folder takes another model
 	$(BIN)/python -m nvflare_fm.demo.answers $(if $(DATA),--data "$(DATA)") $(if $(MODEL),--model "$(MODEL)")
 
-test: lint  ## all that must hold; minutes
+test: .venv/installed  ## all that must hold; minutes
+	$(MAKE) --no-print-directory --jobs 2 lint tests
+
+tests: .venv/installed
 	$(PYTEST) $(AT_ONCE)
 
 test-all: lint  ## and the slow proofs: planted bugs, every method of the comparison, tutorials, faults; hours

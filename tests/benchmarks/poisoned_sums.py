@@ -1,10 +1,10 @@
 """What one site's false sums do to a head from features, with the server's checks and without, before any training.
 
-    nice python tests/benchmarks/poisoned_sums.py                                   eight data sets, 20 minutes
+    nice python tests/benchmarks/poisoned_sums.py                                   eight data sets, 15 minutes
     nice python tests/benchmarks/poisoned_sums.py banking77-0.1 --sites 5 --seed 1  one of them
 
-Each site attacks in its turn, by each attack. Prints the accuracy on the other sites' test rows, as mean and least over
-the attackers, how often the attacker was found, and how often an honest site was left out.
+Some sites attack in their turn, by each attack. Prints the accuracy on the other sites' test rows, as mean and least
+over the attackers, how often the attacker was found, and how often an honest site was left out.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from nvflare_fm.adapter import Adapter, AdapterUpdate, Manifest, Report, RoundTa
 from nvflare_fm.aggregation import head_start as server
 from nvflare_fm.compare.bench import Bench
 from nvflare_fm.compare.methods import FROM_FEATURES, METHODS
-from nvflare_fm.compare.robustness import BATCH, ROUNDS, STEPS, prepared
+from nvflare_fm.compare.robustness import ROUNDS, STEPS, prepared
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.site.head_start import features
 from nvflare_fm.synthesis.features import Head, Sums
@@ -60,7 +60,9 @@ def crafted(honest: Mapping[str, Sums], rows: Rows, classes: int) -> Iterator[tu
     half = torch.tensor([classes - 1 - c if draw.random() < 0.5 else c for c in range(classes)])
     yield "all labels swapped", summed((rows[0], classes - 1 - rows[1]), classes)
     yield "half of the labels swapped", summed((rows[0], half[rows[1]]), classes)
-    total = Sums(*(torch.stack(parts).sum(0) for parts in zip(*(vars(s).values() for s in honest.values()), strict=True)))
+    total = Sums(
+        *(torch.stack(parts).sum(0) for parts in zip(*(vars(s).values() for s in honest.values()), strict=True))
+    )
     count, middle = total.counts.sum(), total.sums.sum(0) / total.counts.sum()
     means = torch.where((total.counts > 0)[:, None], total.sums / total.counts.clamp(min=1)[:, None], middle)
     mirrored, squares = means.flip(0), total.squares / count
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("studies", nargs="*", default=STUDIES)
     parser.add_argument("--sites", type=int, default=0, help="0: as the data set has them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attackers", type=int, default=4, help="sites that attack, one at a time, the first by name")
     parser.add_argument("--workspace", type=Path, default=Path("runs/compare"))
     given = parser.parse_args()
     print("| data set | false sums | without checks: mean, least | with them | found | honest sites left out |")
@@ -117,7 +120,7 @@ def main() -> None:
         start = started(sums)
         print(f"| {name} | none | | {accuracy(start, rows):.3f} | | {len(start.refused)} of {len(sums)} |", flush=True)
         found: dict[str, list[tuple[float, float, bool, int]]] = {}
-        for attacker in sums:
+        for attacker in [*sums][: given.attackers]:
             honest = {site: each for site, each in sums.items() if site != attacker}
             for attack, false in crafted(honest, rows[attacker][0], classes):
                 all_sums = {**honest, attacker: false}
