@@ -118,7 +118,12 @@ BUGS = [
     Bug("synthesis/generate.py", "with torch.random.fork_rng():", "if True:", "synthesis/test_models"),
     Bug("synthesis/vary.py", 'update={"votes": None}', "update={}", "synthesis/test_models"),
     # the start of a head
-    Bug("synthesis/features.py", "spread * width / rows", "spread * 2 * width / rows", "synthesis/test_features"),
+    Bug(
+        "synthesis/features.py",
+        "spread * len(within) / rows",
+        "spread * 2 * len(within) / rows",
+        "synthesis/test_features",
+    ),
     Bug(
         "synthesis/features.py",
         "centers).T @ centers",

@@ -136,10 +136,13 @@ def test_two_labels_are_enough_to_tell():
 
 
 def test_a_site_with_few_rows_is_as_alike_as_others():
-    rows_of = labelled(5, 4)
-    points, labels = rows_of["site-0"]
-    few = {**rows_of, "site-0": (points[::6] + 3 * torch.randn(len(points[::6]), 8), labels[::6])}
-    assert started(few, set()).refused == {}
+    """One row's distance from its label's mean is three times as large here as labels lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    middles, rows_of = torch.randn(16, 8, generator=generator), {}
+    for site, count in {"few": 1, **dict.fromkeys("abcd", 60)}.items():
+        labels = torch.arange(16).repeat(count)
+        rows_of[site] = (middles[labels] + 3 * torch.randn(len(labels), 8, generator=generator), labels.tolist())
+    assert not started(rows_of, set(), 16).refused
 
 
 def middles_of(others: list[Sums]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

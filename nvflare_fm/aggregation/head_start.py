@@ -255,6 +255,6 @@ def _check_most_agree(found: Collection[str], updates: Sequence[AdapterUpdate]) 
     """So many may contradict the others as the default guard expects to be hostile (`geometric_median`)."""
     if len(found) > max(1, (len(updates) - 1) // 4):
         raise WireError(
-            f"the sums of {', '.join(sorted(found))} contradict those of the others: too many sites to tell who is right",
+            f"the sums of {', '.join(sorted(found))} contradict the others': too many sites to tell who is right",
             code="sums_contradict",
         )

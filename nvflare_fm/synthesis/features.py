@@ -113,8 +113,8 @@ def precision(total: Sums) -> Tensor:
     """
     rows, (within, least) = total.counts.clamp(min=0).sum().clamp(min=1), covariance(total)
     spread = within.diagonal().mean().clamp(min=least)
-    inverse: Tensor = torch.linalg.inv(_positive(within, spread * len(within) / rows))
-    return inverse
+    inverse: Tensor = torch.linalg.inv(_factor(within, spread * len(within) / rows))
+    return inverse.T @ inverse
 
 
 def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -125,19 +125,19 @@ def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.multinomial(total.counts.clamp(min=0), points, replacement=True, generator=generator)
-    factor = torch.linalg.cholesky_ex(_positive(*covariance(total))).L
+    factor = _factor(*covariance(total))
     noise = torch.randn(points, len(factor), generator=generator, dtype=torch.float64)
     return means(total)[labels] + noise @ factor.T, labels
 
 
-def _positive(within: Tensor, more: Tensor) -> Tensor:
-    """A covariance and as much more of each variance; of claims that are no covariance, the nearest that is one."""
-    whole = within + more * torch.eye(len(within), dtype=within.dtype)
-    if not torch.linalg.cholesky_ex(whole).info:
-        return whole
-    values, vectors = torch.linalg.eigh(within)
-    positive: Tensor = (vectors * (values.clamp(min=0) + more)) @ vectors.T
-    return positive
+def _factor(within: Tensor, more: Tensor) -> Tensor:
+    """F of F Fᵀ, a covariance and as much more of each variance; of claims that are none, of the nearest that is."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(within + more * torch.eye(len(within), dtype=within.dtype))
+    if failed:
+        values, vectors = torch.linalg.eigh(within)
+        factor = vectors * (values.clamp(min=0) + more).sqrt()
+    return factor
 
 
 def head(total: Sums) -> Head:

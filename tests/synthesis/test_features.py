@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from nvflare_fm.synthesis.features import NAMES, START, Head, Sums, head
+from nvflare_fm.synthesis.features import NAMES, START, Head, Sums, covariance, drawn, head, means, precision
 
 sizes = st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
 
@@ -75,6 +75,19 @@ def test_whatever_is_claimed_the_head_is_of_finite_numbers(size, factor):
     shapes = (size[2], size[1]), (size[2],), (size[1], size[1])
     claimed = Sums(*(factor * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
     assert all(bool(tensor.isfinite().all()) for tensor in vars(head(claimed)).values())
+    metric = precision(claimed)
+    assert float(torch.linalg.eigvalsh((metric + metric.T) / 2).min()) > -1e-6 * float(metric.abs().max())
+
+
+@given(sizes)
+def test_points_are_drawn_from_what_sums_describe(size):
+    found = summed(*rows(200, 3, 3, size[3]), 3)
+    points, labels = drawn(found, 4000, size[3])
+    assert {*labels.tolist()} <= {*found.counts.nonzero()[:, 0].tolist()}
+    for label in labels.unique():
+        assert torch.allclose(points[labels == label].mean(0), means(found)[label], atol=0.5)
+    spread = torch.cov((points - means(found)[labels]).T)
+    assert torch.allclose(spread, covariance(found)[0], atol=0.3)
 
 
 def test_what_travels_comes_back():
