@@ -1,15 +1,15 @@
 """Which sites' sums over features ruin the head, or are of labels that mean something else at the other sites."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, median_high
+from statistics import median, median_low
 
 from torch import Tensor
 
 from ..adapter import AdapterUpdate
 from ..errors import WireError
 from ..record.reason import Reason
-from ..synthesis.features import COUNTS, SUMS, Sums, covariance, drawn, head, precision
+from ..synthesis.features import COUNTS, SUMS, Head, Sums, covariance, drawn, head, precision
 from .claims import at_most
 
 FAR = 2.0  # times the median of the other sites' rows, as which a site counts at most
@@ -30,94 +30,95 @@ def added(updates: Sequence[AdapterUpdate], rows: Mapping[str, float]) -> tuple[
     return total, shares
 
 
-def harmful(updates: Sequence[AdapterUpdate], rows: Mapping[str, float]) -> dict[str, Reason]:
-    """Find the sites whose sums make the head misread the others' rows: the worst first, and the others without it.
+def found_among(updates: Sequence[AdapterUpdate], rows: Mapping[str, float]) -> tuple[dict[str, Reason], set[str]]:
+    """Find the sites whose sums harm the others, the worst first, and those whose labels mean something else.
 
-    Each site's rows are stood for by points from Gaussians of its own sums, and the middle one of the other sites
-    decides: where fewer than half of them lie, none is left out that harms no honest site.
-    """
-    found: dict[str, Reason] = {}
-    points = {u.site: drawn(Sums.read(u.adapter.dense), _POINTS, place) for place, u in enumerate(updates)}
-    left = list(updates)
-    while len(left) > 2:  # of two nobody can tell who is right
-        harm = _harm(left, rows, points)
-        site = max(harm, key=lambda site: (harm[site], site))
-        if harm[site] <= _HARM:
-            break
-        found[site] = Reason(
-            "rejected",
-            f"with its sums the head would misread {harm[site]:.0%} more of the other sites' rows; were they made by "
-            "another version of the base model, or on purpose?",
-            "harmful_sums",
-        )
-        _check_most_agree(found, updates)
-        left = [update for update in left if update.site != site]
-    return found
-
-
-def _harm(
-    updates: Sequence[AdapterUpdate], rows: Mapping[str, float], points: Mapping[str, tuple[Tensor, Tensor]]
-) -> dict[str, float]:
-    """What each site takes from the share of rows that is read right, at the middle one of the other sites."""
-    total, shares = added(updates, rows)
-
-    def right(whole: Sums) -> dict[str, float]:
-        answers = head(whole)
-        return {u.site: float((answers(points[u.site][0]) == points[u.site][1]).float().mean()) for u in updates}
-
-    now, harm = right(total), {}
-    for update in updates:
-        without = right(_without(total, update, shares[update.site]))
-        harm[update.site] = -median_high(now[site] - without[site] for site in now if site != update.site)
-    return harm
-
-
-def mislabelled(
-    updates: Sequence[AdapterUpdate], rows: Mapping[str, float], harmful: Collection[str]
-) -> dict[str, Reason]:
-    """Find the sites whose labels mean something else than at the others, the least alike first.
-
-    The others are looked at without it: its sums may be why they seem to differ.
+    The others are looked at anew without each that is found: its sums may be why they seem to differ.
 
     Args:
-        harmful: sites that are judged, and judge nobody.
+        rows: of each site.
+
+    Returns:
+        Why their sums do not count, and of which the labels mean something else.
+    Raises:
+        WireError: too many contradict the others.
     """
     found: dict[str, Reason] = {}
-    while alike := _alike([update for update in updates if update.site not in found], rows, harmful):
-        site = min(alike, key=lambda site: (alike[site], site))
-        least = _ALIKE * median(alike[other] for other in alike if other not in harmful)
-        if alike[site] >= least:
-            break
-        found[site] = Reason(
-            "rejected",
-            f"what tells its labels apart is not what does at the other sites (cosine {alike[site]:.2f}, at least "
-            f"{least:.2f} is needed); are its labels mapped as theirs are?",
-            "other_labels",
-        )
-        _check_most_agree({*found, *harmful}, updates)
-    return found
+    mislabelled: set[str] = set()
+    points = {u.site: drawn(Sums.read(u.adapter.dense), _POINTS, place) for place, u in enumerate(updates)}
+    while True:
+        counted = [update for update in updates if update.site not in found]
+        judged = [update for update in updates if update.site not in mislabelled]
+        harm, alike = _held(counted, judged, rows, points)
+        worst = max(harm, key=lambda site: (harm[site], site))
+        other = min(alike, key=lambda site: (alike[site], site), default=worst)
+        least = _ALIKE * median(alike.get(update.site, 1.0) for update in counted)
+        if harm[worst] > _HARM and len(counted) > 2:  # of two nobody can tell who is right
+            found[worst] = Reason(
+                "rejected",
+                f"with its sums the head would misread {harm[worst]:.0%} more of the other sites' rows; were they made "
+                "by another version of the base model, or on purpose?",
+                "harmful_sums",
+            )
+        elif alike.get(other, 1.0) < least:
+            found[other] = Reason(
+                "rejected",
+                f"what tells its labels apart is not what does at the other sites (cosine {alike[other]:.2f}, at least "
+                f"{least:.2f} is needed); are its labels mapped as theirs are?",
+                "other_labels",
+            )
+            mislabelled.add(other)
+        else:
+            return found, mislabelled
+        if len(found) > max(1, (len(updates) - 1) // 4):  # as many as `geometric_median` expects to be hostile
+            raise WireError(
+                f"the sums of {', '.join(sorted(found))} contradict the others': too many sites to tell who is right",
+                code="sums_contradict",
+            )
 
 
-def _alike(updates: Sequence[AdapterUpdate], rows: Mapping[str, float], harmful: Collection[str]) -> dict[str, float]:
-    """Of each site, the cosine of its labels' means with the others', in the metric of the covariance within labels.
+def _held(
+    counted: Sequence[AdapterUpdate],
+    judged: Sequence[AdapterUpdate],
+    rows: Mapping[str, float],
+    points: Mapping[str, tuple[Tensor, Tensor]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Hold each site against the others.
 
-    It is looked at without each one of the others in turn, and the highest cosine counts: no other site alone can make
-    a site look different.
+    Its harm is what its sums take from the share of points that is read right, at the middle one of the others: where
+    fewer than half of them lie, that is no more than they do to some honest site. Its likeness is the cosine of its
+    labels' means with the others', in the metric of the covariance within labels. It is looked at without each one of
+    the others in turn, and the highest counts: no other site alone can make a site look different.
+
+    Args:
+        counted: the sites whose sums count.
+        judged: these, and more.
+        points: that stand for each site's rows, and their labels.
+
+    Returns:
+        The harm of each that counts, and the likeness of each that is judged and can be compared.
     """
-    found: dict[str, float] = {}
-    counted = [update for update in updates if update.site not in harmful]
     total, shares = added(counted, rows)
+    now, harm, alike = _right(head(total), shares, points), dict[str, float](), dict[str, float]()
     for left_out in counted:
         rest = _without(total, left_out, shares[left_out.site])
         metric = precision(rest)
+        without = _right(head(rest, metric), shares, points)
+        lost = [without[site] - now[site] for site in shares if site != left_out.site]
+        harm[left_out.site] = median_low(lost) if lost else 0.0
         noise = float((metric * covariance(rest)[0]).sum())  # mean square of a row
-        for update in updates:
+        for update in judged:
             if update.site != left_out.site:
                 mine = _Labels(update.adapter.dense[COUNTS].double(), update.adapter.dense[SUMS].double())
                 share = shares.get(update.site, 0.0)
                 others = _Labels(rest.counts - share * mine.counts, rest.sums - share * mine.sums)
-                found[update.site] = max(_cosine(mine, others, metric, noise), found.get(update.site, -1.0))
-    return found
+                alike[update.site] = max(_cosine(mine, others, metric, noise), alike.get(update.site, -1.0))
+    return harm, alike
+
+
+def _right(found: Head, sites: Iterable[str], points: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The share of each site's points that a head reads right."""
+    return {site: float((found(points[site][0]) == points[site][1]).float().mean()) for site in sites}
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,3 @@ def _cosine(mine: _Labels, others: _Labels, metric: Tensor, noise: float) -> flo
 def _without(total: Sums, update: AdapterUpdate, share: float) -> Sums:
     parts = zip(vars(total).values(), vars(Sums.read(update.adapter.dense)).values(), strict=True)
     return Sums(*(whole - share * part for whole, part in parts))
-
-
-def _check_most_agree(found: Collection[str], updates: Sequence[AdapterUpdate]) -> None:
-    """So many may contradict the others as the default guard expects to be hostile (`geometric_median`)."""
-    if len(found) > max(1, (len(updates) - 1) // 4):
-        raise WireError(
-            f"the sums of {', '.join(sorted(found))} contradict the others': too many sites to tell who is right",
-            code="sums_contradict",
-        )

@@ -87,8 +87,7 @@ def head_start(updates: Sequence[AdapterUpdate]) -> Start:
     left = [update for update in updates if update.site not in refused]
     if not left:
         raise WireError("no site sent features that a head could start from", code="no_head_start")
-    harmful = false_sums.harmful(left, rows)
-    mislabelled = false_sums.mislabelled(left, rows, harmful)
-    refused |= harmful | mislabelled
+    false, mislabelled = false_sums.found_among(left, rows)
+    refused |= false
     total, shares = false_sums.added([update for update in left if update.site not in refused], rows)
     return Start(Adapter(dense=head(total).tensors()), left[0].manifest, refused, frozenset(mislabelled), shares)

@@ -113,8 +113,7 @@ def precision(total: Sums) -> Tensor:
     """
     rows, (within, least) = total.counts.clamp(min=0).sum().clamp(min=1), covariance(total)
     spread = within.diagonal().mean().clamp(min=least)
-    inverse: Tensor = torch.linalg.inv(_factor(within, spread * len(within) / rows))
-    return inverse.T @ inverse
+    return torch.cholesky_inverse(_factor(within, spread * len(within) / rows))
 
 
 def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -131,22 +130,28 @@ def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _factor(within: Tensor, more: Tensor) -> Tensor:
-    """F of F Fᵀ, a covariance and as much more of each variance; of claims that are none, of the nearest that is."""
+    """The Cholesky factor of a covariance and as much more of each variance; of claims that are no covariance, of the
+    nearest that is one.
+    """
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(within + more * torch.eye(len(within), dtype=within.dtype))
     if failed:
         values, vectors = torch.linalg.eigh(within)
-        factor = vectors * (values.clamp(min=0) + more).sqrt()
+        factor = torch.linalg.qr((vectors * (values.clamp(min=0) + more).sqrt()).T).R.T
     return factor
 
 
-def head(total: Sums) -> Head:
+def head(total: Sums, inverse: Tensor | None = None) -> Head:
     """Fit the head to the sum over all sites: a linear discriminant analysis. A class without rows lies in the middle.
+
+    Args:
+        inverse: their `precision`, where it is there already.
 
     Returns:
         It, in float32.
     """
-    rows, inverse = total.counts.clamp(min=0).sum().clamp(min=1), precision(total)
+    rows = total.counts.clamp(min=0).sum().clamp(min=1)
+    inverse = precision(total) if inverse is None else inverse
     middle = total.sums.sum(0) / rows
     apart = torch.where((total.counts > 0)[:, None], means(total) - middle, 0.0)
     weight = apart @ inverse
