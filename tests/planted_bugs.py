@@ -183,12 +183,6 @@ BUGS = [
         "flare/test_head_start",
     ),
     Bug("aggregation/false_sums.py", "if len(found) > max(", "if not max(", "test_head_start"),
-    Bug(
-        "aggregation/false_sums.py",
-        "median(alike.get(update.site, 1.0) for update in counted)",
-        "median(alike.values())",
-        "test_head_start",
-    ),
     Bug("aggregation/false_sums.py", " and len(counted) > 2", "", "test_head_start"),
     Bug("aggregation/false_sums.py", "if harm[worst] > _HARM", "if False", "test_head_start"),
     Bug("aggregation/false_sums.py", "= median_low(lost)", "= max(lost)", "test_head_start"),
