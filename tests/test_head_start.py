@@ -1,14 +1,17 @@
 """The start of a head at the server: no site is believed what no rows could be, and none decides alone."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvflare_fm.adapter import Adapter, AdapterUpdate
+from nvflare_fm.aggregation.false_sums import added, without
 from nvflare_fm.aggregation.head_start import Start, check_sums, head_start
 from nvflare_fm.errors import WireError
-from nvflare_fm.synthesis.features import COUNTS, SQUARES, SUMS, Head, Sums, head
+from nvflare_fm.synthesis.features import COUNTS, NAMES, SQUARES, SUMS, Head, Sums, covariance, head, means
 from tests.codes import refused
 from tests.strategies import identical, update
 from tests.synthesis.test_features import rows, summed
@@ -80,6 +83,24 @@ def test_a_site_counts_as_twice_the_median_of_the_others_at_most():
     assert all(torch.allclose(found.dense[n], expected.dense[n], rtol=1e-3, atol=1e-3) for n in expected.dense)
 
 
+@given(st.lists(st.integers(1, 50), min_size=3, max_size=5), st.integers(0, 2**31))
+def test_a_sum_without_a_site_is_that_of_the_others(counts, seed):
+    """Of labels that no other site has, too, no row is left."""
+    updates = []
+    for place, count in enumerate(counts):
+        points, _ = rows(count, 3, 1, seed + place)
+        updates.append(said("abcde"[place], summed(points, [place] * count, 5)))
+    rows_of = {each.site: float(count) for each, count in zip(updates, counts, strict=True)}
+    total, shares = added(updates, rows_of)
+    for each in updates:
+        left = without(total, each, shares[each.site])
+        others = [other for other in updates if other is not each]
+        expected = Sums(*(sum(shares[o.site] * o.adapter.dense[name].double() for o in others) for name in NAMES))
+        assert torch.equal(left.counts > 0, expected.counts > 0)
+        for one, other in zip(vars(left).values(), vars(expected).values(), strict=True):
+            assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_features_of_another_base_model_do_not_count():
     each = alike(6)
     honest = [said(name, summed(*each[name], 2)) for name in "abc"]
@@ -146,18 +167,22 @@ def test_a_site_with_few_rows_is_as_alike_as_others():
 
 
 def middles_of(others: list[Sums]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each label's mean, the mean of all, and the mean square, as one knows who holds all rows."""
+    """Each label's mean, the mean of all, and the covariance within labels, as one knows who holds all rows."""
     total = Sums(*(torch.stack(parts).sum(0) for parts in zip(*(vars(each).values() for each in others), strict=True)))
-    rows = total.counts.sum()
-    return total.sums / total.counts[:, None], total.sums.sum(0) / rows, total.squares / rows
+    return means(total), total.sums.sum(0) / total.counts.sum(), covariance(total)[0]
 
 
-CRAFTED = {  # means, mean of all, mean square → means and mean square that a site claims
-    "some labels for others": lambda means, middle, squares: (means[[*range(12, 24), *range(12, 24)]], squares),
-    "half the way to others": lambda means, middle, squares: (means + 0.45 * (means.flip(0) - means), squares),
-    "what tells labels apart is noise": lambda means, middle, squares: (
+def claimed(each: int, means: torch.Tensor, within: torch.Tensor) -> Sums:
+    """Those of `each` rows of every label around means."""
+    counts = torch.full((len(means),), each, dtype=torch.float64)
+    return Sums(each * means, counts, counts.sum() * within + each * means.T @ means)
+
+
+CRAFTED = {  # means, mean of all, covariance → means and covariance that a site claims
+    "half the way to others": lambda means, middle, within: (means + 0.45 * (means.flip(0) - means), within),
+    "what tells labels apart is noise": lambda means, middle, within: (
         means,
-        3 * squares.trace() * (s := (means - middle).T @ (means - middle)) / s.trace(),
+        3 * within.trace() * (s := (means - middle).T @ (means - middle)) / s.trace(),
     ),
 }
 
@@ -165,22 +190,37 @@ CRAFTED = {  # means, mean of all, mean square → means and mean square that a 
 @pytest.mark.parametrize("crafted", CRAFTED)
 def test_sums_that_would_ruin_the_head_do_not_count(crafted: str):
     honest = {site: summed(*found, 24) for site, found in labelled(5, 5, near=True).items()}
-    means, squares = CRAFTED[crafted](*middles_of([*honest.values()]))
-    many = 8.0 * torch.ones(24, dtype=torch.float64)
-    claimed = said("site-9", Sums(many[:, None] * means, many, many.sum() * squares))
-    check_sums(claimed, 24)
-    start = head_start([*(said(site, sums) for site, sums in honest.items()), claimed])
+    false = said("site-9", claimed(8, *CRAFTED[crafted](*middles_of([*honest.values()]))))
+    check_sums(false, 24)
+    start = head_start([*(said(site, sums) for site, sums in honest.items()), false])
     assert {site: reason.code for site, reason in start.refused.items()} == {"site-9": "harmful_sums"}
     assert not start.mislabelled  # it trains on: an honest site's rows may be as unlike
     assert identical(start.adapter, head_start([said(site, sums) for site, sums in honest.items()]).adapter)
 
 
+@given(st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+def test_of_rows_that_do_not_differ_the_head_is_of_finite_numbers_or_refused(sites, each, seed):
+    generator, updates = torch.Generator().manual_seed(seed), []
+    for place in range(sites):
+        label = int(torch.randint(3, (), generator=generator))
+        updates.append(said("abcde"[place], summed(torch.ones(each, 2), [label] * each, 3)))
+    with suppress(WireError):
+        assert all(bool(tensor.isfinite().all()) for tensor in head_start(updates).adapter.dense.values())
+
+
+@pytest.mark.parametrize("seed", [0, 6, 7])
+def test_where_rows_are_as_few_as_features_no_honest_site_is_left_out(seed: int):
+    """Each of these sites takes about 5 points from the others: that is what any rows more do to such a head."""
+    labels = [place % 3 for place in range(140)]
+    points = torch.randn(140, 128, generator=torch.Generator().manual_seed(seed))
+    assert not started({site: (points[i::4], labels[i::4]) for i, site in enumerate("abcd")}, set(), 3).refused
+
+
 def test_no_site_alone_makes_another_one_look_different():
     honest = {site: summed(*found, 24) for site, found in labelled(4, 6).items()}
-    means, middle, squares = middles_of([*honest.values()])
-    many = 12.0 * torch.ones(24, dtype=torch.float64)
-    framing = Sums(many[:, None] * middle.expand_as(means), many, many.sum() * squares)
-    start = head_start([*(said(site, sums) for site, sums in honest.items()), said("site-9", framing)])
+    means, middle, within = middles_of([*honest.values()])
+    framing = said("site-9", claimed(12, middle.expand_as(means), within))
+    start = head_start([*(said(site, sums) for site, sums in honest.items()), framing])
     assert not start.refused.keys() - {"site-9"}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 SUMS, COUNTS, SQUARES = NAMES = "head_start.sums", "head_start.counts", "head_start.squares"  # as they travel
 WEIGHT, BIAS, CONSTANT = START = "head_start.weight", "head_start.bias", "head_start.constant"
-_PRECISION = 1e-4
+_PRECISION = 1e-4  # of a feature's mean square; rounding makes up to 1e-5 of it at the greatest width
 WIDEST = 2**13  # features; their products are 256 MiB
 
 
@@ -99,46 +99,46 @@ def means(total: Sums) -> Tensor:
 
 
 def covariance(total: Sums) -> tuple[Tensor, Tensor]:
-    """The covariance within the classes, (width, width), and the least variance that float32 sums can tell from 0."""
-    rows, centers = total.counts.clamp(min=0).sum().clamp(min=1), means(total)
+    """The covariance within the classes, (width, width), and of each feature the least variance that float32 sums can
+    tell from 0, (width,).
+    """
+    rows, centers = total.counts.sum().clamp(min=1), means(total)
     products = (total.squares + total.squares.T) / 2
-    found = (products - (total.counts.clamp(min=0)[:, None] * centers).T @ centers) / rows
-    return found, (_PRECISION * products.diagonal().mean() / rows).clamp(min=1e-12)
+    found = (products - (total.counts[:, None] * centers).T @ centers) / rows
+    return found, (_PRECISION * products.diagonal() / rows).clamp(min=1e-12)
+
+
+def of_rows(total: Sums) -> bool:
+    """Whether there can be rows with such sums: whole numbers of them, and no variance within a class below 0."""
+    counts = total.counts
+    if (counts < 0).any() or (counts != counts.round()).any() or total.sums[counts == 0].any():
+        return False
+    within, least = covariance(total)
+    return not torch.linalg.cholesky_ex(within + (least / 2).diag()).info
 
 
 def precision(total: Sums) -> Tensor:
-    """The inverse of the covariance within the classes, (width, width).
+    """The inverse of the covariance within the classes, (width, width), of sums `of_rows`.
 
     The covariance is shrunk towards a multiple of the identity by width / rows: the fewer rows, the less is known.
     """
-    rows, (within, least) = total.counts.clamp(min=0).sum().clamp(min=1), covariance(total)
-    spread = within.diagonal().mean().clamp(min=least)
-    return torch.cholesky_inverse(_factor(within, spread * len(within) / rows))
+    within, least = covariance(total)
+    shrunk = within.diagonal().mean().clamp(min=0) * len(within) / total.counts.sum().clamp(min=1)
+    return torch.cholesky_inverse(torch.linalg.cholesky(within + torch.maximum(least, shrunk).diag()))
 
 
 def drawn(total: Sums, points: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw features from the Gaussians that sums stand for.
+    """Draw features from the Gaussians that sums `of_rows` stand for.
 
     Returns:
         Features, (points, width), and their labels, (points,).
     """
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(total.counts.clamp(min=0), points, replacement=True, generator=generator)
-    factor = _factor(*covariance(total))
+    labels = torch.multinomial(total.counts, points, replacement=True, generator=generator)
+    within, least = covariance(total)
+    factor = torch.linalg.cholesky(within + least.diag())
     noise = torch.randn(points, len(factor), generator=generator, dtype=torch.float64)
     return means(total)[labels] + noise @ factor.T, labels
-
-
-def _factor(within: Tensor, more: Tensor) -> Tensor:
-    """The Cholesky factor of a covariance and as much more of each variance; of claims that are no covariance, of the
-    nearest that is one.
-    """
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(within + more * torch.eye(len(within), dtype=within.dtype))
-    if failed:
-        values, vectors = torch.linalg.eigh(within)
-        factor = torch.linalg.qr((vectors * (values.clamp(min=0) + more).sqrt()).T).R.T
-    return factor
 
 
 def head(total: Sums, inverse: Tensor | None = None) -> Head:
@@ -150,12 +150,12 @@ def head(total: Sums, inverse: Tensor | None = None) -> Head:
     Returns:
         It, in float32.
     """
-    rows = total.counts.clamp(min=0).sum().clamp(min=1)
+    rows = total.counts.sum().clamp(min=1)
     inverse = precision(total) if inverse is None else inverse
     middle = total.sums.sum(0) / rows
     apart = torch.where((total.counts > 0)[:, None], means(total) - middle, 0.0)
     weight = apart @ inverse
-    bias = ((total.counts.clamp(min=0) + 0.5) / rows).log() - (weight * apart).sum(1) / 2 - weight @ middle
+    bias = ((total.counts + 0.5) / rows).log() - (weight * apart).sum(1) / 2 - weight @ middle
     towards = inverse @ middle
     constant = towards / (middle @ towards).clamp(min=1e-12)
     return Head(*(tensor.float() for tensor in (weight, bias, constant)))

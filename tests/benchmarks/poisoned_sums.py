@@ -25,12 +25,12 @@ from nvflare_fm.compare.methods import FROM_FEATURES, METHODS
 from nvflare_fm.compare.robustness import ROUNDS, STEPS, prepared
 from nvflare_fm.compare.study import Workspace, study
 from nvflare_fm.site.head_start import features
-from nvflare_fm.synthesis.features import Head, Sums
+from nvflare_fm.synthesis.features import Head, Sums, covariance
 
 STUDIES = ("banking77-0", "banking77-0.1", "banking77-two", "banking77-disjoint", "medquad-types", "medquad-three",
            "mts-0.1", "pubmedqa-years")  # fmt: skip
 Rows = tuple[Tensor, Tensor]  # features, (rows, width), and labels, (rows,)
-OFF = {"_HARM": 1.0, "_ALIKE": -100.0}
+OFF = {"_HARM": 1.0, "_SPREAD": 1e9, "_ALIKE": -100.0}
 
 
 def read(name: str, seed: int, sites: int, root: Path) -> tuple[dict[str, tuple[Rows, Rows]], int]:
@@ -64,15 +64,16 @@ def crafted(honest: Mapping[str, Sums], rows: Rows, classes: int) -> Iterator[tu
     total = Sums(
         *(torch.stack(parts).sum(0) for parts in zip(*(vars(s).values() for s in honest.values()), strict=True))
     )
-    count, middle = total.counts.sum(), total.sums.sum(0) / total.counts.sum()
+    middle, within = total.sums.sum(0) / total.counts.sum(), covariance(total)[0]
     means = torch.where((total.counts > 0)[:, None], total.sums / total.counts.clamp(min=1)[:, None], middle)
-    mirrored, squares = means.flip(0), total.squares / count
+    mirrored = means.flip(0)
     most = 2 * sorted(float(each.counts.sum()) for each in honest.values())[len(honest) // 2]
 
-    def claimed(means: Tensor, squares: Tensor = squares, labels: int = classes) -> Sums:
+    def claimed(means: Tensor, within: Tensor = within, labels: int = classes) -> Sums:
         counts = torch.zeros(classes, dtype=torch.float64)
-        counts[:labels] = most / labels
-        return Sums(counts[:, None] * means, counts, most * squares)
+        counts[:labels] = round(most / labels)
+        sums = counts[:, None] * means
+        return Sums(sums, counts, counts.sum() * within + means.T @ sums)
 
     yield "the others' means, all swapped", claimed(mirrored)
     yield "the others' means, half swapped", claimed(means[half])
@@ -83,7 +84,10 @@ def crafted(honest: Mapping[str, Sums], rows: Rows, classes: int) -> Iterator[tu
     pairs[:few] = pairs[:few].view(-1, 2).flip(1).reshape(-1)
     yield "all rows in a few labels, swapped", claimed(means[pairs], labels=few)
     between = (means - middle).T @ ((means - middle) * total.counts[:, None])
-    yield "noise where labels differ", claimed(means, 3 * squares.trace() * between / between.trace())
+    trace = (total.squares / total.counts.sum()).trace()
+    noise = 3 * trace * between / between.trace()
+    yield "noise where labels differ", claimed(means, noise)
+    yield "a thirtieth of that noise", claimed(means, within + noise / 30)
 
 
 def started(sums: Mapping[str, Sums]) -> server.Start:
