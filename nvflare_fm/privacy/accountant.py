@@ -6,13 +6,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
-from opacus.accountants import PRVAccountant, RDPAccountant
-
 from ..errors import ConfigError
 from .events import Event, together
 
 Accountant = Literal["rdp", "prv"]
-_ACCOUNTANTS = {"rdp": RDPAccountant, "prv": PRVAccountant}
 _PRV_EPSILON, _PRV_STEPS, _PRV_KINDS = 30.0, 10**5, 16  # beyond these its grids take gigabytes or minutes
 _LEAST_NOISE, _MOST_NOISE, _PRECISION = 0.2, 1e4, 1e-3
 
@@ -43,7 +40,9 @@ def within(events: Iterable[Event], delta: float, most: float) -> bool:
 
 @lru_cache(maxsize=4096)
 def _bound(name: Accountant, history: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    accountant = _ACCOUNTANTS[name]()
+    from opacus.accountants import create_accountant  # which takes a second to load, and most jobs cost nothing
+
+    accountant = create_accountant(name)
     accountant.history = list(history)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that other orders might give less: what it returns is a bound all the same

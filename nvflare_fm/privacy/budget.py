@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..errors import PolicyError
 from ..files import open_file, read_object, sync, write_text
 from ..untrusted import Count, Digest, Word
+from .accountant import epsilon
 from .disclosed import Delta, Unit
 from .events import Event, together
 
@@ -215,8 +216,6 @@ def cost(entries: Sequence[Entry], delta: float) -> float:
     """Compute the ε of several releases together."""
     if not (events := together(event for entry in entries for event in entry.events)):
         return 0.0
-    from .accountant import epsilon  # Opacus takes seconds to load, and most jobs cost nothing
-
     return epsilon(events, delta)
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from ...privacy.events import Event
 from ...privacy.protection import Protection
 from .distributed import gather, processes, sum_once
 from .fit import LocalTrainer, diverged
-from .per_sample import PerSample
+
+if TYPE_CHECKING:
+    from .per_sample import PerSample
 
 _ROUNDING = 1 - 1e-5  # of the clipping norm, so that no rounding makes a clipped gradient longer
 
@@ -143,6 +145,8 @@ class PrivateTrainer(LocalTrainer):
         """
         model.train()
         if self.per_sample is None:  # here the model is on its device, with its adapter and in its precision
+            from .per_sample import PerSample  # and Opacus, which takes a second to load
+
             tried = [self.train_dataset[row] for row in range(min(2, len(self.train_dataset)))]
             self.per_sample = PerSample(self.model, self.base, self.task.plan, tried)
         per_sample, trained = self.per_sample, self.per_sample.trained
