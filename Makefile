@@ -26,7 +26,7 @@ tests: .venv/installed
 	$(PYTEST) $(AT_ONCE)
 
 test-all: lint  ## and the slow proofs: planted bugs, every method of the comparison, tutorials, faults; hours
-	$(PYTEST) $(AT_ONCE) -m "slow or not slow"
+	HYPOTHESIS_PROFILE=thorough $(PYTEST) $(AT_ONCE) -m "slow or not slow"
 
 test-oldest: .venv-oldest/installed  ## as make test, with the oldest versions, in an environment of its own
 	.venv-oldest/bin/python -m pytest -q $(AT_ONCE)

@@ -5,7 +5,7 @@ Tensor names are PEFT's own saved names, so what travels is what `PeftModel.from
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Annotated, Any, Literal, get_args
 
@@ -225,20 +225,26 @@ def from_tensors(
         raise WireError(f"{sender} sent a scale for {layer!r} and no pair", code="scale_without_pair")
     dense = set(tensors) - {layer + half for layer in layers for half in (LORA_A, LORA_B)}
 
-    def pair(layer: str) -> LoraPair:
-        a, b, scale = layer + LORA_A, layer + LORA_B, float(scales[layer])
-        if described is None:
-            return LoraPair(tensors[a], tensors[b], scale)
-        return WaitingPair(waiting(a, described[a]), waiting(b, described[b]), scale)
-
-    def waiting(name: str, known: Description) -> Waiting:
-        return Waiting(known.shape, known.dtype, lambda: tensors[name])
-
     return Adapter(
-        Lazy(layers, pair),
+        Lazy(layers, partial(_pair, tensors, scales, described)),
         Lazy(dense, tensors.__getitem__),
         None if described is None else Described(described, scales),
     )
+
+
+def _pair(
+    tensors: Mapping[str, Tensor],
+    scales: Mapping[str, float],
+    described: Mapping[str, Description] | None,
+    layer: str,
+) -> LoraPair:
+    a, b, scale = layer + LORA_A, layer + LORA_B, float(scales[layer])
+    if described is None:
+        return LoraPair(tensors[a], tensors[b], scale)
+    first, second = (
+        Waiting(of.shape, of.dtype, partial(tensors.__getitem__, n)) for n in (a, b) for of in [described[n]]
+    )
+    return WaitingPair(first, second, scale)
 
 
 class Lazy(Mapping[str, Any]):

@@ -35,10 +35,11 @@ settings.register_profile(
     "suite",
     deadline=None,
     derandomize=True,
-    max_examples=50,
+    max_examples=25,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+settings.register_profile("thorough", settings.get_profile("suite"), max_examples=100)
 settings.register_profile("search", settings.get_profile("suite"), derandomize=False, max_examples=1000)
 settings.register_profile(
     "fuzz", settings.get_profile("search"), max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100000"))

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -192,26 +192,23 @@ def admit(
                 f"{one.site} answered one round twice; its first answer has to be replaced, not joined",
                 code="answered_twice",
             )
+    ours = manifest or Manifest("", "", "")
+    same: list[tuple[Callable[[AdapterUpdate], Any], Any, Callable[[Any, Any], Reason]]] = [
+        (lambda u: u.manifest.base, ours.base or None, _other_base),
+        (lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind),
+        (lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer),
+        (lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template),
+        (lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers),
+    ]
+    if not mixed_ranks:
+        same.append((lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks))
     refused: dict[str, Reason] = {}
-
-    def keep(what: Callable[[AdapterUpdate], K], expected: K | None, reason: Callable[[K, K], Reason]) -> None:
-        nonlocal updates
-        if not updates:
-            return
-        found = [what(u) for u in updates]  # once: the answer may take reading the whole adapter
-        reference = _most_common(found) if expected is None else expected
+    for what, expected, reason in same:
+        found = [what(update) for update in updates]  # once: the answer may take reading the whole adapter
+        reference = _most_common(found) if expected is None and found else expected
         others = [(u.site, w) for u, w in zip(updates, found, strict=True) if w != reference]
         refused.update({site: reason(what_it_sent, reference) for site, what_it_sent in others})
         updates = [u for u, w in zip(updates, found, strict=True) if w == reference]
-
-    ours = manifest or Manifest("", "", "")
-    keep(lambda u: u.manifest.base, ours.base or None, _other_base)
-    keep(lambda u: _kind(u.manifest), _kind(manifest) if manifest else None, _other_kind)
-    keep(lambda u: u.manifest.tokenizer, ours.tokenizer or None, _other_tokenizer)
-    keep(lambda u: u.manifest.chat_template, ours.chat_template or None, _other_template)
-    keep(lambda u: _shapes(u.adapter), _shapes(state) if state else None, _other_layers)
-    if not mixed_ranks:
-        keep(lambda u: _ranks(u.adapter), _ranks(state) if state else None, _other_ranks)
     return updates, refused
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import Any, Literal, TypeVar
 
@@ -126,6 +126,7 @@ def with_settings(function: Callable[..., T], entry: Rule, kind: str) -> partial
     return partial(function, **given.model_dump())
 
 
+@cache
 def settings_of(function: Callable[..., Any]) -> type[Settings]:
     """The keyword-only arguments of a rule, as settings; each is annotated with pydantic's `Field`."""
     arguments = signature(function, eval_str=True).parameters.values()

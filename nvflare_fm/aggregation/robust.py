@@ -5,6 +5,7 @@ weigh as much as ever: the result is a weighted mean of the changes, Σ βₖD�
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import inf
 from typing import Annotated
 
@@ -43,12 +44,12 @@ NOWHERE = 1e-12  # of the longest change: the scale of a part that most sites le
 
 def needs(fewest: Fewest) -> Callable[..., Needs]:
     """What such a guard needs, by its settings."""
+    return partial(_needs, fewest)
 
-    def of(f: int | None = None, mix: Mix = "none", **_: object) -> Needs:
-        least = 1 if f is None else max(2 * f + 1, count(mix, fewest(f)))
-        return Needs(reads=("products", "dense"), sums=True, fewest=least)
 
-    return of
+def _needs(fewest: Fewest, f: int | None = None, mix: Mix = "none", **_: object) -> Needs:
+    least = 1 if f is None else max(2 * f + 1, count(mix, fewest(f)))
+    return Needs(reads=("products", "dense"), sums=True, fewest=least)
 
 
 def weighed(

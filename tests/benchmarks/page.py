@@ -7,6 +7,7 @@ import re
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from rich.table import Table
@@ -23,6 +24,7 @@ WORKSPACE = Workspace(Path("runs/compare"), Path(__file__).parent / "results")
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+@cache
 def study(name: str) -> Study:
     """With the test rows, and the one split for all seeds, on which the lines in `results` were measured."""
     found = replace(prepared(name, WORKSPACE), source="")

@@ -4,8 +4,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from nvflare.apis.fl_constant import FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContextManager
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable, make_reply
@@ -49,11 +47,11 @@ class Site:
         return self.messages.dispatch(topic, message, self.context)
 
 
-@given(st.none() | st.text(max_size=40) | st.integers() | st.just([TASK]) | st.just(TASK.upper()) | st.just(TASK[:-1]))
-def test_who_does_not_know_the_task_calls_nothing_off(name: Any) -> None:
+def test_who_does_not_know_the_task_calls_nothing_off() -> None:
     site = Site()
-    site.hear(wire.ROUND_OVER, **{ReservedHeaderKey.TASK_ID: name})
-    assert not site.stop.triggered
+    for name in (None, "", "*", 7, [TASK], {TASK: TASK}, TASK.upper(), TASK[:-1], TASK + " ", "x" * 10**6):
+        site.hear(wire.ROUND_OVER, **{ReservedHeaderKey.TASK_ID: name})
+        assert not site.stop.triggered
 
 
 def test_who_sent_the_task_can_call_it_off() -> None:
