@@ -167,6 +167,7 @@ def test_what_goes_together_is_let_through(plan, how):
 
 def test_a_weight_that_needs_a_label_statistic_asks_the_sites_for_it_and_no_other_does():
     assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["examples", "skew"])).plan.label_statistics == ("skew",)
+    assert settle(RoundPlan(**CLASSIFY), Aggregation(weigh=["skew"])).plan.counts == ("examples",)
     assert settle(RoundPlan(**CLASSIFY), Aggregation()).plan.label_statistics == ()
 
 
