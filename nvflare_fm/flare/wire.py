@@ -393,8 +393,8 @@ def _content(meta: Mapping[str, Any] | None, sender: str) -> Mapping[str, Any]:
     said = content.get("version") if isinstance(content, Mapping) else None
     if not isinstance(content, Mapping) or type(said) is not int or said != VERSION:
         raise WireError(
-            f"{sender} speaks version {printable(said, 20)} of this message, version {VERSION} is needed; "
-            "update nvflare_fm",
+            f"{sender} speaks another version of this message, version {VERSION} is needed; update nvflare_fm",
+            printable(said, 20),  # not in the text: under a site's floor it leaves the site
             code="other_version",
         )
     return content

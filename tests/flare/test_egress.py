@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from nvflare.apis.dxo import DXO, DataKind
+from nvflare.apis.dxo import DXO, DataKind, MetaKey
 from nvflare.apis.fl_constant import FilterKey, FLContextKey, ReservedTopic, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.fl_exception import UnsafeJobError
@@ -274,9 +274,10 @@ def floored(tmp_path_factory: pytest.TempPathFactory) -> Egress:
     params=st.none() | st.dictionaries(st.text(max_size=4) | st.just("a.lora_A.weight"), SHAPES, max_size=2),
     metrics=st.none() | st.dictionaries(st.text(max_size=4), st.floats(), max_size=2),
 )
+@example(said={"version": SECRET}, params=None, metrics=None)
 def test_whatever_is_no_protected_update_of_ours_stays(floored: Egress, said: Any, params: Any, metrics: Any):
     answer = FLModelUtils.to_shareable(FLModel(params_type=ParamsType.FULL, params={}, metrics={}, meta={}))
-    answer["DXO"] |= {"data": params, "meta": {wire.KEY: {"version": 1} | said, "metrics": metrics}}
+    answer["DXO"] |= {"data": params, "meta": {wire.KEY: {"version": 1} | said, MetaKey.INITIAL_METRICS: metrics}}
     left = floored.process(answer, context(plan()))
     assert SECRET not in str(left)
     assert "lora_A" not in str(left)
