@@ -103,11 +103,14 @@ def _held(
     """Hold each site against the others.
 
     Its harm is what its sums take from the share of points that is read right, at the middle one of the others: where
-    fewer than half of them lie, that is no more than they do to some honest site. Its spread is the variance of its
-    rows' logits within labels, in multiples of the others': what is large there hides what tells labels apart. Its
-    likeness is the cosine of its
-    labels' means with the others', in the metric of the covariance within labels. It is looked at without each one of
-    the others in turn, and the highest counts: no other site alone can make a site look different.
+    fewer than half of them lie, that is no more than they do to some honest site.
+
+    Its spread is the variance of its rows' logits within labels, in multiples of the others': what is large there hides
+    what tells labels apart.
+
+    Its likeness is the cosine of its labels' means with the others', in the metric of the covariance within labels. It
+    is looked at without each one of the others in turn, and the highest counts: no other site alone can make a site
+    look different.
 
     Args:
         counted: the sites whose sums count.
