@@ -621,7 +621,6 @@ def test_nothing_that_is_not_protected_leaves_a_site_with_a_floor(under_a_floor:
 # --- last, for the server is killed
 
 
-@pytest.mark.slow  # minutes of waiting for NVFlare; a killed trainer and a killed site are in test_interruptions
 def test_a_job_whose_server_was_killed_ends_and_goes_on_after_its_last_round(
     jobs: Jobs, system: System, job: Callable[..., Path], tmp_path: Path
 ):

@@ -45,7 +45,7 @@ def test_the_result_is_the_same_bits_for_every_order_of_arrival() -> None:
     updates = [update(f"site-{i}", seed=i, examples=3 + 7 * i, scale=1.0 + i) for i in range(4)]
     sites = {f"site-{i}": SiteOverrides(lora_alpha=3.0 * (1 + i)) for i in range(4)}
     results = []
-    for order in [*permutations(updates)][::5]:
+    for order in permutations(updates):
         aggregator = opened(RoundTask(PLAN, adapter(9), MANIFEST, 1, 2), sites, weigh=["examples"])
         for one in order:
             aggregator.accept_model(arrival(one))
