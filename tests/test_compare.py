@@ -407,7 +407,6 @@ def assert_same(one: Adapter, other: Adapter) -> None:
         torch.testing.assert_close(one.dense[name], other.dense[name], atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_bytes_are_those_of_what_must_travel(own: Study) -> None:
     """Three sites of ranks 2, 4 and 32, two rounds: what each method sends, in directions and heads."""
     own.plan["training"]["local_steps"] = 1
